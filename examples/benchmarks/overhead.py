@@ -1,0 +1,179 @@
+"""What a step of GANModule costs, each time against the same step without it, in turn in one run.
+
+`python examples/benchmarks/overhead.py` takes about five minutes on one core; `--smoke` takes seconds and says nothing.
+Times are CPU seconds of one thread, so that other work on the machine disturbs them less.
+"""
+
+import argparse
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_gan_stability import (
+    MLP,
+    DCGANDiscriminator,
+    DCGANGenerator,
+    GANModule,
+    GradientPenalty,
+    R1Penalty,
+    R2Penalty,
+)
+
+
+class Steps(IterableDataset):
+    """A fixed batch, n times after a warm-up; notes when the first and the last of them are done."""
+
+    def __init__(self, batch: Tensor, n: int, warm_up: int = 1) -> None:
+        self.batch, self.n, self.warm_up = batch, n, warm_up
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for i in range(self.warm_up + self.n):
+            if i == self.warm_up:
+                self.start = time.process_time()
+            yield self.batch
+        self.seconds = (time.process_time() - self.start) / self.n
+
+
+class HandWritten(LightningModule):
+    """The GAN as a tutorial writes it: manual optimization, toggled optimizers, two logged losses."""
+
+    def __init__(self, generator: nn.Module, discriminator: nn.Module, latent_dim: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator, self.discriminator, self.latent_dim = generator, discriminator, latent_dim
+
+    def training_step(self, real: Tensor, batch_idx: int) -> None:
+        d_optimizer, g_optimizer = self.optimizers()
+        self.toggle_optimizer(d_optimizer)
+        d_optimizer.zero_grad()
+        fake = self.generator(torch.randn(len(real), self.latent_dim)).detach()
+        loss = (softplus(-self.discriminator(real)) + softplus(self.discriminator(fake))).mean()
+        self.log("d/adversarial", loss, prog_bar=True)
+        self.manual_backward(loss)
+        d_optimizer.step()
+        self.untoggle_optimizer(d_optimizer)
+        self.toggle_optimizer(g_optimizer)
+        g_optimizer.zero_grad()
+        loss = softplus(-self.discriminator(self.generator(torch.randn(len(real), self.latent_dim)))).mean()
+        self.log("g/adversarial", loss, prog_bar=True)
+        self.manual_backward(loss)
+        g_optimizer.step()
+        self.untoggle_optimizer(g_optimizer)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [adam(self.discriminator), adam(self.generator)]
+
+
+def adam(network: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999))
+
+
+def plain_torch(generator: nn.Module, discriminator: nn.Module, latent_dim: int, steps: Steps) -> float:
+    """The same steps without Lightning."""
+    d_optimizer, g_optimizer = adam(discriminator), adam(generator)
+    for real in steps:
+        d_optimizer.zero_grad()
+        with torch.no_grad():
+            fake = generator(torch.randn(len(real), latent_dim))
+        (softplus(-discriminator(real)) + softplus(discriminator(fake))).mean().backward()
+        d_optimizer.step()
+        discriminator.requires_grad_(False)
+        g_optimizer.zero_grad()
+        softplus(-discriminator(generator(torch.randn(len(real), latent_dim)))).mean().backward()
+        g_optimizer.step()
+        discriminator.requires_grad_(True)
+    return steps.seconds
+
+
+def lightning(module: LightningModule, steps: Steps, *callbacks: object) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            logger=CSVLogger(folder),
+            callbacks=list(callbacks),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(module, DataLoader(steps, batch_size=None))
+    return steps.seconds
+
+
+def compare(title: str, rounds: int, goal: float, ours: Callable[[], float], theirs: Callable[[], float]) -> float:
+    """Time both in turn, print the ratio of each round's times: its median, smallest and largest."""
+    pairs = [(ours(), theirs()) for _ in range(rounds)]
+    ratios = [a / b for a, b in pairs]
+    ours_ms, theirs_ms = (1000 * statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(ratios)
+    print(
+        f"{title:<52} {ours_ms:9.2f} ms {theirs_ms:9.2f} ms  {ratio:.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        f"  goal <= {goal:g}"
+    )
+    return ratio
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="tiny networks, two rounds: only shows that it runs")
+    smoke = parser.parse_args().smoke
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    rounds, size, width, batch, few, many = (2, 8, 4, 4, 2, 16) if smoke else (9, 64, 64, 64, 4, 400)
+
+    pair = DCGANGenerator(128, 3, size, width), DCGANDiscriminator(3, size, width)
+    ring = MLP([256, 128, 128, 2]), MLP([2, 128, 128, 1])
+    images, points = torch.rand(batch, 3, size, size) * 2 - 1, torch.randn(512, 2)
+
+    def steps(data: Tensor, n: int) -> Steps:
+        return Steps(data, n)
+
+    def gan(networks: tuple[nn.Module, nn.Module], latent_dim: int) -> GANModule:
+        return GANModule(*deepcopy(networks), latent_dim=latent_dim)
+
+    print(
+        f"torch {torch.__version__}, one thread; time per step, ratio: median (smallest to largest of {rounds} rounds)"
+    )
+    compare(
+        f"DCGAN {size}x{size}, batch {batch}: GANModule / plain PyTorch",
+        rounds,
+        1.03,
+        lambda: lightning(gan(pair, 128), steps(images, few)),
+        lambda: plain_torch(*deepcopy(pair), 128, steps(images, few)),
+    )
+    compare(
+        "ring MLPs, batch 512: GANModule / hand-written Lightning",
+        rounds,
+        1.0,
+        lambda: lightning(gan(ring, 256), steps(points, many)),
+        lambda: lightning(HandWritten(*deepcopy(ring), 256), steps(points, many)),
+    )
+    for title, goal, callback, n in (
+        ("R1Penalty", 1.9, lambda: R1Penalty(0.1), few),
+        ("R1Penalty(every=16)", 1.08, lambda: R1Penalty(0.1, every=16), 4 * few),
+        ("R1Penalty + R2Penalty", float("inf"), lambda: R2Penalty(0.1), few),
+        ("GradientPenalty", float("inf"), lambda: GradientPenalty(10.0), few),
+    ):
+        extra = [R1Penalty(0.1)] if "+" in title else []
+        compare(
+            f"DCGAN {size}x{size}: with {title} / without",
+            rounds if n == few else max(2, rounds // 3),
+            goal,
+            lambda callback=callback, n=n, extra=extra: lightning(gan(pair, 128), steps(images, n), callback(), *extra),
+            lambda n=n: lightning(gan(pair, 128), steps(images, n)),
+        )
+
+
+if __name__ == "__main__":
+    main()

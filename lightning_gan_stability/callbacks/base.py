@@ -1,0 +1,180 @@
+"""What every regularizer and every update rule is."""
+
+from __future__ import annotations
+
+import abc
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+if TYPE_CHECKING:
+    from lightning_gan_stability import GANModule, Play
+
+Player = Literal["d", "g"]
+
+
+def check_positive_int(name: str, value: object) -> None:
+    """Raise ``ValueError`` unless the value is an integer above zero.
+
+    Example:
+        >>> check_positive_int("every", 0)
+        Traceback (most recent call last):
+        ValueError: `every` must be a positive integer, got 0.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+
+
+def check_number(name: str, value: object, *, positive: bool = False) -> None:
+    """Raise ``ValueError`` unless the value is a finite number that is not negative (or, on wish, above zero).
+
+    Example:
+        >>> check_number("weight", -1)
+        Traceback (most recent call last):
+        ValueError: `weight` must be a finite number that is not negative, got -1.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < 0 or (positive and value == 0):  # type: ignore[operator]
+        kind = "a positive finite number" if positive else "a finite number that is not negative"
+        raise ValueError(f"`{name}` must be {kind}, got {value!r}.")
+
+
+@contextmanager
+def evaluation(module: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every submodule is in the mode that it was in.
+
+    Example:
+        >>> net = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+        >>> with evaluation(net):
+        ...     net.training
+        False
+        >>> net[0].training, net[1].training
+        (True, False)
+    """
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+class Regularizer(Callback, abc.ABC):
+    """Adds ``weight · penalty`` to one player's loss every ``every``-th step, times ``every``.
+
+    A lazy penalty joins the main step and is scaled by ``every``, so that its mean over steps does not depend on
+    ``every``. Subclasses implement :meth:`penalty`.
+
+    Args:
+        weight: coefficient of the penalty, not negative.
+        every: the penalty is due on the steps that this number divides, the first one (step 0) included.
+
+    Raises:
+        ValueError: if ``weight`` or ``every`` has a bad value.
+
+    Example:
+        >>> class LogitDrift(Regularizer):
+        ...     def penalty(self, module, play):
+        ...         return play.real_logits.square()
+        >>> LogitDrift(weight=0.001, every=4).name
+        'logit_drift'
+    """
+
+    player: Player = "d"
+    weight: float = 1.0
+    every: int = 1
+    #: What of a play must require grad before the forward pass because the penalty differentiates by it. Such a forward
+    #: pass runs in full precision and uncompiled: second derivatives need both.
+    differentiates: ClassVar[tuple[str, ...]] = ("real", "fake", "latents")
+    #: The penalty takes each sample's own gradient from a batch, which BatchNorm in train mode makes impossible.
+    per_sample: ClassVar[bool] = False
+
+    def __init__(self, weight: float | None = None, every: int | None = None) -> None:
+        super().__init__()
+        self.weight = self.weight if weight is None else weight
+        self.every = self.every if every is None else every
+        check_number("weight", self.weight)
+        check_positive_int("every", self.every)
+
+    @property
+    def name(self) -> str:
+        """The key ``<player>/<name>`` in the log: the class name in snake case, without "penalty"."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower().removesuffix("penalty").strip("_")
+
+    @abc.abstractmethod
+    def penalty(self, module: GANModule, play: Play) -> Tensor:
+        """The penalty of what the player saw, without weight: one value per sample, or a scalar."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what the penalty cannot be right with."""
+        if self.per_sample:
+            _refuse_batch_norm(self, pl_module.get_submodule("discriminator"))
+
+
+def _refuse_batch_norm(regularizer: Regularizer, discriminator: nn.Module) -> None:
+    for name, layer in discriminator.named_modules():
+        if isinstance(layer, _BatchNorm) and layer.training:
+            raise MisconfigurationException(
+                f"{type(regularizer).__name__} needs each sample's own gradient, but the BatchNorm layer "
+                f"`discriminator.{name}` mixes the samples of a batch: remove the layer, replace it by GroupNorm, "
+                "LayerNorm or InstanceNorm, or remove the penalty."
+            )
+
+
+class UpdateRule(Callback, abc.ABC):
+    """How the players move on one batch; at most one in a run.
+
+    Subclasses implement ``__call__`` from the two primitives ``module.compute_gradients(player, batch)`` and
+    ``module.apply_gradients(player)``.
+
+    Example:
+        >>> class GeneratorFirst(UpdateRule):
+        ...     def __call__(self, module, batch):
+        ...         for player in ("g", "d"):
+        ...             module.compute_gradients(player, batch)
+        ...             module.apply_gradients(player)
+    """
+
+    #: Both players' gradients are taken before either steps. A gradient scaler changes its scale at each step, so the
+    #: second player's gradient would be unscaled by the wrong number: refused.
+    holds_gradients: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def __call__(self, module: GANModule, batch: Any) -> None:
+        """Move the players on one batch."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a gradient scaler where it would be wrong."""
+        if self.holds_gradients and getattr(trainer.precision_plugin, "scaler", None) is not None:
+            raise MisconfigurationException(
+                f"{type(self).__name__} takes both gradients before either step, but precision='16-mixed' changes its "
+                "gradient scale at each step: use precision='bf16-mixed' or '32-true', or remove the rule."
+            )
+
+
+class Alternating(UpdateRule):
+    """Each player of the plan in turn: takes its gradient, then steps; the next one sees the result. The default.
+
+    "Generative Adversarial Networks", https://arxiv.org/abs/1406.2661, Algorithm 1. Costs one forward and backward pass
+    for each entry of ``module.plan``.
+
+    Example:
+        >>> isinstance(Alternating(), UpdateRule)
+        True
+    """
+
+    def __call__(self, module: GANModule, batch: Any) -> None:
+        """Move the players on one batch."""
+        for player in module.plan:
+            module.compute_gradients(player, batch)
+            module.apply_gradients(player)

@@ -1,0 +1,53 @@
+"""The command ``gan-stability``: LightningCLI over :class:`GANModule`, with every name of the package short."""
+
+import os
+import sys
+import warnings
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader, set_loader
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import ArgsType, LightningCLI
+
+import lightning_gan_stability as package
+from lightning_gan_stability import GANModule
+
+
+def main(args: ArgsType = None) -> None:
+    """Run a subcommand: ``fit``, ``validate`` or ``predict``.
+
+    Args:
+        args: the command line; None: ``sys.argv``.
+
+    Example::
+
+        gan-stability fit --config configs/ring.yaml --trainer.max_steps=1000
+    """
+    sys.path.insert(0, os.getcwd())  # so that `class_path: my_project.MyGAN` works, as with `python -m`
+    # of no use to a reader: both are about Lightning's inside, and checkpoints are meant to come after the step here
+    warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+    set_loader("gan", lambda text: _lengthen(get_loader("yaml")(text)), (yaml.YAMLError,))
+    LightningCLI(
+        GANModule,
+        LightningDataModule,
+        subclass_mode_model=True,  # `model: {generator: ...}`, or `model: {class_path: my.GAN, init_args: ...}`
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"parser_mode": "gan"},
+        args=args,
+    )
+
+
+def _lengthen(value: Any) -> Any:
+    """Give the package's own classes their full path, because other libraries have some of the names (`MLP`) too."""
+    if isinstance(value, list):
+        return [_lengthen(item) for item in value]
+    if isinstance(value, dict):
+        value = {key: _lengthen(item) for key, item in value.items()}
+        name = value.get("class_path")
+        return value | {"class_path": f"{package.__name__}.{name}"} if name in package.__all__ else value
+    return value

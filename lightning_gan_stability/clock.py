@@ -1,0 +1,311 @@
+"""What two optimizers under manual optimization need of Lightning: one clock, one source of noise, one record."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ParallelStrategy
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from lightning_gan_stability import doors
+from lightning_gan_stability.callbacks.base import Alternating, Player, Regularizer, UpdateRule, check_positive_int
+
+# as in lightning.pytorch.cli, which takes long to import
+OptimizerCallable = Callable[[Iterable], Optimizer]  # type: ignore[type-arg]
+LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
+
+PLAYERS: tuple[Player, ...] = ("d", "g")
+NETWORKS: dict[Player, str] = {"d": "discriminator", "g": "generator"}
+
+
+@dataclass
+class Moment:
+    """What holds for the step at hand; apart from the module, because setting a module's attribute is slow.
+
+    Attributes:
+        in_step: inside ``training_step``, whose noise is its own.
+        draw: draws of noise since the step began.
+        rows: start, stop and size of the batch that a micro-batch is taken from.
+        stepped: an optimizer has stepped on this batch.
+        shown: somebody looks at this step's values.
+        differentiate: what of a play due penalties differentiate by.
+        terms: the terms of each player's loss.
+        logs: the last value of everything that is logged.
+        unchecked: step, player and values that may not be finite.
+    """
+
+    in_step: bool = False
+    draw: int = 0
+    rows: tuple[int, int, int] | None = None
+    stepped: bool = False
+    shown: bool = False
+    differentiate: frozenset[str] = frozenset()
+    terms: dict[Player, dict[str, Tensor]] = field(default_factory=lambda: {"d": {}, "g": {}})
+    logs: dict[str, Tensor] = field(default_factory=dict)
+    unchecked: list[tuple[int, Player, dict[str, Tensor]]] = field(default_factory=list)
+
+
+class Clockwork(LightningModule):
+    """The base of :class:`~lightning_gan_stability.module.GANModule`: everything that is not about networks and losses.
+
+    Args:
+        make_optimizer: each player's optimizer from its parameters; None: Adam(lr=2e-4, betas=(0.5, 0.999)).
+        make_scheduler: each player's learning rate scheduler from its optimizer; None: a constant rate.
+    """
+
+    clip_norm: float | None
+    accumulate: int
+    noise_seed: int
+
+    def __init__(
+        self,
+        make_optimizer: Mapping[Player, OptimizerCallable | None],
+        make_scheduler: Mapping[Player, LRSchedulerCallable | None],
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self._make_optimizer = make_optimizer
+        self._make_scheduler = make_scheduler
+        self.iteration = 0
+        self._first_step = 0
+        self._monitored = False
+        self._now = Moment()
+
+    # ---------- the set-up
+
+    def setup(self, stage: str) -> None:
+        """Refuse what cannot work; let plain ``strategy: ddp`` work."""
+        if stage != "fit":
+            return
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
+            raise MisconfigurationException(
+                f"{type(strategy).__name__} cannot train two optimizers by manual optimization: use strategy='ddp', or "
+                "ModelParallelStrategy to shard the networks."
+            )
+        if isinstance(strategy, DDPStrategy):
+            # each player's backward leaves the other's parameters unused
+            strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+        if any(isinstance(c, ModelCheckpoint) and c._train_time_interval is not None for c in self._callbacks()):
+            raise MisconfigurationException(
+                "ModelCheckpoint(train_time_interval=...) saves nothing under manual optimization, which GANModule "
+                "uses: set every_n_train_steps instead."
+            )
+        # Lightning asks for the state before the step; resuming exactly needs the one after it, which it saves
+        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+        self._rule()
+
+    def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
+        """The two optimizers, discriminator first, and the schedulers; keep the order when you override it."""
+        optimizers, schedulers = [], []
+        for player, network in NETWORKS.items():
+            make_optimizer = self._make_optimizer[player] or _adam
+            optimizers.append(make_optimizer(self.get_submodule(network).parameters()))
+            if make := self._make_scheduler[player]:
+                schedulers.append(make(optimizers[-1]))
+            if schedulers and isinstance(schedulers[-1], ReduceLROnPlateau):
+                raise MisconfigurationException(
+                    f"`{player}_scheduler` is ReduceLROnPlateau, which waits for a metric, but schedulers step after "
+                    "every optimizer step here: use a scheduler that counts steps."
+                )
+        return optimizers, schedulers
+
+    def on_train_epoch_end(self) -> None:
+        """Say so if there was nothing to train on."""
+        if self.trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
+            raise MisconfigurationException("The training loader has no batches: is its data set smaller than a batch?")
+
+    def on_fit_end(self) -> None:
+        """Say so if there was nothing to train on, and Lightning knew without a look."""
+        if self.trainer.num_training_batches == 0:
+            raise MisconfigurationException("The training loader has no batches: is its data set smaller than a batch?")
+
+    # ---------- the clock
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """One GAN step on one batch by the run's update rule; ``iteration`` and ``global_step`` rise by one."""
+        now = self._now
+        now.draw, now.stepped, now.in_step, now.shown = 0, False, True, self._is_shown()
+        self._rule()(self, batch)  # type: ignore[arg-type]
+        if not now.stepped:
+            # one batch is one global_step, also when a rule leaves both players where they are
+            progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+            progress.increment_ready()
+            progress.increment_completed()
+        now.in_step = False
+        self.iteration += 1
+        if now.shown:
+            self._log()
+
+    def _step(self, player: Player) -> None:
+        """Step a player's optimizer and scheduler; Lightning counts the first optimizer step of a batch alone."""
+        optimizer = self._optimizer(player)
+        if self._now.stepped:
+            self.trainer.strategy.optimizer_step(optimizer.optimizer, _nothing)
+        else:
+            optimizer.step()
+            self._now.stepped = True
+        for config in self.trainer.lr_scheduler_configs:
+            if config.scheduler.optimizer is optimizer.optimizer:
+                config.scheduler.step()  # type: ignore[call-arg]
+
+    def _optimizer(self, player: Player) -> LightningOptimizer:
+        optimizers = self.optimizers()
+        assert isinstance(optimizers, list)
+        return optimizers[PLAYERS.index(player)]
+
+    def _rule(self) -> UpdateRule:
+        rules = [callback for callback in self._callbacks() if isinstance(callback, UpdateRule)]
+        if len(rules) > 1:
+            names = " and ".join(type(rule).__name__ for rule in rules)
+            raise MisconfigurationException(f"{names} are update rules, and a run has one: remove all but one.")
+        return rules[0] if rules else _ALTERNATING
+
+    def _due(self, player: Player) -> list[Regularizer]:
+        regularizers = (callback for callback in self._callbacks() if isinstance(callback, Regularizer))
+        return [r for r in regularizers if r.player == player and self.iteration % r.every == 0]
+
+    def _callbacks(self) -> list[Callback]:
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return callbacks
+
+    # ---------- the noise
+
+    def randn(self, n: int, *shape: int) -> Tensor:
+        r"""Standard normal values (n, \*shape) from the module's own noise.
+
+        Noise is a function of (``noise_seed``, rank, iteration, number of the draw): a resumed run draws what the
+        uninterrupted one did, every rank draws its own, and the global random state is neither used nor changed. A
+        micro-batch draws its rows of the whole batch's noise.
+
+        Args:
+            n: number of samples.
+            shape: shape of one sample's noise.
+
+        Raises:
+            ValueError: if ``n`` is not a positive integer.
+
+        Example:
+            >>> from lightning_gan_stability import MLP, GANModule
+            >>> GANModule(MLP([16, 32, 2]), MLP([2, 32, 1]), latent_dim=16).randn(2, 3).shape
+            torch.Size([2, 3])
+        """
+        return self._noise(torch.randn, n, *shape)
+
+    def rand(self, n: int, *shape: int) -> Tensor:
+        r"""Values (n, \*shape), uniform in [0, 1), from the module's own noise; see :meth:`randn`.
+
+        Example:
+            >>> from lightning_gan_stability import MLP, GANModule
+            >>> GANModule(MLP([16, 32, 2]), MLP([2, 32, 1]), latent_dim=16).rand(2).shape
+            torch.Size([2])
+        """
+        return self._noise(torch.rand, n, *shape)
+
+    def _noise(self, draw: Callable[..., Tensor], n: int, *shape: int) -> Tensor:
+        check_positive_int("n", n)
+        key = (self.noise_seed, self.global_rank, self.iteration, self._now.in_step, self._now.draw)
+        self._now.draw += 1
+        dtype = next((p.dtype for p in self.parameters()), torch.get_default_dtype())
+        start, stop, total = (
+            self._now.rows if self._now.rows and self._now.rows[1] - self._now.rows[0] == n else (0, n, n)
+        )
+        return doors.noise(draw, key, (total, *shape), self.device, dtype)[start:stop]
+
+    def _micro_batches(self, batch: Any, n: int) -> Iterator[tuple[Any, float]]:
+        """The parts of a batch of n samples and their shares of it; gradients are exchanged on the last one alone."""
+        if self.accumulate == 1:
+            yield batch, 1
+            return
+        draw, size = self._now.draw, math.ceil(n / self.accumulate)
+        for start in range(0, n, size):
+            stop = min(start + size, n)
+            self._now.draw, self._now.rows = draw, (start, stop, n)
+            with nullcontext() if stop == n else self._without_exchange():
+                yield apply_to_collection(batch, Tensor, _take_rows, start, stop, n), (stop - start) / n
+        self._now.rows = None
+
+    def _without_exchange(self) -> AbstractContextManager[None]:
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+
+    # ---------- the record
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Check and clip the gradient; here, because here a gradient scaler has unscaled it."""
+        player = PLAYERS[0 if optimizer is self.trainer.optimizers[0] else 1]
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = {f"{player}/grad_norm": nn.utils.get_total_norm(gradients)}
+        self._now.logs.update(norm)
+        # a gradient scaler skips the steps whose gradient overflows, and is right to
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        self._now.unchecked.append((self.iteration, player, self._now.terms[player] | ({} if scaled else norm)))
+        if self._now.shown or self.device.type == "cpu":
+            # elsewhere a look costs a synchronization: values wait until they are logged or saved
+            self._raise_unless_finite()
+        if self.clip_norm is not None:
+            self.clip_gradients(optimizer, self.clip_norm, "norm")
+
+    def _raise_unless_finite(self) -> None:
+        unchecked, self._now.unchecked = self._now.unchecked, []
+        for step, player, values in unchecked:
+            finite = torch.stack([value.float() for value in values.values()]).isfinite()
+            if not finite.all():
+                bad = ", ".join(f"`{name}`" for name, ok in zip(values, finite.tolist(), strict=True) if not ok)
+                raise FloatingPointError(
+                    f"Not finite in the {NETWORKS[player]}'s update at step {step}: {bad}. Lower the learning rate of "
+                    f"`{player}_optimizer`, set `clip_norm`, or add R1Penalty."
+                )
+
+    def on_train_start(self) -> None:
+        """Find out which steps somebody will look at."""
+        self._first_step = self.trainer.global_step
+        monitors = [str(getattr(callback, "monitor", "")) for callback in self._callbacks()]
+        self._monitored = any(monitor.startswith(("d/", "g/")) for monitor in monitors)
+
+    def _is_shown(self) -> bool:
+        # logging costs as much as a small network's step, so it waits for a step that somebody looks at
+        trainer = self.trainer
+        return (
+            trainer._logger_connector.should_update_logs
+            or trainer.global_step in (self._first_step, trainer.max_steps - 1)
+            or trainer.is_last_batch
+            or self._monitored
+        )
+
+    def _log(self) -> None:
+        self._raise_unless_finite()
+        for name, value in self._now.logs.items():
+            self.log(name, value, prog_bar=name.endswith("/adversarial"), sync_dist=True)
+
+    def _set_hparams(self, hp: Any) -> None:
+        # plain data alone: live networks would be copied, pickled and logged
+        super()._set_hparams({name: value for name, value in dict(hp).items() if doors.is_plain(value)})
+
+
+_ALTERNATING = Alternating()
+
+
+def _adam(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    return torch.optim.Adam(parameters, lr=2e-4, betas=(0.5, 0.999))
+
+
+def _nothing() -> None:
+    """The closure of a step whose gradient is there already."""
+
+
+def _take_rows(tensor: Tensor, start: int, stop: int, n: int) -> Tensor:
+    return tensor[start:stop] if tensor.dim() and len(tensor) == n else tensor

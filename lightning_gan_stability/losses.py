@@ -1,0 +1,399 @@
+"""Adversarial losses: what the discriminator and the generator minimize, as functions of logits.
+
+A logit l is what the discriminator returns, before any sigmoid; σ(l) = 1/(1 + e⁻ˡ) and sp(l) = log(1 + eˡ). E_r and E_f
+are means over real and fake samples. Every method returns one value per logit and leaves the mean to the caller; the
+discriminator's real and fake parts are added index by index. Logits in float16 and bfloat16 are computed in float32.
+"""
+
+import abc
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, final, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Kind = Literal["kl", "reverse_kl", "pearson", "neyman", "squared_hellinger", "jensen_shannon", "gan", "total_variation"]
+
+
+class AdversarialLoss(nn.Module, abc.ABC):
+    """What each player minimizes: to add a loss, write the two methods and set the flags that apply.
+
+    Logits are (n,) or (n, patches), real and fake ones of the same shape, else ``ValueError``; so are the values.
+
+    Example:
+        >>> class Linear(AdversarialLoss):
+        ...     def discriminator(self, real_logits, fake_logits):
+        ...         return fake_logits - real_logits
+        ...     def generator(self, fake_logits, real_logits=None):
+        ...         return -fake_logits
+        >>> Linear().discriminator(torch.tensor([2.0]), torch.tensor([-1.0]))
+        tensor([-3.])
+    """
+
+    needs_real: ClassVar[bool] = False  # the generator's loss needs the real logits too
+    couples_batch: ClassVar[bool] = False  # values depend on the whole batch: micro-batches change the loss
+    judges_reconstructions: ClassVar[bool] = False  # logits are reconstruction errors of an auto-encoder
+    _threshold: float | None = 0.0  # the logit of a tie; None: a logit has no zero point and pairs are compared
+    _direction: float = 1.0  # −1: a lower logit looks more real
+
+    @abc.abstractmethod
+    def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        """Return the values whose mean the discriminator minimizes."""
+
+    @abc.abstractmethod
+    def generator(self, fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
+        """Return the values whose mean the generator minimizes; only a loss with ``needs_real`` reads real logits."""
+
+    def accuracy(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        """Return the share of logits that the discriminator judges right, a scalar in [0, 1]."""
+        real, fake = (self._direction * logits for logits in _pair(real_logits, fake_logits))
+        if self._threshold is None:
+            return (real > fake).float().mean()
+        tie = self._direction * self._threshold
+        return torch.stack([real > tie, fake < tie]).float().mean()
+
+
+@final
+class Minimax(AdversarialLoss):
+    """The original game: the discriminator's cross-entropy, and the generator minimizes its negative.
+
+    L_D = E_r sp(−l) + E_f sp(l) and L_G = −E_f sp(l). "Generative Adversarial Nets", https://arxiv.org/abs/1406.2661.
+    No ½: 2 log 2 where D cannot tell, log 4 − 2 JS(p, q) at its optimum l = log p/q. L_G's gradient dies as D wins.
+
+    Example:
+        >>> Minimax().discriminator(torch.zeros(2), torch.zeros(2))
+        tensor([1.3863, 1.3863])
+    """
+
+    def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        real, fake = _pair(real_logits, fake_logits)
+        return _softplus(-real) + _softplus(fake)
+
+    def generator(self, fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
+        return -_softplus(_precise(fake_logits))
+
+
+@final
+class NonSaturating(AdversarialLoss):
+    """The original game with a generator that maximizes log σ(l), whose gradient lives on while the discriminator wins.
+
+    L_D = E_r [α sp(−l) + (1 − α) sp(l)] + E_f sp(l) and L_G = E_f sp(−l). "Generative Adversarial Nets",
+    https://arxiv.org/abs/1406.2661; α < 1 is the one-sided label smoothing of "Improved Techniques for Training GANs",
+    https://arxiv.org/abs/1606.03498: the optimum is σ(l) = α p/(p + q). The label of fake samples stays 0. No ½.
+
+    Args:
+        real_label: α in (0, 1], what the discriminator should say to real samples.
+
+    Raises:
+        ValueError: ``real_label`` is not in (0, 1].
+
+    Example:
+        >>> NonSaturating().generator(torch.tensor([-100.0, 0.0]))
+        tensor([100.0000,   0.6931])
+    """
+
+    def __init__(self, real_label: float = 1.0) -> None:
+        super().__init__()
+        _require(_is_number(real_label) and 0 < real_label <= 1, f"`real_label` must be in (0, 1], got {real_label!r}.")
+        self.real_label = real_label
+
+    def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        real, fake = _pair(real_logits, fake_logits)
+        return self.real_label * _softplus(-real) + (1 - self.real_label) * _softplus(real) + _softplus(fake)
+
+    def generator(self, fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
+        return _softplus(-_precise(fake_logits))
+
+
+@final
+class LeastSquares(AdversarialLoss):
+    """Squared distances of the logits from a label for each player's aim (LSGAN).
+
+    L_D = ½ E_r (l − b)² + ½ E_f (l − a)² and L_G = ½ E_f (l − c)². "Least Squares Generative Adversarial Networks",
+    https://arxiv.org/abs/1611.04076, with its ½; L_D is least at l = (b p + a q)/(p + q).
+
+    Args:
+        a: the discriminator's label of fake samples.
+        b: the discriminator's label of real samples.
+        c: what the generator wants its samples to be taken for.
+
+    Raises:
+        ValueError: a label is not a finite number, or ``a`` equals ``b``.
+
+    Example:
+        >>> LeastSquares().discriminator(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]))
+        tensor([0.0000, 2.5000])
+    """
+
+    def __init__(self, a: float = 0.0, b: float = 1.0, c: float = 1.0) -> None:
+        super().__init__()
+        for name, value in (("a", a), ("b", b), ("c", c)):
+            _require(_is_number(value), f"`{name}` must be a finite number, got {value!r}.")
+        _require(a != b, f"`a` and `b` must differ, got {a!r} for both.")
+        self.a, self.b, self.c = a, b, c
+        self._threshold, self._direction = (a + b) / 2, math.copysign(1.0, b - a)
+
+    def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        real, fake = _pair(real_logits, fake_logits)
+        return ((real - self.b).square() + (fake - self.a).square()) / 2
+
+    def generator(self, fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
+        return (_precise(fake_logits) - self.c).square() / 2
+
+
+@final
+class Wasserstein(AdversarialLoss):
+    """The difference of the mean logits: minus the Wasserstein-1 distance, if the discriminator is 1-Lipschitz.
+
+    L_D = E_f l − E_r l and L_G = −E_f l. "Wasserstein GAN", https://arxiv.org/abs/1701.07875. Needs a constraint on the
+    discriminator (weight clipping, a gradient penalty, spectral normalization). Accuracy counts pairs in order.
+
+    Example:
+        >>> Wasserstein().discriminator(torch.tensor([3.0]), torch.tensor([1.0]))
+        tensor([-2.])
+    """
+
+    _threshold = None
+
+    def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        real, fake = _pair(real_logits, fake_logits)
+        return fake - real
+
+    def generator(self, fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
+        return -_precise(fake_logits)
+
+
+@final
+class Hinge(AdversarialLoss):
+    """Margins for the discriminator, which learns nothing from samples beyond ±1; a linear loss for the generator.
+
+    L_D = E_r max(0, 1 − l) + E_f max(0, 1 + l) and L_G = −E_f l. "Geometric GAN", https://arxiv.org/abs/1705.02894. No
+    ½: L_D is 2 where the discriminator cannot tell, and 2 (1 − TV(p, q)) at its optimum.
+
+    Example:
+        >>> Hinge().discriminator(torch.tensor([0.5, 3.0]), torch.tensor([0.5, -3.0]))
+        tensor([2., 0.])
+    """
+
+    def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        real, fake = _pair(real_logits, fake_logits)
+        return (1 - real).relu() + (1 + fake).relu()
+
+    def generator(self, fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
+        return -_precise(fake_logits)
+
+
+@final
+class BoundaryEquilibrium(AdversarialLoss):
+    """An auto-encoder discriminator rebuilds real samples well and fake ones badly, balanced by a weight k (BEGAN).
+
+    L_D = 𝓛(x) − k 𝓛(G(z)) and L_G = 𝓛(G(z)), with k ← clip(k + λ (γ 𝓛(x) − 𝓛(G(z))), 0, 1) after every step of D.
+    "BEGAN: Boundary Equilibrium Generative Adversarial Networks", https://arxiv.org/abs/1703.10717. "Logits" are the
+    reconstruction errors 𝓛; the smaller one is judged real. Like BatchNorm's statistics, ``k`` and ``convergence`` move
+    only in train mode: in :meth:`discriminator`, after its values, by means over the batch and all ranks.
+
+    Args:
+        gamma: γ in [0, 1], the diversity ratio E 𝓛(G(z)) / E 𝓛(x) to settle at; lower: sharper, less diverse samples.
+        lambda_k: λ > 0, the step size of ``k``.
+
+    Attributes:
+        k: 0-dim buffer in [0, 1], at first 0.
+        convergence: 0-dim buffer, the paper's measure M = 𝓛(x) + |γ 𝓛(x) − 𝓛(G(z))| at the last move, at first 0.
+
+    Raises:
+        ValueError: ``gamma`` is not in [0, 1], or ``lambda_k`` is not positive and finite.
+
+    Example:
+        >>> loss = BoundaryEquilibrium(gamma=0.5, lambda_k=0.1)
+        >>> loss.discriminator(torch.tensor([4.0]), torch.tensor([1.0])), loss.k, loss.convergence
+        (tensor([4.]), tensor(0.1000), tensor(5.))
+    """
+
+    judges_reconstructions = True
+    _threshold = None
+    _direction = -1.0
+
+    def __init__(self, gamma: float = 0.5, lambda_k: float = 1e-3) -> None:
+        super().__init__()
+        _require(_is_number(gamma) and 0 <= gamma <= 1, f"`gamma` must be in [0, 1], got {gamma!r}.")
+        _require(_is_number(lambda_k) and lambda_k > 0, f"`lambda_k` must be a positive number, got {lambda_k!r}.")
+        self.gamma, self.lambda_k = gamma, lambda_k
+        self.k = nn.Buffer(torch.zeros((), dtype=torch.float32))
+        self.convergence = nn.Buffer(torch.zeros((), dtype=torch.float32))
+
+    def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        real, fake = _pair(real_logits, fake_logits)
+        values = real - self.k.clone() * fake  # a copy: autograd needs this k after the buffer has moved
+        if self.training:
+            # GANModule holds its loss in eval mode while it takes gradients and calls it once in train mode after D's
+            # step with all logits of the batch: micro-batches and repeated evaluations move k only once
+            self._move(real, fake)
+        return values
+
+    def generator(self, fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
+        return _precise(fake_logits)
+
+    @torch.no_grad()
+    def _move(self, real: Tensor, fake: Tensor) -> None:
+        real_mean, fake_mean = _mean_over_ranks(torch.stack([real.mean(), fake.mean()]))
+        balance = self.gamma * real_mean - fake_mean
+        self.k.copy_((self.k + self.lambda_k * balance).clamp(0, 1))
+        self.convergence.copy_(real_mean + balance.abs())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # bfloat16 would swallow steps of 1e-3: the buffers stay in float32 when a whole module is cast ("bf16-true")
+        return super()._apply(lambda buffer: _precise(fn(buffer)), recurse)  # type: ignore[no-untyped-call]
+
+
+@final
+class Relativistic(AdversarialLoss):
+    """Each real sample should look more real than its fake partner (RpGAN, RSGAN), and the reverse for the generator.
+
+    L_D = E sp(−(l_r − l_f)) and L_G = E sp(l_r − l_f) over pairs by index. "The relativistic discriminator: a key
+    element missing from standard GAN", https://arxiv.org/abs/1807.00734; also in "The GAN is dead; long live the GAN! A
+    Modern GAN Baseline", https://arxiv.org/abs/2501.05441. L_D is log 2 where D cannot tell. Accuracy counts pairs.
+
+    Example:
+        >>> Relativistic().discriminator(torch.tensor([100.0, 7.0]), torch.tensor([200.0, 7.0]))
+        tensor([100.0000,   0.6931])
+    """
+
+    needs_real = True
+    _threshold = None
+
+    def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        real, fake = _pair(real_logits, fake_logits)
+        return _softplus(fake - real)
+
+    def generator(self, fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
+        return self.discriminator(fake_logits, _need(real_logits, self))
+
+
+@final
+class RelativisticAverage(AdversarialLoss):
+    """Real samples should look more real than the average fake one, and fake ones less than the average real (RaSGAN).
+
+    L_D = ½ [E_r sp(−(l − m_f)) + E_f sp(l − m_r)] and L_G the same with real and fake exchanged, where m_r and m_f are
+    the mean logits (of all patches and ranks), through which the gradient flows. "The relativistic discriminator: a key
+    element missing from standard GAN", https://arxiv.org/abs/1807.00734. With this ½, L_D is log 2 where D cannot tell.
+
+    Example:
+        >>> RelativisticAverage().discriminator(torch.tensor([7.0, 7.0]), torch.tensor([7.0, 7.0]))
+        tensor([0.6931, 0.6931])
+    """
+
+    needs_real = True
+    couples_batch = True
+    _threshold = None
+
+    def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        real, fake = _pair(real_logits, fake_logits)
+        real_mean, fake_mean = _mean_over_ranks(torch.stack([real.mean(), fake.mean()]))
+        return (_softplus(fake_mean - real) + _softplus(fake - real_mean)) / 2
+
+    def generator(self, fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
+        return self.discriminator(fake_logits, _need(real_logits, self))
+
+
+@final
+class FDivergence(AdversarialLoss):
+    """The variational bound of an f-divergence D_f(p‖q) = E_q f(p/q) (f-GAN).
+
+    L_D = −E_r g(v) + E_f f*(g(v)) and L_G = −E_f f*(g(v)), or −E_f g(v) without ``saturating``; v is the logit, f* the
+    convex conjugate of f and g the paper's output activation. "f-GAN: Training Generative Neural Samplers using
+    Variational Divergence Minimization", https://arxiv.org/abs/1606.00709. At its optimum L_D is −D_f(p‖q), with f(u)
+    = u log u for "kl", −log u for "reverse_kl", (u − 1)² for "pearson", (1 − u)²/u for "neyman", (√u − 1)² for
+    "squared_hellinger", u log u − (1 + u) log((1 + u)/2) for "jensen_shannon" (twice the usual JS), u log u − (1 + u)
+    log(1 + u) for "gan" and ½ |u − 1| for "total_variation". Above the exponent 40 an exponential goes on as its
+    tangent, so that values and gradients are finite in float32; a gradient may still be too large for float16.
+
+    Args:
+        kind: the divergence.
+        saturating: whether the generator minimizes the bound itself; False: the paper's heuristic.
+
+    Raises:
+        ValueError: ``kind`` is none of these, or ``saturating`` is not a bool.
+
+    Example:
+        >>> FDivergence("kl").discriminator(torch.ones(2), torch.ones(2))
+        tensor([0., 0.])
+    """
+
+    def __init__(self, kind: Kind, saturating: bool = True) -> None:
+        super().__init__()
+        _require(kind in get_args(Kind), f"`kind` must be one of {', '.join(get_args(Kind))}, got {kind!r}.")
+        _require(isinstance(saturating, bool), f"`saturating` must be True or False, got {saturating!r}.")
+        self.kind: Kind = kind
+        self.saturating = saturating
+        self._threshold = 1.0 if kind == "kl" else 0.0  # where g(v) = f'(1)
+
+    def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        real, fake = _pair(real_logits, fake_logits)
+        activation, conjugate = _F_DIVERGENCES[self.kind]
+        return conjugate(fake) - activation(real)
+
+    def generator(self, fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
+        activation, conjugate = _F_DIVERGENCES[self.kind]
+        return -(conjugate if self.saturating else activation)(_precise(fake_logits))
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _pair(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    message = "`real_logits` and `fake_logits` must have the same shape, got {} and {}: the loss pairs them by index."
+    _require(real.shape == fake.shape, message.format(tuple(real.shape), tuple(fake.shape)))
+    return _precise(real), _precise(fake)
+
+
+def _need(real_logits: Tensor | None, loss: AdversarialLoss) -> Tensor:
+    if real_logits is None:
+        raise ValueError(f"`{type(loss).__name__}` compares with real logits: pass `real_logits`.")
+    return real_logits
+
+
+def _require(valid: bool, message: str) -> None:
+    if not valid:
+        raise ValueError(message)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return -F.logsigmoid(-x)  # F.softplus is x from 20 on: 2e-9 off, too much for float64
+
+
+def _exp(x: Tensor, end: float = 40.0) -> Tensor:
+    # from `end` on the tangent: its slope, and even the square of that in Adam, fits float32
+    return x.clamp(max=end).exp() * (1 + (x - end).relu())
+
+
+def _mean_over_ranks(x: Tensor) -> Tensor:
+    # differentiable to any order, so that with gradients averaged by DDP many ranks are one on the whole batch
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return x
+    mean = x.detach().clone()
+    dist.all_reduce(mean)
+    mean = mean / dist.get_world_size() + (x - x.detach())  # adds 0, and the gradient of x
+    if mean.requires_grad:
+        mean.register_hook(_mean_over_ranks)  # type: ignore[no-untyped-call]  # a mean is its own adjoint
+    return mean
+
+
+# g(v), and f*(g(v)) as one expression, because the two steps one by one would overflow or cancel
+_F_DIVERGENCES: dict[Kind, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "kl": (lambda v: v, lambda v: _exp(v - 1)),
+    "reverse_kl": (lambda v: -_exp(-v), lambda v: v - 1),
+    "pearson": (lambda v: v, lambda v: v.square() / 4 + v),
+    "neyman": (lambda v: 1 - _exp(-v), lambda v: 2 - 2 * _exp(-v / 2)),
+    "squared_hellinger": (lambda v: 1 - _exp(-v), lambda v: _exp(v) - 1),
+    "jensen_shannon": (lambda v: math.log(2) - _softplus(-v), lambda v: _softplus(v) - math.log(2)),
+    "gan": (lambda v: -_softplus(-v), _softplus),
+    "total_variation": (lambda v: v.tanh() / 2, lambda v: v.tanh() / 2),
+}

@@ -1,0 +1,399 @@
+"""Small generators and discriminators for tests, recipes and examples: MLP, DCGAN, ResNet and an auto-encoder.
+
+Any `torch.nn.Module` can be trained; these only spare the writing. All are twice differentiable, as gradient penalties
+need. Every network but `AutoEncoder` becomes class-conditional by `num_classes` and then needs labels, int64 in
+[0, num_classes). Without classes labels are not looked at: a labelled batch hands its labels to every network.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MLP", "AutoEncoder", "DCGANDiscriminator", "DCGANGenerator", "ResNetDiscriminator", "ResNetGenerator"]
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
+_SIZES = (8, 16, 32, 64, 128)
+_SLOPE = 0.2  # of every LeakyReLU here, as in the DCGAN and R3GAN papers
+_GAIN = nn.init.calculate_gain("leaky_relu", _SLOPE)
+
+
+def _require(condition: bool, name: str, what: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"`{name}` must be {what}, got {value!r}.")
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _are_positive(values: object, at_least: int) -> bool:
+    return isinstance(values, Sequence) and len(values) >= at_least and all(map(_is_positive, values))
+
+
+def _check(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if value is None and name in ("output_activation", "gain", "num_classes"):
+            continue
+        if name == "size":
+            _require(_is_positive(value) and value in _SIZES, name, f"one of {', '.join(map(str, _SIZES))}", value)
+        elif name in ("input_scale", "gain"):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+            _require(number, name, "a positive number", value)
+        elif "activation" in name:
+            is_class = isinstance(value, type) and issubclass(value, nn.Module)
+            _require(is_class, name, "a module class such as torch.nn.Tanh", value)
+        else:
+            _require(_is_positive(value), name, "a positive integer", value)
+
+
+def _need(labels: Tensor | None, num_classes: int, network: str) -> Tensor:
+    if labels is None:
+        raise ValueError(f"`labels` are needed: this {network} was made for {num_classes} classes.")
+    return labels
+
+
+def _widths(size: int, width: int, limit: int = 32) -> list[int]:
+    """Return the channels at size, size / 2, ..., 4: each twice the one before, up to `limit` · width."""
+    return [width * min(2**i, limit) for i in range((size // 4).bit_length())]
+
+
+def _draw(layer: Layer, std: float, mean: float = 0.0) -> Layer:
+    """Return the layer with weights from N(mean, std²) and zero biases."""
+    nn.init.normal_(layer.weight, mean, std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class MLP(nn.Module):
+    """Multilayer perceptron: a generator or a discriminator of points and of small images.
+
+    .. math:: h_0 = [s x, e_y], \\quad h_i = a(W_i h_{i-1} + b_i), \\quad f(x, y) = o(W_L h_{L-1} + b_L)
+
+    Input (n, ...), flattened to (n, sizes[0]), and labels (n,) to (n, sizes[-1]) or (n, *output_shape).
+
+    Args:
+        sizes: Lengths of the input (without the label), of each hidden layer and of the output.
+        activation: Class of the nonlinearity a.
+        output_activation: Class of the nonlinearity o; None: none.
+        output_shape: Shape of one output, such as [1, 8, 8], or [] for one logit per sample; its product is the last
+            of `sizes`. None: the output stays flat.
+        input_scale: Factor s of the input, positive; 1/4 in the Unrolled GAN, https://arxiv.org/abs/1611.02163.
+        gain: Gain of an orthogonal initialization of all weights, with zero biases; positive. None: torch's own.
+        num_classes: Number of classes; their one-hot code e_y is concatenated to the input. None: no classes.
+
+    Raises:
+        ValueError: If an argument is out of its range, or labels are missing.
+
+    Example:
+        >>> generator = MLP([16, 32, 64], output_activation=nn.Tanh, output_shape=[1, 8, 8], num_classes=10)
+        >>> generator(torch.randn(5, 16), torch.tensor([0, 1, 2, 3, 9])).shape
+        torch.Size([5, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        activation: type[nn.Module] = nn.ReLU,
+        output_activation: type[nn.Module] | None = None,
+        output_shape: Sequence[int] | None = None,
+        input_scale: float = 1.0,
+        gain: float | None = None,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        _require(_are_positive(sizes, 2), "sizes", "two or more positive integers", sizes)
+        _check(activation=activation, output_activation=output_activation)
+        _check(input_scale=input_scale, gain=gain, num_classes=num_classes)
+        shape = sizes[-1:] if output_shape is None else output_shape
+        fits = _are_positive(shape, 0) and math.prod(shape) == sizes[-1]
+        _require(fits, "output_shape", f"positive integers with the product {sizes[-1]}, as in `sizes`", shape)
+        self.output_shape, self.input_scale, self.num_classes = tuple(shape), input_scale, num_classes
+        layers: list[nn.Module] = []
+        for inside, outside in pairwise([sizes[0] + (num_classes or 0), *sizes[1:]]):
+            linear = nn.Linear(inside, outside)
+            if gain is not None:
+                nn.init.orthogonal_(_draw(linear, 0.0).weight, gain)
+            layers += [linear, activation()]
+        layers[-1:] = [] if output_activation is None else [output_activation()]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the network's output for each row of `x`."""
+        x = x.flatten(1) * self.input_scale
+        if self.num_classes is not None:
+            labels = _need(labels, self.num_classes, "network")
+            x = torch.cat([x, nn.functional.one_hot(labels, self.num_classes).to(x.dtype)], dim=1)
+        output: Tensor = self.layers(x)
+        return output.reshape(len(x), *self.output_shape)
+
+
+class _Generator(nn.Module):
+    """Latents and an embedding of the class, as long and at first N(0, 1) like them, through `layers`."""
+
+    layers: nn.Sequential
+
+    def __init__(self, latent_dim: int, num_classes: int | None) -> None:
+        super().__init__()
+        _check(latent_dim=latent_dim, num_classes=num_classes)
+        self.features = latent_dim if num_classes is None else 2 * latent_dim
+        self.embedding = None if num_classes is None else nn.Embedding(num_classes, latent_dim)
+
+    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return one image for each latent vector."""
+        if self.embedding is not None:
+            labels = _need(labels, self.embedding.num_embeddings, "generator")
+            latents = torch.cat([latents, self.embedding(labels)], dim=1)
+        images: Tensor = self.layers(latents)
+        return images
+
+
+class _Discriminator(nn.Module):
+    """Logit w·h(x) + b + <e(y), h(x)> of features h, which `layers` make; without classes, without the last term.
+
+    "cGANs with Projection Discriminator", https://arxiv.org/abs/1802.05637. Both w and e start as N(0, 1 / features).
+    """
+
+    def __init__(self, layers: list[nn.Module], features: int, num_classes: int | None, bias: bool = True) -> None:
+        super().__init__()
+        _check(num_classes=num_classes)
+        self.layers = nn.Sequential(*layers, nn.Flatten())
+        self.linear = _draw(nn.Linear(features, 1, bias=bias), features**-0.5)
+        self.embedding = None if num_classes is None else nn.Embedding(num_classes, features)
+        if self.embedding is not None:
+            nn.init.normal_(self.embedding.weight, std=features**-0.5)
+
+    def forward(self, samples: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return one logit for each image."""
+        features: Tensor = self.layers(samples)
+        logits: Tensor = self.linear(features).squeeze(1)
+        if self.embedding is None:
+            return logits
+        labels = _need(labels, self.embedding.num_embeddings, "discriminator")
+        return logits.add((self.embedding(labels) * features).sum(dim=1))
+
+
+class DCGANGenerator(_Generator):
+    """Generator of DCGAN: transposed 4x4 convolutions and ReLU, from a 4x4 base to the full size, then tanh.
+
+    "Unsupervised Representation Learning with Deep Convolutional Generative Adversarial Networks",
+    https://arxiv.org/abs/1511.06434. With batch normalization, weights start as N(0, 0.02²) and no layer has a bias;
+    without, all have one and weights start as N(0, 2 / fan-in), because 0.02 would let the signal die.
+    Latents (n, latent_dim) and labels (n,) to images (n, channels, size, size) in [-1, 1].
+
+    Args:
+        latent_dim: Length of a latent vector.
+        channels: Channels of an image.
+        size: Height and width in pixels: 8, 16, 32, 64 or 128.
+        width: Channels of the last hidden layer; they double towards the base.
+        batch_norm: Whether hidden layers are batch-normalized.
+        num_classes: Number of classes; their learned embedding is concatenated to the latents. None: no classes.
+
+    Raises:
+        ValueError: If an argument is out of its range, or labels are missing.
+
+    Example:
+        >>> DCGANGenerator(latent_dim=16, size=32, width=8)(torch.randn(4, 16)).shape
+        torch.Size([4, 3, 32, 32])
+    """
+
+    def __init__(
+        self,
+        latent_dim: int = 128,
+        channels: int = 3,
+        size: int = 64,
+        width: int = 64,
+        batch_norm: bool = True,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__(latent_dim, num_classes)
+        _check(channels=channels, size=size, width=width)
+        widths = [self.features, *_widths(size // 2, width)[::-1], channels]
+        layers: list[nn.Module] = [nn.Unflatten(1, (-1, 1, 1))]
+        for i, (inside, outside) in enumerate(pairwise(widths)):
+            stride, padding, taps = (2, 1, 4) if i else (1, 0, 1)  # the first makes 4x4 from 1x1
+            convolution = nn.ConvTranspose2d(inside, outside, 4, stride, padding, bias=not batch_norm)
+            layers += [_draw(convolution, 0.02 if batch_norm else math.sqrt(2 / (inside * taps)))]
+            if i < len(widths) - 2:
+                layers += [_draw(nn.BatchNorm2d(outside), 0.02, mean=1.0)] if batch_norm else []
+                layers += [nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Tanh())
+
+
+class DCGANDiscriminator(_Discriminator):
+    """Discriminator of DCGAN: 4x4 convolutions of stride 2 and LeakyReLU(0.2) down to 4x4, then one logit.
+
+    https://arxiv.org/abs/1511.06434, with biases and first weights as in `DCGANGenerator`. Conditional by projection,
+    w·h + b + <e(y), h> of the 4x4 features h, https://arxiv.org/abs/1802.05637.
+    Images (n, channels, size, size) and labels (n,) to logits (n,).
+
+    Args:
+        channels: Channels of an image.
+        size: Height and width in pixels: 8, 16, 32, 64 or 128.
+        width: Channels of the first hidden layer; they double towards the logit.
+        batch_norm: Whether hidden layers but the first are batch-normalized; then gradients mix the samples.
+        num_classes: Number of classes of the projection; None: no classes.
+
+    Raises:
+        ValueError: If an argument is out of its range, or labels are missing.
+
+    Example:
+        >>> DCGANDiscriminator(size=32, width=8)(torch.randn(4, 3, 32, 32)).shape
+        torch.Size([4])
+    """
+
+    def __init__(
+        self,
+        channels: int = 3,
+        size: int = 64,
+        width: int = 64,
+        batch_norm: bool = False,
+        num_classes: int | None = None,
+    ) -> None:
+        _check(channels=channels, size=size, width=width)
+        widths = _widths(size // 2, width)
+        layers: list[nn.Module] = []
+        for i, (inside, outside) in enumerate(pairwise([channels, *widths])):
+            convolution = nn.Conv2d(inside, outside, 4, stride=2, padding=1, bias=not batch_norm)
+            layers += [_draw(convolution, 0.02 if batch_norm else _GAIN / math.sqrt(inside * 16))]
+            layers += [_draw(nn.BatchNorm2d(outside), 0.02, mean=1.0)] if batch_norm and i else []
+            layers += [nn.LeakyReLU(_SLOPE)]
+        super().__init__(layers, widths[-1] * 16, num_classes, bias=not batch_norm)
+        if batch_norm:
+            _draw(self.linear, 0.02)
+
+
+def _convolution(inside: int, outside: int, kernel: int = 1, gain: float = 1.0, bias: bool = False) -> nn.Conv2d:
+    layer = nn.Conv2d(inside, outside, kernel, padding=kernel // 2, bias=bias)
+    return _draw(layer, gain / math.sqrt(inside * kernel**2))
+
+
+class ResidualBlock(nn.Module):
+    """Bottleneck without normalization, x + W3 a(W2 a(W1 x)), that starts as the identity, with W3 = 0.
+
+    "Fixup Initialization", https://arxiv.org/abs/1901.09321: W1 and W2 start with He's gain times depth^(-1/4), where
+    depth is the number of such blocks in the network. Input and output are (n, channels, height, width).
+    """
+
+    def __init__(self, channels: int, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            _convolution(channels, channels, 1, _GAIN * depth**-0.25, bias=True),
+            nn.LeakyReLU(_SLOPE),
+            _convolution(channels, channels, 3, _GAIN * depth**-0.25, bias=True),
+            nn.LeakyReLU(_SLOPE),
+            _convolution(channels, channels, 1, gain=0.0),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the input plus its residual."""
+        return x.add(self.layers(x))
+
+
+class ResNetGenerator(_Generator):
+    """Residual generator without normalization, in the manner of R3GAN.
+
+    A linear layer to 4x4; per resolution a residual block; in between 1x1 convolutions and bilinear upsampling; at the
+    end a 1x1 convolution and no tanh: trained on images in [-1, 1], outputs are roughly in [-1, 1]. "The GAN is dead;
+    long live the GAN! A Modern Baseline GAN", https://arxiv.org/abs/2501.05441; without its groups and 4x4 basis.
+    Latents (n, latent_dim) and labels (n,) to images (n, channels, size, size).
+
+    Args:
+        latent_dim: Length of a latent vector.
+        channels: Channels of an image.
+        size: Height and width in pixels: 8, 16, 32, 64 or 128.
+        width: Channels at the full resolution; they double towards the base, up to 8 · width.
+        num_classes: Number of classes; their learned embedding is concatenated to the latents. None: no classes.
+
+    Raises:
+        ValueError: If an argument is out of its range, or labels are missing.
+
+    Example:
+        >>> ResNetGenerator(latent_dim=16, size=32, width=8)(torch.randn(4, 16)).shape
+        torch.Size([4, 3, 32, 32])
+    """
+
+    def __init__(
+        self, latent_dim: int = 128, channels: int = 3, size: int = 64, width: int = 64, num_classes: int | None = None
+    ) -> None:
+        super().__init__(latent_dim, num_classes)
+        _check(channels=channels, size=size, width=width)
+        widths = _widths(size, width, limit=8)[::-1]
+        linear = _draw(nn.Linear(self.features, widths[0] * 16, bias=False), self.features**-0.5)
+        layers = [linear, nn.Unflatten(1, (widths[0], 4, 4)), ResidualBlock(widths[0], len(widths))]
+        for inside, outside in pairwise(widths):
+            change = [_convolution(inside, outside)] if inside != outside else []
+            layers += [*change, nn.Upsample(scale_factor=2, mode="bilinear"), ResidualBlock(outside, len(widths))]
+        self.layers = nn.Sequential(*layers, _convolution(width, channels))
+
+
+class ResNetDiscriminator(_Discriminator):
+    """Residual discriminator without normalization, in the manner of R3GAN: the mirror of `ResNetGenerator`.
+
+    Bilinear downsampling by one half is the mean of 2x2 pixels; a depthwise 4x4 convolution makes the features h.
+    https://arxiv.org/abs/2501.05441; conditional by projection: w·h + b + <e(y), h>, https://arxiv.org/abs/1802.05637.
+    Images (n, channels, size, size) and labels (n,) to logits (n,).
+
+    Args:
+        channels: Channels of an image.
+        size: Height and width in pixels: 8, 16, 32, 64 or 128.
+        width: Channels at the full resolution; they double towards 4x4, up to 8 · width.
+        num_classes: Number of classes of the projection; None: no classes.
+
+    Raises:
+        ValueError: If an argument is out of its range, or labels are missing.
+
+    Example:
+        >>> ResNetDiscriminator(size=32, width=8)(torch.randn(4, 3, 32, 32)).shape
+        torch.Size([4])
+    """
+
+    def __init__(self, channels: int = 3, size: int = 64, width: int = 64, num_classes: int | None = None) -> None:
+        _check(channels=channels, size=size, width=width)
+        widths = _widths(size, width, limit=8)
+        layers: list[nn.Module] = [_convolution(channels, width), ResidualBlock(width, len(widths))]
+        for inside, outside in pairwise(widths):
+            change = [_convolution(inside, outside)] if inside != outside else []
+            layers += [nn.AvgPool2d(2), *change, ResidualBlock(outside, len(widths))]
+        basis = nn.Conv2d(widths[-1], widths[-1], 4, groups=widths[-1], bias=False)
+        super().__init__([*layers, _draw(basis, 16**-0.5)], widths[-1], num_classes)
+
+
+class AutoEncoder(nn.Sequential):
+    """Auto-encoder that serves BEGAN as discriminator: it returns a reconstruction, not a logit.
+
+    3x3 convolutions of stride 2 with width, 2 · width, ... channels and ELU down to 4x4, a linear layer to the code; a
+    linear layer to 4x4, then 3x3 convolutions, ELU and nearest upsampling. "BEGAN: Boundary Equilibrium Generative
+    Adversarial Networks", https://arxiv.org/abs/1703.10717; one convolution per resolution where the paper has two.
+    Images (n, channels, size, size) to reconstructions of the same shape, without tanh.
+
+    Args:
+        channels: Channels of an image.
+        size: Height and width in pixels: 8, 16, 32, 64 or 128.
+        width: Channels at the full resolution.
+        code_dim: Length of the code.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> AutoEncoder(size=16, width=8)(torch.randn(4, 3, 16, 16)).shape
+        torch.Size([4, 3, 16, 16])
+    """
+
+    def __init__(self, channels: int = 3, size: int = 32, width: int = 32, code_dim: int = 64) -> None:
+        _check(channels=channels, size=size, width=width, code_dim=code_dim)
+        encoder: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.ELU()]
+        decoder: list[nn.Module] = [nn.Linear(code_dim, width * 16), nn.Unflatten(1, (width, 4, 4))]
+        widths = [width * i for i, _ in enumerate(_widths(size, width), start=1)]
+        for inside, outside in pairwise(widths):
+            encoder += [nn.Conv2d(inside, outside, 3, stride=2, padding=1), nn.ELU()]
+            decoder += [nn.Conv2d(width, width, 3, padding=1), nn.ELU(), nn.Upsample(scale_factor=2)]
+        encoder += [nn.Flatten(), nn.Linear(widths[-1] * 16, code_dim)]
+        decoder += [nn.Conv2d(width, width, 3, padding=1), nn.ELU(), nn.Conv2d(width, channels, 3, padding=1)]
+        super().__init__(OrderedDict(encoder=nn.Sequential(*encoder), decoder=nn.Sequential(*decoder)))

@@ -1,0 +1,501 @@
+"""The doors of GANModule, what it refuses, and what it does for validation, prediction and checkpoints."""
+
+import re
+from datetime import timedelta
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from toys import fit, points, sgd, small, trainer, weights
+
+from lightning_gan_stability import (
+    MLP,
+    BoundaryEquilibrium,
+    GANModule,
+    Hinge,
+    LeastSquares,
+    NonSaturating,
+    R1Penalty,
+    Regularizer,
+    UpdateRule,
+)
+
+# ---------- arguments
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"latent_dim": 0}, "`latent_dim` must be a positive integer, got 0."),
+        ({"latent_dim": 2.5}, "`latent_dim` must be a positive integer, got 2.5."),
+        ({"latent_dim": True}, "`latent_dim` must be a positive integer, got True."),
+        ({"accumulate": 0}, "`accumulate` must be a positive integer, got 0."),
+        ({"clip_norm": 0}, "`clip_norm` must be a positive finite number, got 0."),
+        ({"clip_norm": float("inf")}, "`clip_norm` must be a positive finite number, got inf."),
+        ({"clip_norm": -1.0}, "`clip_norm` must be a positive finite number, got -1.0."),
+        ({"noise_seed": 1.5}, "`noise_seed` must be of type int, got 1.5."),
+        ({"noise_seed": True}, "`noise_seed` must be of type int, got True."),
+        ({"loss": "hinge"}, "`loss` must be of type AdversarialLoss, got 'hinge'."),
+        ({"generator": None}, "`generator` must be of type Module, got None."),
+        ({"discriminator": lambda x: x}, "`discriminator` must be of type Module, got <function"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    good = {"generator": MLP([4, 2]), "discriminator": MLP([2, 1]), "latent_dim": 4}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        GANModule(**good | kwargs)
+
+
+def test_defaults():
+    gan = small()
+    assert isinstance(gan.loss, NonSaturating)
+    assert gan.plan == ("d", "g")
+    assert isinstance(gan.augment, nn.Identity)
+    for optimizer in gan.configure_optimizers()[0]:
+        assert isinstance(optimizer, torch.optim.Adam)
+        assert optimizer.defaults["lr"] == 2e-4
+        assert optimizer.defaults["betas"] == (0.5, 0.999)
+
+
+# ---------- doors
+
+
+def test_sample_maps_latents_through_the_generator():
+    gan = small()
+    z = torch.randn(5, 4)
+    assert torch.equal(gan.sample(5, latents=z), gan.generator(z))
+    assert torch.equal(gan(z), gan.generator(z))
+    assert gan.sample(3).shape == (3, 2)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (4, 4), (5,), (5, 4, 1)])
+def test_latents_of_the_wrong_size(shape):
+    with pytest.raises(ValueError, match=r"`latents` must have shape \(5, 4\), got "):
+        small().sample(5, latents=torch.zeros(shape))
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.0])
+def test_number_of_samples_is_checked(n):
+    with pytest.raises(ValueError, match="`n` must be a positive integer"):
+        small().sample(n)
+
+
+def test_eval_mode_samples_from_the_average():
+    gan = small()
+    gan.generator_ema = MLP([4, 16, 2])
+    z = torch.randn(5, 4)
+    assert torch.equal(gan.sample(5, latents=z), gan.generator(z))
+    gan.eval()
+    assert torch.equal(gan.sample(5, latents=z), gan.generator_ema(z))
+
+
+@pytest.mark.parametrize(
+    ("output", "shape"), [((6,), (6,)), ((6, 1), (6,)), ((6, 1, 1, 1), (6,)), ((6, 3), (6, 3)), ((6, 1, 2, 2), (6, 4))]
+)
+def test_logits_are_one_or_more_per_sample(output, shape):
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return torch.zeros(output)
+
+    assert GANModule(MLP([4, 2]), Fixed(), 4).discriminate(torch.zeros(6, 2)).shape == shape
+
+
+@pytest.mark.parametrize("output", [(), (1,), (3, 2)])
+def test_other_logits_are_refused(output):
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return torch.zeros(output)
+
+    with pytest.raises(ValueError, match=r"expected shape \(6,\) or \(6, patches\), got \("):
+        GANModule(MLP([4, 2]), Fixed(), 4).discriminate(torch.zeros(6, 2))
+
+
+def test_augmentation_acts_on_real_and_fake_and_the_penalty_looks_before_it():
+    class Triple(nn.Module):
+        def forward(self, x):
+            return 3 * x
+
+    gan = GANModule(MLP([4, 2]), nn.Linear(2, 1, bias=False), 4, d_optimizer=sgd(0.0), g_optimizer=sgd(0.0))
+    gan.augment = Triple()
+    x = torch.randn(3, 2)
+    torch.testing.assert_close(gan.discriminate(x), 3 * gan.discriminator(x).squeeze(1))
+    run = fit(gan, points(1), callbacks=[R1Penalty(2.0)])
+    torch.testing.assert_close(run.callback_metrics["d/r1"], 9 * gan.discriminator.weight.detach().square().sum())
+
+
+def test_patch_logits_train():
+    gan = GANModule(MLP([4, 2]), MLP([2, 8, 5]), 4)
+    run = fit(gan, points(2), callbacks=[R1Penalty(0.1)])
+    assert run.callback_metrics["d/adversarial"].isfinite()
+
+
+def test_a_subclass_overrides_a_door():
+    class Scaled(GANModule):
+        def discriminate(self, samples, labels=None):
+            return 2 * super().discriminate(samples, labels)
+
+    gan = Scaled(MLP([4, 2]), MLP([2, 1]), 4)
+    run = fit(gan, points(1))
+    assert run.callback_metrics["d/real_logit"].isfinite()
+
+
+# ---------- labels
+
+
+class Conditional(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.net = nn.Linear(inputs + 3, outputs)
+        self.seen = []
+
+    def forward(self, x, labels=None):
+        self.seen.append(labels)
+        code = torch.zeros(len(x), 3) if labels is None else nn.functional.one_hot(labels, 3).to(x.dtype)
+        return self.net(torch.cat([x, code], 1))
+
+
+class Needy(Conditional):
+    def forward(self, x, labels):
+        return super().forward(x, labels)
+
+
+class Keyword(nn.Module):
+    """A second parameter that is not for labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(2, 1)
+
+    def forward(self, x, features=False):
+        assert features is False
+        return self.net(x)
+
+
+LABELLED = [(torch.randn(6, 2), torch.tensor([0, 1, 2, 0, 1, 2]))]
+
+
+def test_labels_reach_the_networks_that_take_them():
+    gan = GANModule(Conditional(4, 2), Keyword(), 4)
+    fit(gan, LABELLED)
+    assert all(torch.equal(labels, LABELLED[0][1]) for labels in gan.generator.seen)
+    gan = GANModule(MLP([4, 2]), Needy(2, 1), 4)
+    fit(gan, [{"image": LABELLED[0][0], "label": LABELLED[0][1]}])
+    assert all(torch.equal(labels, LABELLED[0][1]) for labels in gan.discriminator.seen)
+
+
+def test_micro_batches_take_their_labels_along():
+    gan = GANModule(Conditional(4, 2), Needy(2, 1), 4, accumulate=4)
+    fit(gan, LABELLED)
+    assert [len(labels) for labels in gan.generator.seen] == [2, 2, 2] * 2
+
+
+def test_labels_that_are_needed_and_missing():
+    with pytest.raises(ValueError, match=r"The generator failed on .*: it takes labels, but none were given"):
+        GANModule(Needy(4, 2), MLP([2, 1]), 4).sample(2)
+    gan = GANModule(Conditional(4, 2), MLP([2, 1]), 4)
+    assert gan.sample(2).shape == (2, 2)
+    with pytest.raises(ValueError, match=r"`labels` must have 2 entries, one for each sample, got 3\."):
+        gan.sample(2, labels=torch.tensor([0, 1, 2]))
+
+
+# ---------- batches and shapes
+
+
+def test_batch_forms():
+    gan, x, y = small(), torch.zeros(2, 2), torch.tensor([0, 1])
+    for batch, labels in [(x, None), ((x,), None), ([x], None), ((x, y), y), ([x, y], y), ({"image": x}, None)]:
+        assert gan.unpack(batch)[0] is x
+        assert gan.unpack(batch)[1] is labels
+    assert gan.unpack({"image": x, "label": y})[1] is y
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ("text", "A batch must be a tensor, .* got a str"),
+        ({"img": torch.zeros(2, 2)}, r"got a dict with keys \['img'\]: override `GANModule.unpack`"),
+        ((torch.zeros(2), torch.zeros(2), torch.zeros(2)), "got a tuple of a torch.float32 tensor"),
+        ((torch.zeros(2, 2), "cat"), "got a tuple of a torch.float32 tensor of shape .*, a str"),
+        (torch.zeros(2, 2, dtype=torch.uint8), "must be floating point .* got a torch.uint8 tensor"),
+        (torch.zeros(0, 2), "at least one, got a torch.float32 tensor of shape"),
+        (None, "got a NoneType"),
+        ((), "got a tuple of nothing"),
+    ],
+)
+def test_unknown_batches(batch, message):
+    with pytest.raises(ValueError, match=message):
+        small().unpack(batch)
+
+
+def test_networks_that_do_not_fit_are_explained_before_the_first_step():
+    cases = [
+        (
+            GANModule(MLP([4, 3]), MLP([2, 1]), 4),
+            r"The generator made samples of shape \(3,\), but the data have shape \(2,\)",
+        ),
+        (
+            GANModule(MLP([5, 2]), MLP([2, 1]), 4),
+            r"The generator failed on an input of shape \(8, 4\): .*\(8x4 and 5x2\)",
+        ),
+        (
+            GANModule(MLP([4, 2]), MLP([3, 1]), 4),
+            r"The discriminator failed on an input of shape \(8, 2\): .*\(8x2 and 3x1\)",
+        ),
+        (GANModule(nn.LSTM(4, 2), MLP([3, 1]), 4), r"The generator failed on .*: it must return a tensor, got a tuple"),
+        (
+            GANModule(MLP([4, 2]), nn.Sequential(nn.Linear(2, 2), nn.Flatten(0)), 4),
+            r"The discriminator must return one logit or more per sample",
+        ),
+    ]
+    for gan, message in cases:
+        with pytest.raises(ValueError, match=message):
+            fit(gan, points(3))
+        assert gan.iteration == 0
+
+
+class Empty(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+@pytest.mark.filterwarnings("ignore:Total length of .* across ranks is zero")  # so says Lightning, and goes on
+def test_an_empty_loader_is_an_error():
+    for loader in (DataLoader([], batch_size=None), DataLoader(points(3), batch_size=5, drop_last=True)):
+        with pytest.raises(Exception, match="The training loader has no batches"):
+            trainer(max_steps=5).fit(small(), loader)
+    with pytest.raises(Exception, match="The training loader has no batches"):
+        trainer(max_steps=5).fit(small(), DataLoader(Empty(), batch_size=None))
+
+
+def test_a_run_that_is_done_is_no_empty_loader(tmp_path):
+    run = fit(small(), points(3), max_steps=3, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True)
+    path = run.checkpoint_callback.best_model_path
+    fit(
+        small(),
+        points(3),
+        max_steps=3,
+        callbacks=[ModelCheckpoint(tmp_path)],
+        enable_checkpointing=True,
+        ckpt_path=path,
+    )
+    fit(small(), points(3), limit_train_batches=0)
+
+
+# ---------- refusals
+
+
+def test_strategies_that_cannot_do_this_are_refused():
+    for kind in (FSDPStrategy, DeepSpeedStrategy):
+        gan = small()
+        gan._trainer = trainer()
+        gan.trainer.strategy.__class__ = type(kind.__name__, (kind, type(gan.trainer.strategy)), {})
+        with pytest.raises(Exception, match=f"{kind.__name__} cannot train two optimizers .* use strategy='ddp'"):
+            gan.setup("fit")
+
+
+def test_a_checkpoint_interval_that_lightning_would_ignore_is_refused(tmp_path):
+    saver = ModelCheckpoint(tmp_path, train_time_interval=timedelta(seconds=1))
+    with pytest.raises(Exception, match=r"train_time_interval.* saves nothing under manual optimization"):
+        fit(small(), points(1), callbacks=[saver], enable_checkpointing=True)
+
+
+def test_lightnings_own_clipping_and_accumulation_are_refused():
+    for kwargs in ({"gradient_clip_val": 1.0}, {"accumulate_grad_batches": 2}):
+        with pytest.raises(Exception, match="manual optimization"):
+            fit(small(), points(1), **kwargs)
+
+
+# ---------- validation, prediction
+
+
+def test_validation_logs_held_out_losses():
+    gan = small(loss=Hinge())
+    run = trainer()
+    run.validate(gan, DataLoader(points(2), batch_size=None), verbose=False)
+    assert set(run.callback_metrics) == {"val/d/adversarial", "val/g/adversarial", "val/d/accuracy"}
+    first = dict(run.callback_metrics)
+    run.validate(gan, DataLoader(points(2), batch_size=None), verbose=False)
+    assert first == dict(run.callback_metrics)  # the same noise each time
+    real = torch.cat(points(2))
+    expected = (1 - gan.discriminate(real)).relu().mean()
+    fakes = (1 + gan.discriminate(torch.cat([gan.sample(8, latents=z) for z in _latents(gan)]))).relu().mean()
+    torch.testing.assert_close(first["val/d/adversarial"], (expected + fakes).detach())
+
+
+def _latents(gan):
+    gan._now.draw = 0
+    return [gan.randn(8, 4), gan.randn(8, 4)]
+
+
+def test_validation_inside_training_changes_nothing():
+    a, b = small(), small()
+    fit(a, points(4))
+    run = trainer(val_check_interval=2)
+    run.fit(b, DataLoader(points(4), batch_size=None), DataLoader(points(2, seed=5), batch_size=None))
+    assert torch.equal(weights(a), weights(b))
+    assert "val/d/adversarial" in run.callback_metrics
+
+
+def test_predict_returns_samples():
+    gan = GANModule(Needy(4, 2), MLP([2, 1]), 4)
+    samples = trainer().predict(gan, DataLoader(LABELLED * 2, batch_size=None))
+    assert [s.shape for s in samples] == [(6, 2), (6, 2)]
+    assert not torch.equal(samples[0], samples[1])
+    again = trainer().predict(gan, DataLoader(LABELLED * 2, batch_size=None))
+    assert all(torch.equal(a, b) for a, b in zip(samples, again, strict=True))
+
+
+# ---------- extensions
+
+
+def test_a_regularizer_of_three_lines():
+    class Drift(Regularizer):
+        def penalty(self, module, play):
+            return play.real_logits.square()
+
+    gan = small(d_optimizer=sgd(0.1), g_optimizer=sgd(0.1))
+    run = fit(gan, points(1), callbacks=[Drift(weight=2.0)])
+    assert run.callback_metrics["d/drift"] >= 0
+
+    class ByGradient(Regularizer):
+        weight = 0.5
+
+        def penalty(self, module, play):
+            (g,) = torch.autograd.grad(play.real_logits.sum(), play.real, create_graph=True)
+            return g.square().sum(1)
+
+    a = fit(small(), points(1), callbacks=[ByGradient()])
+    b = fit(small(), points(1), callbacks=[R1Penalty(1.0)])
+    torch.testing.assert_close(a.callback_metrics["d/by_gradient"], b.callback_metrics["d/r1"])
+
+
+def test_a_penalty_of_the_generator_differentiates_by_the_latents():
+    class PathLength(Regularizer):
+        player = "g"
+
+        def penalty(self, module, play):
+            (g,) = torch.autograd.grad(play.fake.sum(), play.latents, create_graph=True)
+            return g.square().sum(1)
+
+    gan = GANModule(nn.Linear(4, 2, bias=False), MLP([2, 1]), 4, g_optimizer=sgd(0.0))
+    run = fit(gan, points(1), callbacks=[PathLength()])
+    expected = gan.generator.weight.detach().sum(0).square().sum()
+    torch.testing.assert_close(run.callback_metrics["g/path_length"], expected)
+
+
+def test_a_rule_from_the_two_primitives():
+    class GeneratorFirst(UpdateRule):
+        def __call__(self, module, batch):
+            for player in ("g", "d"):
+                module.compute_gradients(player, batch)
+                module.apply_gradients(player)
+
+    a, b = small(), small()
+    b.plan = ("g", "d")
+    fit(a, points(3), callbacks=[GeneratorFirst()])
+    fit(b, points(3))
+    assert torch.equal(weights(a), weights(b))
+
+
+def test_a_callback_turns_the_plan():
+    class EverySecond(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            module.plan = ("d", "g") if batch_idx % 2 else ("d",)
+
+    gan = small()
+    before = weights(gan.generator)
+    fit(gan, points(1), callbacks=[EverySecond()])
+    assert torch.equal(before, weights(gan.generator))
+    fit(gan, points(2), callbacks=[EverySecond()])
+    assert not torch.equal(before, weights(gan.generator))
+
+
+def test_a_conditional_auto_encoder_is_judged_by_its_error():
+    gan = GANModule(MLP([4, 2]), MLP([2, 8, 2]), 4, loss=BoundaryEquilibrium())
+    x = torch.randn(5, 2)
+    expected = (gan.discriminator(x) - x).abs().mean(1)
+    torch.testing.assert_close(gan.discriminate(x), expected)
+    run = fit(gan, points(4))
+    assert gan.loss.k > 0
+    assert run.callback_metrics["d/real_logit"] > 0
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_began_moves_its_control_once_per_discriminator_step(accumulate):
+    """Frozen networks, so that both errors stay what they are and k follows its closed form."""
+
+    class Shift(nn.Module):
+        def __init__(self, by):
+            super().__init__()
+            self.by = nn.Parameter(torch.tensor(by))
+
+        def forward(self, x):
+            return x + self.by
+
+    class Ones(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, z):
+            return torch.ones(len(z), 2) * self.scale
+
+    gan = GANModule(
+        Ones(),
+        Shift(0.8),
+        4,
+        loss=BoundaryEquilibrium(gamma=0.5, lambda_k=0.01),
+        d_optimizer=sgd(0.0),
+        g_optimizer=sgd(0.0),
+        accumulate=accumulate,
+    )
+    gan.plan = ("d", "g", "d")
+    fit(gan, points(5, batch_size=7))
+    # both errors are 0.8, γ·0.8 − 0.8 < 0: k stays at its floor; with γ = 1 it would stand still
+    assert gan.loss.k == 0
+    gan.loss.k.fill_(0.5)
+    fit(gan, points(5, batch_size=7))
+    assert gan.loss.k.item() == pytest.approx(0.5 + 10 * 0.01 * (0.5 * 0.8 - 0.8), abs=1e-6)
+    assert gan.loss.convergence.item() == pytest.approx(0.8 + abs(0.5 * 0.8 - 0.8), abs=1e-6)
+
+
+# ---------- hyperparameters
+
+
+def test_hyperparameters_hold_plain_values_alone():
+    class Mine(GANModule):
+        def __init__(self, width, extra=None, **kwargs):
+            super().__init__(MLP([4, width, 2]), MLP([2, width, 1]), latent_dim=4, **kwargs)
+            self.save_hyperparameters()
+
+    gan = Mine(width=8, extra=nn.Linear(1, 1), loss=LeastSquares(), clip_norm=1.0)
+    assert gan.hparams["width"] == 8
+    assert gan.hparams["clip_norm"] == 1.0
+    assert not {"extra", "loss", "generator", "discriminator"} & set(gan.hparams)
+    assert dict(gan.hparams_initial) == dict(gan.hparams)
+
+
+def test_a_subclass_that_builds_its_networks_loads_without_arguments(tmp_path):
+    class Own(GANModule):
+        def __init__(self, width: int = 8) -> None:
+            super().__init__(MLP([4, width, 2]), MLP([2, width, 1]), latent_dim=4, loss=Hinge())
+
+    run = fit(Own(width=6), points(2), callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True)
+    loaded = Own.load_from_checkpoint(run.checkpoint_callback.best_model_path, weights_only=True)
+    assert isinstance(loaded.loss, Hinge)
+    assert torch.equal(weights(loaded), weights(run.lightning_module))
+    assert loaded.iteration == 2
+
+
+def test_a_foreign_checkpoint_is_refused(tmp_path):
+    run = fit(small(), points(1), callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True)
+    path = run.checkpoint_callback.best_model_path
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["gan"]
+    torch.save(checkpoint, tmp_path / "foreign.ckpt")
+    with pytest.raises(ValueError, match="This is no checkpoint of a GANModule"):
+        GANModule.load_from_checkpoint(tmp_path / "foreign.ckpt", generator=MLP([4, 2]), discriminator=MLP([2, 1]))

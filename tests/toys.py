@@ -1,0 +1,80 @@
+"""Games whose moves are known in closed form, and a Trainer without noise around it."""
+
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_gan_stability import MLP, GANModule
+
+
+def sgd(lr):
+    return lambda parameters: torch.optim.SGD(parameters, lr=lr)
+
+
+class Point(nn.Module):
+    """The Dirac-GAN's generator: every sample is θ."""
+
+    def __init__(self, theta=1.0, dtype=torch.float64):
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor([theta], dtype=dtype))
+
+    def forward(self, latents):
+        return self.theta.expand(len(latents), 1)
+
+
+class Line(nn.Module):
+    """The Dirac-GAN's discriminator: l(x) = ψ·x."""
+
+    def __init__(self, psi=1.0, dtype=torch.float64):
+        super().__init__()
+        self.psi = nn.Parameter(torch.tensor([psi], dtype=dtype))
+
+    def forward(self, samples):
+        return samples @ self.psi
+
+
+def dirac(lr=0.2, psi=1.0, **kwargs):
+    return GANModule(Point(), Line(psi), latent_dim=1, g_optimizer=sgd(lr), d_optimizer=sgd(lr), **kwargs)
+
+
+def zeros(n, batch_size=1):
+    """The Dirac-GAN's data: n batches of the point 0."""
+    return [torch.zeros(batch_size, 1, dtype=torch.float64)] * n
+
+
+def small(seed=0, **kwargs):
+    """A GAN of two small MLPs on two-dimensional data."""
+    torch.manual_seed(seed)
+    return GANModule(MLP([4, 16, 2]), MLP([2, 16, 1]), latent_dim=4, **kwargs)
+
+
+def points(n, batch_size=8, seed=0, dtype=torch.float32):
+    """n batches of two-dimensional data."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch_size, 2, generator=generator, dtype=dtype) for _ in range(n)]
+
+
+def trainer(**kwargs):
+    quiet = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 50,
+        "max_epochs": 1,
+    }
+    return Trainer(**quiet | kwargs)
+
+
+def fit(module, batches, ckpt_path=None, **kwargs):
+    """Train on a list of batches, one epoch unless told otherwise."""
+    run = trainer(**kwargs)
+    run.fit(module, DataLoader(batches, batch_size=None), ckpt_path=ckpt_path)
+    return run
+
+
+def weights(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
