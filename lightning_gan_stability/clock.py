@@ -43,6 +43,7 @@ class Moment:
         shown: somebody looks at this step's values.
         differentiate: what of a play due penalties differentiate by.
         terms: the terms of each player's loss.
+        judged: the logits of real and fake samples that the discriminator's gradient was taken from.
         logs: the last value of everything that is logged.
         unchecked: step, player and values that may not be finite.
     """
@@ -54,6 +55,7 @@ class Moment:
     shown: bool = False
     differentiate: frozenset[str] = frozenset()
     terms: dict[Player, dict[str, Tensor]] = field(default_factory=lambda: {"d": {}, "g": {}})
+    judged: tuple[Tensor, Tensor] | None = None
     logs: dict[str, Tensor] = field(default_factory=dict)
     unchecked: list[tuple[int, Player, dict[str, Tensor]]] = field(default_factory=list)
 
@@ -138,7 +140,7 @@ class Clockwork(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One GAN step on one batch by the run's update rule; ``iteration`` and ``global_step`` rise by one."""
         now = self._now
-        now.draw, now.stepped, now.in_step, now.shown = 0, False, True, self._is_shown()
+        now.draw, now.rows, now.stepped, now.in_step, now.shown = 0, None, False, True, self._is_shown()
         self._rule()(self, batch)  # type: ignore[arg-type]
         if not now.stepped:
             # one batch is one global_step, also when a rule leaves both players where they are
@@ -293,7 +295,9 @@ class Clockwork(LightningModule):
 
     def _set_hparams(self, hp: Any) -> None:
         # plain data alone: live networks would be copied, pickled and logged
-        super()._set_hparams({name: value for name, value in dict(hp).items() if doors.is_plain(value)})
+        super()._set_hparams(
+            {name: value for name, value in self._to_hparams_dict(hp).items() if doors.is_plain(value)}
+        )
 
 
 _ALTERNATING = Alternating()

@@ -108,7 +108,6 @@ class GANModule(Clockwork):
         self.latent_dim = latent_dim
         self._loss_given = loss is not None
         self._plan: tuple[Player, ...] = ("d", "g")
-        self._judged: Play | None = None
 
     @property
     def plan(self) -> tuple[Player, ...]:
@@ -245,7 +244,7 @@ class GANModule(Clockwork):
         self._now.logs.update(self._now.terms[player])
         play = _join(plays)
         if player == "d":
-            self._judged = play
+            self._now.judged = _both_logits(play)
         return play
 
     def apply_gradients(self, player: Player) -> None:
@@ -258,8 +257,8 @@ class GANModule(Clockwork):
             FloatingPointError: if a term of the loss or the gradient is not finite; then nothing steps.
         """
         self._step(player)
-        if player == "d" and self._judged is not None:
-            real, fake = _both_logits(self._judged)
+        if player == "d" and self._now.judged is not None:
+            real, fake = self._now.judged
             if self._loss_moves:
                 # in train mode a loss with a state of its own (BEGAN's k) moves it, as BatchNorm moves its statistics
                 with torch.no_grad():
@@ -278,7 +277,10 @@ class GANModule(Clockwork):
                 penalty = regularizer.weight * regularizer.penalty(self, play).mean()
             terms[_unused(f"{player}/{regularizer.name}", terms)] = penalty.detach()
             total = total + regularizer.every * penalty
-        self.manual_backward(total if share == 1 else share * total)
+        autocast = torch.is_autocast_enabled(self.device.type)
+        # backward repeats the types of the forward pass; under autocast it would lower those of the penalties
+        with torch.autocast(self.device.type, enabled=False) if autocast else nullcontext():
+            self.manual_backward(total if share == 1 else share * total)
         seen = self._now.terms[player]
         self._now.terms[player] = {k: v if share == 1 else seen.get(k, 0) + share * v for k, v in terms.items()}
         return play
@@ -359,16 +361,20 @@ class GANModule(Clockwork):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the iteration and the loss."""
         self._raise_unless_finite()
-        checkpoint["gan"] = {"iteration": self.iteration, "loss": doors.recipe(self.loss)}
+        checkpoint["gan"] = {"iteration": self.iteration, "draw": self._now.draw, "loss": doors.recipe(self.loss)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the iteration and, as far as they are not there, the loss, the parametrizations and the average."""
         if "gan" not in checkpoint:
             raise ValueError("This is no checkpoint of a GANModule: it has no entry 'gan'.")
-        self.iteration = checkpoint["gan"]["iteration"]
+        gan, state = checkpoint["gan"], checkpoint["state_dict"]
+        self.iteration, self._now.draw = gan["iteration"], gan["draw"]
         if self._trainer is None and not self._loss_given:
-            self.loss = doors.cook(AdversarialLoss, checkpoint["gan"]["loss"])  # type: ignore[type-abstract]
-        state = checkpoint["state_dict"]
+            self.loss = doors.cook(AdversarialLoss, gan["loss"])  # type: ignore[type-abstract]
+        if type(self.loss).__qualname__ != gan["loss"]["name"]:
+            for key in [k for k in state if k.startswith("loss.")]:
+                del state[key]  # a loss that is passed wins, with its own state
+            state.update(self.loss.state_dict(prefix="loss."))
         doors.restore_parametrizations(self, state)
         if self.generator_ema is None and any(key.startswith("generator_ema.") for key in state):
             self.generator_ema = deepcopy(self.generator).requires_grad_(False)

@@ -414,7 +414,7 @@ def test_a_callback_turns_the_plan():
     assert not torch.equal(before, weights(gan.generator))
 
 
-def test_a_conditional_auto_encoder_is_judged_by_its_error():
+def test_an_auto_encoder_is_judged_by_its_error():
     gan = GANModule(MLP([4, 2]), MLP([2, 8, 2]), 4, loss=BoundaryEquilibrium())
     x = torch.randn(5, 2)
     expected = (gan.discriminator(x) - x).abs().mean(1)

@@ -1,0 +1,357 @@
+"""Two processes on the halves of a batch equal one process on all of it.
+
+By design ranks draw different noise, so here every sample brings its own latents: they are columns of the data.
+One pair of processes trains all cases; the parent trains them on the whole batches and compares.
+"""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+import traceback
+import warnings
+
+import pytest
+import torch
+from filelock import FileLock
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
+from toys import fit, points, small, trainer, weights
+
+from lightning_gan_stability import (
+    MLP,
+    AutoEncoder,
+    BoundaryEquilibrium,
+    GANModule,
+    GradientPenalty,
+    Hinge,
+    R1Penalty,
+    R2Penalty,
+    Regularizer,
+    Relativistic,
+    RelativisticAverage,
+    Simultaneous,
+    Wasserstein,
+)
+
+pytestmark = pytest.mark.timeout(150)
+
+BATCHES, BATCH_SIZE = 5, 20  # 20 in all, 10 for each rank, which 3 micro-batches do not divide
+
+
+# ---------- cases
+
+
+class Given(GANModule):
+    """A GAN whose noise comes with the data: latents for each player, one α for each sample."""
+
+    def unpack(self, batch):
+        self.batch = batch
+        return batch["image"], None
+
+    def play(self, player, batch):
+        self.player = player
+        return super().play(player, batch)
+
+    def randn(self, n, *shape):
+        return self.batch[f"{self.player}_latents"]
+
+    def rand(self, n, *shape):
+        return self.batch["alpha"]
+
+
+def data(rank=None, dtype=torch.float32, shape=(2,)):
+    """Batches with their noise: all of it, or a rank's half."""
+    generator = torch.Generator().manual_seed(0)
+    mine = slice(None) if rank is None else slice(rank * BATCH_SIZE // 2, (rank + 1) * BATCH_SIZE // 2)
+    shapes = {"image": shape, "d_latents": (4,), "g_latents": (4,)}
+    batches = []
+    for _ in range(BATCHES):
+        batch = {k: torch.randn(BATCH_SIZE, *s, generator=generator, dtype=torch.float64) for k, s in shapes.items()}
+        batch["image"] += torch.linspace(-1, 1, BATCH_SIZE).reshape(-1, *[1] * len(shape))  # the halves differ
+        batch["alpha"] = torch.rand(BATCH_SIZE, generator=generator, dtype=torch.float64)
+        batches.append({k: v[mine].to(dtype) for k, v in batch.items()})
+    return batches
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=2e-3, betas=(0.5, 0.99))
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def gan(loss=None, patches=1, optimizer=adam, **kwargs):
+    return Given(
+        MLP([4, 16, 2]), MLP([2, 16, patches]), 4, loss, g_optimizer=optimizer, d_optimizer=optimizer, **kwargs
+    )
+
+
+def began(**kwargs):
+    generator = MLP([4, 16, 64], output_shape=[1, 8, 8])
+    discriminator = AutoEncoder(1, 8, width=4, code_dim=4)
+    loss = BoundaryEquilibrium(gamma=0.9, lambda_k=0.1)
+    return Given(generator, discriminator, 4, loss, g_optimizer=sgd, d_optimizer=sgd, **kwargs)
+
+
+def critic(**kwargs):
+    return gan(Wasserstein(), **kwargs)
+
+
+def ddg():
+    module = gan()
+    module.plan = ("d", "d", "g")
+    return module
+
+
+CASES = {
+    "plain": (gan, []),
+    "R1": (gan, [R1Penalty(0.5)]),
+    "R1, SGD": (lambda: gan(optimizer=sgd), [R1Penalty(0.5)]),
+    "lazy R1": (gan, [R1Penalty(0.5, every=2)]),
+    "R1 and R2, Relativistic": (lambda: gan(Relativistic()), [R1Penalty(0.5), R2Penalty(0.5)]),
+    "WGAN-GP": (critic, [GradientPenalty(0.5)]),
+    "WGAN-GP, float64": (lambda: critic().double(), [GradientPenalty(0.5)]),
+    "accumulate": (lambda: gan(accumulate=2), []),
+    "accumulate=3, R1": (lambda: gan(accumulate=3), [R1Penalty(0.5)]),
+    "accumulate, lazy R1, WGAN-GP": (lambda: critic(accumulate=2), [R1Penalty(0.1, every=2), GradientPenalty(0.5)]),
+    "clip_norm": (lambda: gan(clip_norm=0.05, optimizer=sgd), []),
+    "clip_norm, accumulate": (lambda: gan(clip_norm=0.05, optimizer=sgd, accumulate=3), [R1Penalty(0.5)]),
+    "Simultaneous": (gan, [Simultaneous(), R1Penalty(0.5)]),
+    # SGD: the loss does not see the last bias, and Adam would blow the rounding of its gradient up to whole steps
+    "RelativisticAverage": (lambda: gan(RelativisticAverage(), optimizer=sgd), []),
+    "RelativisticAverage, float64": (lambda: gan(RelativisticAverage(), optimizer=sgd).double(), [R1Penalty(0.5)]),
+    "BEGAN": (began, []),
+    "BEGAN, accumulate": (lambda: began(accumulate=3), []),
+    "Hinge, patches": (lambda: gan(Hinge(), patches=9), [R1Penalty(0.1)]),
+    "plan": (ddg, [R1Penalty(0.5, every=2)]),
+    "bf16-mixed": (gan, [R1Penalty(0.5)]),
+}
+
+
+def train(case, rank=None, **kwargs):
+    torch.manual_seed(0)
+    make, callbacks = CASES[case]
+    module = make()
+    dtype = next(module.parameters()).dtype
+    batches = data(rank, dtype, (1, 8, 8) if case.startswith("BEGAN") else (2,))
+    before = weights(module).clone()
+    precision = {"precision": "bf16-mixed"} if case.startswith("bf16") else {}
+    run = fit(module, batches, callbacks=callbacks, **precision, **kwargs)
+    return {
+        "before": before,
+        "weights": weights(module),
+        "k": getattr(module.loss, "k", None),
+        "global_step": run.global_step,
+        "iteration": module.iteration,
+        "logged": {k: v.item() for k, v in run.callback_metrics.items()},
+    }
+
+
+# ---------- the two processes
+
+
+class Watch(Callback):
+    """Keeps the module's noise inside and outside of steps."""
+
+    def __init__(self):
+        self.between = []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.between.append(module.randn(3, 4))
+
+
+class Latents(Regularizer):
+    """Keeps what a player's samples were made from, and the points of WGAN-GP; adds nothing."""
+
+    differentiates = ()
+
+    def __init__(self, player):
+        super().__init__(weight=0.0)
+        self.player = player
+        self.seen = []
+
+    @property
+    def state_key(self):
+        return f"Latents{self.player}"
+
+    def penalty(self, module, play):
+        self.seen += [play.latents.detach().clone(), module.rand(3)]
+        return play.fake_logits.sum() * 0
+
+
+def noise(rank, **kwargs):
+    """The module's own noise: the ranks' batches are the same, the ranks are not."""
+    watch, d, g = Watch(), Latents("d"), Latents("g")
+    module = small()
+    torch.manual_seed(1234)  # as seed_everything does: the same on every rank
+    run = fit(module, points(BATCHES), callbacks=[watch, d, g], **kwargs)
+    return {
+        "noise": [*watch.between, *d.seen, *g.seen],
+        "weights": weights(module),
+        "global": torch.randn(3),
+        "ddp": getattr(run.strategy, "_ddp_kwargs", None),
+    }
+
+
+def worker(rank, port, folder):
+    """Train every case as one of two ranks, as torchrun would start it, and leave the results in files."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
+    os.environ |= {"LOCAL_RANK": str(rank), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests", "OMP_NUM_THREADS": "1"}
+    os.chdir(folder)
+    options = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
+    results = {}
+    for name in [*CASES, "noise"]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                results[name] = noise(rank, **options) if name == "noise" else train(name, rank, **options)
+            except Exception:
+                results[name] = {"error": traceback.format_exc()}
+            results[name]["warnings"] = [str(w.message) for w in caught]
+        with open(f"{rank}.tmp", "wb") as file:
+            pickle.dump(results, file)
+        os.replace(f"{rank}.tmp", f"{rank}.pickle")
+    torch.distributed.destroy_process_group()
+
+
+def run_two_processes(folder, limit=120):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # as with "spawn" nothing of this process is inherited, but the imports are made once for both
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning.pytorch"])
+    processes = [context.Process(target=worker, args=(rank, port, folder), daemon=True) for rank in range(2)]
+    end = time.monotonic() + limit
+    try:
+        for process in processes:
+            process.start()
+        while any(p.is_alive() for p in processes):
+            if time.monotonic() > end or any(p.exitcode for p in processes):
+                break  # if one dies, the other would wait for it for ever
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """The results of both ranks by case; test workers share one pair of processes."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder /= "two_processes"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            run_two_processes(folder)
+    files = [folder / f"{rank}.pickle" for rank in range(2)]
+    return [pickle.loads(file.read_bytes()) if file.exists() else {} for file in files]
+
+
+def results(ranks, case):
+    for rank in range(2):
+        assert case in ranks[rank], f"rank {rank} did not get to this case"
+        assert "error" not in ranks[rank][case], ranks[rank][case]["error"]
+    return [rank[case] for rank in ranks]
+
+
+# ---------- tests
+
+
+def difference(a, b):
+    return (a - b).abs().max().item()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one_on_the_whole_batch(ranks, case):
+    first, second = results(ranks, case)
+    one = train(case)
+    assert torch.equal(first["weights"], second["weights"])
+    limit = 1e-12 if "float64" in case else 1e-3 if "bf16" in case else 1e-6
+    assert difference(first["weights"], one["weights"]) <= limit
+    assert difference(one["before"], one["weights"]) > 1e-3
+    assert first["global_step"] == second["global_step"] == one["global_step"] == BATCHES
+    assert first["iteration"] == second["iteration"] == one["iteration"] == BATCHES
+    if one["k"] is not None:
+        assert torch.equal(first["k"], second["k"])
+        assert 0 < one["k"] < 1
+        assert difference(first["k"], one["k"]) <= 1e-6
+
+
+@pytest.mark.parametrize("case", ["plain", "R1", "accumulate=3, R1", "RelativisticAverage", "BEGAN", "Hinge, patches"])
+def test_logged_values_are_means_over_ranks(ranks, case):
+    first, second = results(ranks, case)
+    one = train(case)["logged"]
+    assert first["logged"] == second["logged"]
+    assert {"d/adversarial", "g/adversarial", "d/accuracy", "d/real_logit", "d/grad_norm"} <= one.keys()
+    assert first["logged"] == pytest.approx(one, rel=1e-5, abs=1e-6)
+
+
+def test_ranks_draw_different_noise(ranks):
+    first, second = results(ranks, "noise")
+    torch.manual_seed(1234)
+    assert torch.equal(first["global"], second["global"])  # so it is not the global state that differs
+    drawn = [x.flatten()[:3] for x in first["noise"] + second["noise"]]
+    assert len(drawn) == 2 * (BATCHES + 2 * 2 * BATCHES)
+    for i, x in enumerate(drawn):
+        assert not any(torch.equal(x, y) for y in drawn[:i])
+    assert torch.equal(first["weights"], second["weights"])
+
+
+def test_one_process_has_the_noise_of_rank_0(ranks):
+    first = results(ranks, "noise")[0]["noise"]
+    assert all(torch.equal(x, y) for x, y in zip(first, noise(0)["noise"], strict=True))
+
+
+def test_plain_ddp_needs_no_flag(ranks):
+    assert results(ranks, "noise")[0]["ddp"]["find_unused_parameters"] is True
+
+
+def test_training_on_two_processes_warns_of_nothing(ranks):
+    known = ("isinstance(treespec", "does not have many workers", "validation_step", "logging interval")
+    for case in [*CASES, "noise"]:
+        seen = [w for w in results(ranks, case)[0]["warnings"] if not any(words in w for words in known)]
+        assert seen == [], case
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ("ddp", True),
+        ("ddp_find_unused_parameters_true", True),
+        ("ddp_find_unused_parameters_false", False),
+        (lambda: DDPStrategy(find_unused_parameters=False), False),
+        (lambda: DDPStrategy(static_graph=False), True),
+    ],
+    ids=lambda x: None if isinstance(x, bool) else x if isinstance(x, str) else "DDPStrategy",
+)
+def test_what_the_user_says_about_unused_parameters_stands(strategy, expected):
+    run = trainer(strategy=strategy if isinstance(strategy, str) else strategy(), devices=2)
+    module = small()
+    module.trainer = run
+    module.setup("fit")
+    assert run.strategy._ddp_kwargs["find_unused_parameters"] is expected
+
+
+def test_ddp_spawn():
+    """The module, with its penalties and losses, can be pickled; the parent gets the weights of the ranks."""
+    module = small(loss=Hinge(), accumulate=2)
+    before = weights(module).clone()
+    loader = torch.utils.data.DataLoader(torch.cat(points(6)), batch_size=8)
+    run = trainer(strategy="ddp_spawn", devices=2, callbacks=[R1Penalty(0.1), Simultaneous()], max_epochs=2)
+    try:
+        run.fit(module, loader)
+    finally:
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+    assert run.callback_metrics["d/r1"] > 0
+    assert not torch.equal(weights(module), before)
+    assert weights(module).isfinite().all()

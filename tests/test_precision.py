@@ -1,0 +1,408 @@
+"""Mixed precision, gradient scalers, other floating point types and compiled networks.
+
+On a CPU a float16 gradient scaler stands in for the one that a GPU has: the plugin is the same.
+"""
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins import MixedPrecision
+from torch.nn.functional import softplus
+from toys import fit, points, sgd, small, weights
+
+from lightning_gan_stability import (
+    MLP,
+    AdversarialLoss,
+    DRAGANPenalty,
+    GANModule,
+    GradientPenalty,
+    NonSaturating,
+    R1Penalty,
+    R2Penalty,
+    Simultaneous,
+)
+
+pytestmark = [
+    pytest.mark.timeout(100),
+    # torch's compiler itself looks at `grad` of each tensor that it is given
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed"),
+]
+
+
+def scaled(init_scale=2.0**10, **kwargs):
+    """float16 with a gradient scaler, as arguments of a Trainer."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, **kwargs)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+
+
+def run_in(precision):
+    return {"float16": scaled()}.get(precision, {"precision": precision})
+
+
+# ---------- gradients of the penalties
+
+
+class Silent(AdversarialLoss):
+    """Says nothing, so that a player's gradient is that of its penalties."""
+
+    def discriminator(self, real_logits, fake_logits):
+        return 0 * (real_logits + fake_logits)
+
+    def generator(self, fake_logits, real_logits=None):
+        return 0 * fake_logits
+
+
+class Gradients(Callback):
+    """Keeps the gradients with which each player stepped, as the optimizer got them."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.seen.append(torch.cat([g.detach().flatten().double() for g in gradients]))
+
+
+class Table(torch.nn.Module):
+    """A generator without arithmetic: its samples are the same in every precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.samples = torch.nn.Parameter(torch.randn(64, 16))
+
+    def forward(self, latents):
+        return self.samples
+
+
+def penalty_gradient(penalty, precision, sizes=(16, 64, 64, 64, 1), activation=torch.nn.SiLU):
+    """The discriminator's gradient in one step of training on nothing but a penalty."""
+    torch.manual_seed(0)
+    discriminator = MLP(sizes, activation)
+    module = GANModule(Table(), discriminator, 8, Silent(), g_optimizer=sgd(0.1), d_optimizer=sgd(0.1))
+    module.plan = ("d",)
+    gradients = Gradients()
+    data = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+    fit(module, [data], callbacks=[penalty, gradients], **run_in(precision))
+    (gradient,) = gradients.seen
+    return gradient
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+PENALTIES = {
+    "R1": lambda: R1Penalty(2.0),
+    "R2": lambda: R2Penalty(2.0),
+    "GradientPenalty": lambda: GradientPenalty(1.0),
+    "DRAGANPenalty": lambda: DRAGANPenalty(1.0),
+}
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_penalty_gradient_in_mixed_precision(penalty, monkeypatch):
+    make = PENALTIES[penalty]
+    exact = penalty_gradient(make(), "32-true")
+    limits = {"float16": 1e-3, "bf16-mixed": 1e-2}
+    errors = {precision: relative(penalty_gradient(make(), precision), exact) for precision in limits}
+    assert all(errors[precision] <= limits[precision] for precision in limits), errors
+    # and the measurement can see an error: with autocast left on, it is there
+    monkeypatch.setattr(torch, "autocast", NoAutocastSwitch)
+    worse = {precision: relative(penalty_gradient(make(), precision), exact) for precision in limits}
+    print(f"{penalty}: {errors}, with autocast left on: {worse}")
+    for precision in limits:
+        assert worse[precision] > max(1.5 * errors[precision], 1e-4)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("precision", ["float16", "bf16-mixed"])
+def test_penalty_gradient_of_a_deep_network_loses_nothing(penalty, precision):
+    deep = {"sizes": [16, *[64] * 8, 1], "activation": torch.nn.ReLU}
+    low, exact = (penalty_gradient(PENALTIES[penalty](), p, **deep) for p in (precision, "32-true"))
+    print(penalty, precision, relative(low, exact))
+    assert relative(low, exact) <= 1e-6
+
+
+class NoAutocastSwitch(torch.autocast):
+    """An autocast that cannot be switched off."""
+
+    def __init__(self, device_type, dtype=None, enabled=True, cache_enabled=None):
+        if dtype is None:  # what GANModule asks for; Lightning's plugin gives a type
+            enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+        super().__init__(device_type, dtype, enabled, cache_enabled)
+
+
+@pytest.mark.parametrize("precision", ["float16", "bf16-mixed"])
+def test_the_loss_itself_runs_in_low_precision(precision):
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, x):
+            seen.append(x.dtype)
+            return x
+
+    module = small()
+    module.discriminator = torch.nn.Sequential(module.discriminator, Spy())
+    fit(module, points(2), callbacks=[R1Penalty(0.1, every=2)], **run_in(precision))
+    low = torch.float16 if precision == "float16" else torch.bfloat16
+    # step 0 has a penalty for D: real and fake; then G's turn; step 1 has none
+    assert seen == [torch.float32] * 2 + [low] * 4
+
+
+# ---------- gradient scaler
+
+
+def test_simultaneous_is_refused_under_a_scaler():
+    expected = (
+        r"^Simultaneous takes both gradients before either step, but precision='16-mixed' changes its gradient scale "
+        r"at each step: use precision='bf16-mixed' or '32-true', or remove the rule\.$"
+    )
+    with pytest.raises(MisconfigurationException, match=expected):
+        fit(small(), points(1), callbacks=[Simultaneous()], **scaled())
+    fit(small(), points(1), callbacks=[Simultaneous()], precision="bf16-mixed")
+
+
+class Loud(AdversarialLoss):
+    """Finite for the discriminator, but not any more when it is scaled; the generator's is the non-saturating one."""
+
+    def discriminator(self, real_logits, fake_logits):
+        return 1e37 * (softplus(-real_logits.float()) + softplus(fake_logits.float()))
+
+    def generator(self, fake_logits, real_logits=None):
+        return softplus(-fake_logits.float())
+
+
+def spy_on_latents(module):
+    """A list that fills with the latents that the generator trains on."""
+    seen, play = [], module.play
+
+    def spy(player, batch):
+        result = play(player, batch)
+        seen.extend([result.latents] * (player == "g"))
+        return result
+
+    module.play = spy
+    return seen
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.05])
+def test_overflow_in_the_discriminator_leaves_the_generator_right(clip_norm):
+    module = small(loss=Loud(), g_optimizer=sgd(0.1), d_optimizer=sgd(0.1), clip_norm=clip_norm)
+    reference = small()
+    latents = spy_on_latents(module)
+    options = scaled()
+    run = fit(module, points(3), **options)
+    assert len(latents) == 3
+    for z in latents:  # G alone by hand, in the same autocast, without a scaler
+        with torch.autocast("cpu", torch.float16):
+            loss = softplus(-reference.discriminator(reference.generator(z)).float()).mean()
+        gradients = torch.autograd.grad(loss, [*reference.generator.parameters()])
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        factor = 1 if clip_norm is None else min(1, clip_norm / norm.item())
+        with torch.no_grad():
+            for p, g in zip(reference.generator.parameters(), gradients, strict=True):
+                p -= 0.1 * factor * g
+    assert torch.equal(weights(module.discriminator), weights(reference.discriminator))
+    moved = (weights(module.generator) - weights(small().generator)).abs().max()
+    error = (weights(module.generator) - weights(reference.generator)).abs().max()
+    assert moved > 1e-3
+    assert error <= 1e-4 * moved
+    # each of D's three steps halved the scale, none of G's did; they count all the same
+    assert options["plugins"][0].scaler.get_scale() == 2**7
+    assert (run.global_step, module.iteration) == (3, 3)
+
+
+def test_discriminator_moves_again_when_the_scale_has_come_down():
+    """A start with a scale that is too much for float16: the first steps are lost, later ones are not."""
+    module, moves = small(g_optimizer=sgd(0.1), d_optimizer=sgd(0.1)), Moves()
+    run = fit(module, points(8), callbacks=[moves], **scaled(2.0**40, backoff_factor=2.0**-8))
+    assert run.global_step == module.iteration == 8
+    for lengths in moves.lengths.values():
+        assert lengths[0] == 0
+        assert lengths[-1] > 0
+
+
+class Moves(Callback):
+    """Keeps the length of each player's move on each batch."""
+
+    def __init__(self):
+        self.lengths = {"discriminator": [], "generator": []}
+
+    def on_train_batch_start(self, trainer, module, *_):
+        self.before = {name: weights(getattr(module, name)).double() for name in self.lengths}
+
+    def on_train_batch_end(self, trainer, module, *_):
+        for name, before in self.before.items():
+            self.lengths[name].append((weights(getattr(module, name)).double() - before).norm().item())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "float16"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_clip_norm_acts_on_unscaled_gradients(precision, accumulate):
+    lr, limit = 0.1, 0.01
+    moves = Moves()
+    module = small(clip_norm=limit, accumulate=accumulate, g_optimizer=sgd(lr), d_optimizer=sgd(lr))
+    fit(module, points(3), callbacks=[moves, R1Penalty(0.5)], **run_in(precision))
+    for lengths in moves.lengths.values():
+        assert lengths == pytest.approx([lr * limit] * 3, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "float16"])
+def test_logged_gradient_norm_is_the_unscaled_one_before_clipping(precision):
+    gradients = Gradients()
+    module = small(clip_norm=1e-4, g_optimizer=sgd(0.1), d_optimizer=sgd(0.1))
+    run = fit(module, points(1), callbacks=[gradients], **run_in(precision))
+    # Callbacks see the gradient before the module clips it
+    expected = [g.norm().item() for g in gradients.seen]
+    logged = [run.callback_metrics[f"{player}/grad_norm"].item() for player in "dg"]
+    assert logged == pytest.approx(expected, rel=1e-3)
+    assert min(expected) > 0.01
+
+
+# ---------- non-finite
+
+
+class Broken(AdversarialLoss):
+    """The non-saturating loss until a player's loss is NaN."""
+
+    def __init__(self, player):
+        super().__init__()
+        self.player = player
+
+    def discriminator(self, real_logits, fake_logits):
+        values = NonSaturating().discriminator(real_logits, fake_logits)
+        return values * float("nan") if self.player == "d" else values
+
+    def generator(self, fake_logits, real_logits=None):
+        values = NonSaturating().generator(fake_logits)
+        return values * float("nan") if self.player == "g" else values
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "float16"])
+@pytest.mark.parametrize(("player", "network"), [("d", "discriminator"), ("g", "generator")])
+def test_nan_loss_is_an_error_also_under_a_scaler(precision, player, network):
+    module = small(loss=Broken(player))
+    before = weights(getattr(module, network)).clone()
+    with pytest.raises(FloatingPointError, match=rf"the {network}'s update at step 0: .*`{player}/adversarial`"):
+        fit(module, points(2), **run_in(precision))
+    assert torch.equal(before, weights(getattr(module, network)))
+
+
+class Explode(Callback):
+    """Makes one of the discriminator's gradients infinite, as an overflow in float16 does."""
+
+    def on_after_backward(self, trainer, module):
+        if module.discriminator.layers[0].weight.requires_grad and module.iteration == 1:
+            module.discriminator.layers[0].weight.grad[0, 0] = float("inf")
+
+
+def test_overflowing_gradient_is_an_error_without_a_scaler_and_none_with_one():
+    with pytest.raises(FloatingPointError, match="discriminator's update at step 1: `d/grad_norm`"):
+        fit(small(), points(3), callbacks=[Explode()])
+    module, moves = small(), Moves()
+    fit(module, points(3), callbacks=[Explode(), moves], **scaled())
+    assert [length > 0 for length in moves.lengths["discriminator"]] == [True, False, True]
+    assert [length > 0 for length in moves.lengths["generator"]] == [True, True, True]
+
+
+# ---------- pure other precision
+
+
+def test_double_precision_equals_a_module_of_doubles():
+    def run(module, **kwargs):
+        fit(module, points(4, dtype=torch.float64), callbacks=[R1Penalty(0.5), GradientPenalty(0.1)], **kwargs)
+        return weights(module)
+
+    inside, outside = run(small(), precision="64-true"), run(small().double())
+    assert inside.dtype == torch.float64
+    assert torch.equal(inside, outside)
+    assert not torch.equal(inside, weights(small()).double())
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_pure_low_precision_trains(precision):
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float16
+    gradients, exact = Gradients(), Gradients()
+    module = small(g_optimizer=sgd(0.05), d_optimizer=sgd(0.05))  # in float16 Adam's eps is 0
+    fit(module, points(4, 64), callbacks=[R1Penalty(0.5, every=2), gradients], precision=precision)
+    assert {p.dtype for p in module.parameters()} == {dtype}
+    assert weights(module).isfinite().all()
+    assert not torch.equal(weights(module), weights(small().to(dtype)))
+    fit(small(), points(1, 64), callbacks=[R1Penalty(0.5, every=2), exact])
+    assert relative(gradients.seen[0], exact.seen[0]) <= (2e-2 if precision == "bf16-true" else 2e-3)
+
+
+# ---------- compiled networks
+
+
+@pytest.fixture
+def dynamo():
+    """A compiler that has seen nothing yet, and counts how often its graphs run."""
+    torch._dynamo.reset()
+    runs = []
+
+    def backend(graph, inputs):
+        def run(*args):
+            runs.append(1)
+            return graph(*args)
+
+        return run
+
+    yield backend, runs
+    torch._dynamo.reset()
+
+
+def test_plain_steps_run_compiled_and_penalties_in_eager(dynamo):
+    backend, runs = dynamo
+    counts = []
+
+    class Count(Callback):
+        def on_train_batch_end(self, *_):
+            counts.append(len(runs))
+            runs.clear()
+
+    module, plain = small(), small()
+    module.discriminator.compile(backend=backend)
+    fit(module, points(4), callbacks=[R1Penalty(0.5, every=2), Count()])
+    fit(plain, points(4), callbacks=[R1Penalty(0.5, every=2)])
+    # a plain step: D judges real and fake, G's fake is judged; with a penalty only the last is compiled
+    assert counts == [1, 3, 1, 3]
+    assert (weights(module) - weights(plain)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("penalty", "in_place"),
+    [(R1Penalty(0.5, every=2), True), (GradientPenalty(0.5, every=2), True), (R1Penalty(0.5, every=2), False)],
+    ids=["R1, module.compile", "GradientPenalty, module.compile", "R1, torch.compile"],
+)
+def test_second_order_penalty_on_a_network_compiled_by_aot_autograd(dynamo, penalty, in_place):
+    """AOT autograd has no second derivatives: a penalty that ran compiled would raise."""
+    module, plain = small(), small()
+    if in_place:
+        module.discriminator.compile(backend="aot_eager")
+    else:
+        module.discriminator = torch.compile(module.discriminator, backend="aot_eager")
+    fit(module, points(4), callbacks=[penalty])
+    fit(plain, points(4), callbacks=[penalty])
+    assert (weights(module) - weights(plain)).abs().max() <= 1e-5
+    assert (weights(plain) - weights(small())).abs().max() > 1e-4
+
+
+def test_without_eager_the_compiled_penalty_would_fail(dynamo):
+    discriminator = small().discriminator
+    discriminator.compile(backend="aot_eager")
+    x = points(1)[0].requires_grad_()
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(discriminator(x).sum(), x, create_graph=True)[0].square().sum().backward()
+
+
+def test_both_networks_compiled_in_mixed_precision(dynamo):
+    backend, runs = dynamo
+    module, plain = small(), small()
+    module.discriminator.compile(backend=backend)
+    module.generator.compile(backend=backend)
+    for m in (module, plain):
+        fit(m, points(4), callbacks=[R1Penalty(0.5, every=2)], precision="bf16-mixed")
+    assert len(runs) > 8
+    assert (weights(module) - weights(plain)).abs().max() <= 1e-5
