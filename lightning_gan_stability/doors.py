@@ -158,13 +158,14 @@ def restore_parametrizations(module: nn.Module, state: Mapping[str, Tensor]) -> 
 def recipe(module: nn.Module) -> dict[str, Any]:
     """The class and the arguments of a module that keeps its arguments as attributes, as plain data for a checkpoint.
 
+    Arguments are None if the module does not keep all of them: then it cannot be made again.
+
     Example:
         >>> recipe(nn.Softplus(beta=2.0))
         {'name': 'Softplus', 'arguments': {'beta': 2.0, 'threshold': 20.0}}
     """
-    names = inspect.signature(type(module)).parameters
-    arguments = {name: getattr(module, name) for name in names if is_plain(getattr(module, name, module))}
-    return {"name": type(module).__qualname__, "arguments": arguments}
+    arguments = {name: getattr(module, name, module) for name in inspect.signature(type(module)).parameters}
+    return {"name": type(module).__qualname__, "arguments": arguments if is_plain(arguments) else None}
 
 
 def cook(kind: type[M], recipe: Mapping[str, Any]) -> M:
@@ -181,8 +182,8 @@ def cook(kind: type[M], recipe: Mapping[str, Any]) -> M:
         return next(c for c in _subclasses(kind) if c.__qualname__ == recipe["name"])(**recipe["arguments"])
     except (StopIteration, TypeError) as error:
         raise ValueError(
-            f"The checkpoint was made with {recipe['name']}({recipe['arguments']}), which cannot be made again from "
-            "that: import the class, or pass an instance."
+            f"The checkpoint was made with {recipe['name']}, which cannot be made again from the arguments "
+            f"{recipe['arguments']}: import the class, or pass an instance."
         ) from error
 
 

@@ -14,6 +14,7 @@ from toys import fit, points, sgd, small, trainer, weights
 
 from lightning_gan_stability import (
     MLP,
+    AdversarialLoss,
     BoundaryEquilibrium,
     GANModule,
     Hinge,
@@ -489,6 +490,35 @@ def test_a_subclass_that_builds_its_networks_loads_without_arguments(tmp_path):
     assert isinstance(loaded.loss, Hinge)
     assert torch.equal(weights(loaded), weights(run.lightning_module))
     assert loaded.iteration == 2
+
+
+def test_a_loss_of_your_own_comes_back_if_it_keeps_its_arguments(tmp_path):
+    class Kept(AdversarialLoss):
+        def __init__(self, margin=1.0):
+            super().__init__()
+            self.margin = margin
+
+        def discriminator(self, real_logits, fake_logits):
+            return fake_logits - self.margin * real_logits
+
+        def generator(self, fake_logits, real_logits=None):
+            return -fake_logits
+
+    class Forgotten(Kept):
+        def __init__(self, slope=1.0):
+            super().__init__(slope)
+
+    networks = {"generator": MLP([4, 2]), "discriminator": MLP([2, 1])}
+    for loss in (Kept(3.0), Forgotten(3.0)):
+        gan = GANModule(**networks, latent_dim=4, loss=loss)
+        run = fit(gan, points(1), callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True)
+        path = run.checkpoint_callback.best_model_path
+        if type(loss) is Kept:
+            assert GANModule.load_from_checkpoint(path, **networks).loss.margin == 3.0
+        else:
+            with pytest.raises(ValueError, match=r"made with .*Forgotten, which cannot .* pass an instance"):
+                GANModule.load_from_checkpoint(path, **networks)
+            assert GANModule.load_from_checkpoint(path, **networks, loss=loss).loss is loss
 
 
 def test_a_foreign_checkpoint_is_refused(tmp_path):
