@@ -164,7 +164,9 @@ def recipe(module: nn.Module) -> dict[str, Any]:
         >>> recipe(nn.Softplus(beta=2.0))
         {'name': 'Softplus', 'arguments': {'beta': 2.0, 'threshold': 20.0}}
     """
-    arguments = {name: getattr(module, name, module) for name in inspect.signature(type(module)).parameters}
+    parameters = inspect.signature(type(module)).parameters.values()
+    named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    arguments = {name: getattr(module, name, module) for name in named}
     return {"name": type(module).__qualname__, "arguments": arguments if is_plain(arguments) else None}
 
 

@@ -1,0 +1,297 @@
+"""The command line: both forms of `model:`, overrides, checkpoints, and what it says to mistakes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_gan_stability import GANModule, Hinge
+from lightning_gan_stability.cli import main
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended"),  # sys.argv is pytest's
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),  # of the ModelCheckpoint in another run
+]
+
+MODEL = {
+    "generator": {"class_path": "MLP", "init_args": {"sizes": [4, 8, 2]}},
+    "discriminator": {"class_path": "MLP", "init_args": {"sizes": [2, 8, 1]}},
+    "latent_dim": 4,
+    "loss": "Hinge",
+    "g_optimizer": {"class_path": "Adam", "init_args": {"lr": 0.01}},
+}
+TRAINER = {
+    "max_steps": 3,
+    "accelerator": "cpu",
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": ".", "name": "run"}},
+    "callbacks": [{"class_path": "R1Penalty", "init_args": {"gamma": 0.1}}],
+}
+CHECKPOINT = "run/version_0/checkpoints/epoch=0-step=3.ckpt"
+
+
+class Clamped(GANModule):
+    """A user's subclass with an argument of its own."""
+
+    def __init__(self, *args, limit: float = 1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.limit = limit
+
+    def sample(self, *args, **kwargs):
+        return super().sample(*args, **kwargs).clamp(-self.limit, self.limit)
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    # LightningCLI of Lightning 2.6 calls what jsonargparse 4.53 deprecates
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+
+@pytest.fixture
+def write():
+    def write(model=MODEL, data="Ring", name="config.yaml", **trainer):
+        Path(name).write_text(yaml.safe_dump({"model": model, "data": data, "trainer": TRAINER | trainer}))
+        return name
+
+    return write
+
+
+@pytest.fixture
+def printed(capsys):
+    """The configuration that a command line amounts to."""
+
+    def printed(*args):
+        with pytest.raises(SystemExit) as stopped:
+            main([*args, "--print_config"])
+        assert stopped.value.code == 0
+        return capsys.readouterr().out
+
+    return printed
+
+
+@pytest.fixture
+def complaint(capsys):
+    """What a command line that is refused writes to the terminal."""
+
+    def complaint(*args):
+        with pytest.raises(SystemExit) as stopped:
+            main([*args])
+        assert stopped.value.code == 2
+        return capsys.readouterr().err.partition("error:")[2]
+
+    return complaint
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def assert_equal(states, others):
+    assert states.keys() == others.keys()
+    for key in states:
+        torch.testing.assert_close(states[key], others[key], rtol=0, atol=0)
+
+
+# ---------- both forms of `model:`
+
+
+@pytest.mark.parametrize("class_path", ["GANModule", "lightning_gan_stability.GANModule"])
+def test_flat_model_and_class_path_are_the_same(write, printed, class_path):
+    explicit = {"class_path": class_path, "init_args": MODEL}
+    flat = yaml.safe_load(printed("fit", "--config", write()))
+    assert yaml.safe_load(printed("fit", "--config", write(explicit))) == flat
+    assert flat["model"]["class_path"] == "lightning_gan_stability.GANModule"
+    assert flat["model"]["init_args"]["loss"]["class_path"] == "lightning_gan_stability.Hinge"
+
+
+def test_model_may_be_a_users_subclass(write):
+    model = {"class_path": f"{__name__}.Clamped", "init_args": MODEL | {"limit": 0.01}}
+    main(["fit", "--config", write(model)])
+    loaded = Clamped.load_from_checkpoint(CHECKPOINT)
+    assert loaded.limit == 0.01
+    assert loaded.sample(100).abs().max() <= 0.01
+
+
+def test_modules_in_the_working_folder_are_found(write, printed, monkeypatch):
+    Path("my_losses.py").write_text("from lightning_gan_stability import Hinge\nTwin = type('Twin', (Hinge,), {})\n")
+    Path("my_gans.py").write_text(
+        "from lightning_gan_stability import GANModule\nclass MyGAN(GANModule):\n    '''Mine.'''\n"
+    )
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    model = {"class_path": "my_gans.MyGAN", "init_args": MODEL}
+    assert "my_gans.MyGAN" in printed("fit", "--config", write(model))
+
+
+def test_own_names_win_over_those_of_other_libraries(write, printed):
+    import torchvision.ops
+
+    assert torchvision.ops.MLP.__name__ == "MLP"
+    config = yaml.safe_load(printed("fit", "--config", write()))
+    assert config["model"]["init_args"]["generator"]["class_path"] == "lightning_gan_stability.MLP"
+
+
+# ---------- the command line
+
+
+def test_printed_configuration_gives_the_same_run(write, printed):
+    text = printed("fit", "--config", write(), "--seed_everything=3")
+    Path("printed.yaml").write_text(text)
+    assert printed("fit", "--config", "printed.yaml") == text
+    main(["fit", "--config", "config.yaml", "--seed_everything=3"])
+    main(["fit", "--config", "printed.yaml"])
+    assert_equal(weights(CHECKPOINT), weights(CHECKPOINT.replace("version_0", "version_1")))
+
+
+def test_saved_configuration_gives_the_same_run(write):
+    main(["fit", "--config", write(), "--seed_everything=3"])
+    main(["fit", "--config", "run/version_0/config.yaml"])
+    assert_equal(weights(CHECKPOINT), weights(CHECKPOINT.replace("version_0", "version_1")))
+
+
+def test_command_line_overrides_the_file(write):
+    main([
+        "fit", "--config", write(), "--model.g_optimizer.init_args.lr=1e-3", "--trainer.max_steps=2",
+        "--model.loss=Wasserstein", "--model.generator.init_args.sizes=[4,6,2]", "--data.init_args.batch_size=7",
+        "--trainer.callbacks+=R2Penalty", "--trainer.callbacks.gamma=0.3",
+    ])  # fmt: skip
+    checkpoint = torch.load(CHECKPOINT.replace("step=3", "step=2"), weights_only=True)
+    assert checkpoint["optimizer_states"][1]["param_groups"][0]["lr"] == 1e-3
+    assert checkpoint["gan"]["loss"] == {"name": "Wasserstein", "arguments": {}}
+    assert checkpoint["state_dict"]["generator.layers.0.weight"].shape == (6, 4)
+    saved = yaml.safe_load(Path("run/version_0/config.yaml").read_text())
+    assert saved["data"]["init_args"]["batch_size"] == 7
+    assert [callback["init_args"]["gamma"] for callback in saved["trainer"]["callbacks"]] == [0.1, 0.3]
+
+
+# ---------- checkpoints
+
+
+def test_checkpoint_loads_without_arguments(write):
+    main(["fit", "--config", write()])
+    gan = GANModule.load_from_checkpoint(CHECKPOINT, weights_only=True)
+    assert type(gan) is GANModule
+    assert isinstance(gan.loss, Hinge)
+    assert gan.iteration == 3
+    assert gan.sample(5).shape == (5, 2)
+    assert_equal(dict(gan.state_dict()), weights(CHECKPOINT))
+
+
+def test_checkpoint_keeps_a_loss_with_arguments(write):
+    loss = {"class_path": "NonSaturating", "init_args": {"real_label": 0.9}}
+    main(["fit", "--config", write(MODEL | {"loss": loss})])
+    assert GANModule.load_from_checkpoint(CHECKPOINT).loss.real_label == 0.9
+
+
+def test_validate_and_predict_with_a_checkpoint(write, capsys):
+    main(["fit", "--config", write()])
+    common = ["--config", "config.yaml", f"--ckpt_path={CHECKPOINT}", "--data.val_samples=600"]
+    main(["validate", *common])
+    assert "val/d/accuracy" in capsys.readouterr().out
+    main(["predict", *common, "--trainer.logger=false"])
+
+
+def test_fit_goes_on_from_a_checkpoint(write):
+    main(["fit", "--config", write()])
+    main(["fit", "--config", "config.yaml", f"--ckpt_path={CHECKPOINT}", "--trainer.max_steps=6"])
+    main(["fit", "--config", "config.yaml", "--trainer.max_steps=6"])
+    whole, resumed = (f"run/version_{i}/checkpoints/epoch=0-step=6.ckpt" for i in (2, 1))
+    assert torch.load(resumed, weights_only=True)["global_step"] == 6
+    assert weights(whole).keys() == weights(resumed).keys()
+
+
+# ---------- mistakes
+
+
+def test_misspelt_loss(write, complaint):
+    assert "Hing" in (said := complaint("fit", "--config", write(MODEL | {"loss": "Hing"})))
+    assert 'Parser key "loss"' in said
+
+
+def test_misspelt_loss_on_the_command_line(write, complaint):
+    assert "Expected a dot import path string: Wasserstien" in complaint(
+        "fit", "--config", write(), "--model.loss=Wasserstien"
+    )
+
+
+def test_misspelt_callback(write, complaint):
+    said = complaint("fit", "--config", write(callbacks=[{"class_path": "R1Penality"}]))
+    assert "R1Penality" in said
+    assert 'Parser key "trainer.callbacks"' in said
+
+
+def test_misspelt_data(write, complaint):
+    said = complaint("fit", "--config", write(data="Rign"))
+    assert "Rign" in said
+    assert 'Parser key "data"' in said
+
+
+def test_misspelt_argument(write, complaint):
+    assert "Option 'latent_dims' is not accepted" in complaint("fit", "--config", write(), "--model.latent_dims=4")
+    said = complaint("fit", "--config", write(callbacks=[{"class_path": "R1Penalty", "init_args": {"gama": 1}}]))
+    assert "gama" in said
+
+
+def test_broken_yaml(complaint):
+    Path("config.yaml").write_text("model: {generator: [")
+    assert "while parsing a flow" in complaint("fit", "--config", "config.yaml")
+
+
+def test_argument_of_a_wrong_type(write, complaint):
+    said = complaint("fit", "--config", write(MODEL | {"latent_dim": "many"}))
+    assert "latent_dim" in said
+    assert "many" in said
+
+
+def test_argument_of_a_wrong_value(write):
+    with pytest.raises(ValueError, match="`gamma` must be a finite number that is not negative, got -1"):
+        main(["fit", "--config", write(callbacks=[{"class_path": "R1Penalty", "init_args": {"gamma": -1}}])])
+    with pytest.raises(ValueError, match="`latent_dim` must be a positive integer, got 0"):
+        main(["fit", "--config", write(MODEL | {"latent_dim": 0})])
+
+
+def test_networks_that_do_not_fit(write):
+    with pytest.raises(ValueError, match="The generator failed on an input of shape"):
+        main(["fit", "--config", write(), "--model.latent_dim=5"])
+
+
+def test_two_update_rules(write):
+    with pytest.raises(MisconfigurationException, match="Simultaneous and Alternating are update rules"):
+        main(["fit", "--config", write(callbacks=[{"class_path": "Simultaneous"}, {"class_path": "Alternating"}])])
+
+
+def test_digits_without_scikit_learn(write, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-gan-stability\[examples\]'"):
+        main(["fit", "--config", write(data="Digits")])
+
+
+# ---------- in their own processes
+
+
+def run(*command):
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def test_console_script_names_a_misspelt_loss(write):
+    script = Path(sys.executable).with_name("gan-stability")
+    if not script.exists():
+        pytest.skip("the package is not installed: pip install -e .")
+    done = run(script, "fit", "--config", write(), "--model.loss=Hing")
+    assert done.returncode == 2
+    assert "Hing" in done.stderr.partition("error:")[2]
+    assert "Traceback" not in done.stderr
+
+
+def test_module_runs_and_a_newcomer_sees_no_warning(write):
+    main_part = [{"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 1}}]
+    done = run(sys.executable, "-m", "lightning_gan_stability", "fit", "--config", write(callbacks=main_part))
+    assert done.returncode == 0, done.stderr
+    assert Path(CHECKPOINT).exists()
+    assert "Warning" not in done.stderr
+    assert "deprecated" not in done.stderr
+    assert "manual optimization" not in done.stderr

@@ -1,0 +1,136 @@
+"""Every file under configs/ runs as it is, for a few steps, and survives being printed and read back."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lightning_gan_stability import GANModule
+from lightning_gan_stability.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SAMPLES = {
+    "began": (1, 8, 8),
+    "dcgan": (3, 64, 64),
+    "digits": (1, 8, 8),
+    "digits_wandb": (1, 8, 8),
+    "grid": (2,),
+    "r3gan": (1, 8, 8),
+    "ring": (2,),
+    "wgan_gp": (2,),
+}
+SHORT = ["--trainer.max_steps=3", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+SMALL = {"dcgan": ["--data.batch_size=4", "--data.num_workers=0", "--model.generator.width=8"]}
+
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended")  # sys.argv is pytest's
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    # LightningCLI of Lightning 2.6 calls what jsonargparse 4.53 deprecates
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+
+@pytest.fixture(autouse=True)
+def _images(tmp_path):
+    """The folder of images that dcgan.yaml asks for."""
+    (tmp_path / "images").mkdir()
+    for i in range(8):
+        Image.new("RGB", (70, 80), (30 * i, 100, 200)).save(tmp_path / "images" / f"{i}.png")
+
+
+def command(name, *more):
+    return ["fit", "--config", str(CONFIGS / f"{name}.yaml"), *SHORT, *SMALL.get(name, []), *more]
+
+
+def printed(capsys, *args):
+    with pytest.raises(SystemExit) as stopped:
+        main([*args, "--print_config"])
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+def load(name):
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+
+
+def test_every_config_is_tested():
+    assert sorted(path.name for path in CONFIGS.iterdir()) == sorted(f"{name}.yaml" for name in SAMPLES)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLES.keys() - {"digits_wandb"}))
+def test_config_runs_and_its_checkpoint_loads(name):
+    main(command(name))
+    (checkpoint,) = Path("runs", name, "version_0").rglob("last.ckpt")
+    gan = GANModule.load_from_checkpoint(checkpoint, weights_only=True)
+    assert gan.iteration == 3
+    assert gan.sample(2).shape == (2, *SAMPLES[name])
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_config_survives_print_config(name, capsys):
+    text = printed(capsys, *command(name))
+    Path("printed.yaml").write_text(text)
+    assert printed(capsys, "fit", "--config", "printed.yaml") == text
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_config_has_what_a_newcomer_looks_for(name):
+    config = load(name)
+    names = [callback["class_path"] for callback in config["trainer"]["callbacks"]]
+    assert {"SampleGrid", "ModelCheckpoint"} <= set(names)
+    assert config["trainer"]["logger"]["init_args"]["save_dir"] == "runs"
+    assert f"gan-stability fit --config configs/{name}.yaml" in (CONFIGS / f"{name}.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_numbers_that_belong_together_agree(name):
+    config = load(name)
+    model, data, trainer = config["model"], config["data"], config["trainer"]
+    for scheduler in (model[key] for key in ("g_scheduler", "d_scheduler") if key in model):
+        assert scheduler["init_args"]["total_iters"] == trainer["max_steps"]
+    generator = model["generator"]["init_args"]
+    assert model["latent_dim"] == generator.get("latent_dim", generator.get("sizes", [None])[0])
+    if data["class_path"] == "Images":
+        assert {generator["size"], model["discriminator"]["init_args"]["size"], data["init_args"]["size"]} == {64}
+
+
+def test_wandb_config_is_digits_with_another_logger():
+    plain, wandb = load("digits"), load("digits_wandb")
+    assert wandb["trainer"].pop("logger")["init_args"]["offline"] is True
+    assert plain["trainer"].pop("logger")["class_path"] == "CSVLogger"
+    assert wandb == plain
+
+
+def test_check_digits_reads_a_checkpoint(monkeypatch, capsys):
+    main(command("digits"))
+    script = runpy.run_path(str(CONFIGS.parent / "examples" / "check_digits.py"))
+    monkeypatch.setattr(sys, "argv", ["check_digits.py", "runs/digits/version_0/checkpoints/last.ckpt", "-n", "500"])
+    assert script["main"]() == 1  # three steps are too few to learn all digits
+    lines = capsys.readouterr().out.splitlines()
+    accuracy = float(lines[-12].split()[3].rstrip("%"))
+    assert 97 < accuracy <= 100
+    assert sum(int(line.split()[1]) for line in lines[-11:-1]) == 500
+
+
+@pytest.mark.timeout(250)
+def test_wandb_config_runs_without_network_or_login(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    environment |= {"HOME": str(tmp_path), "https_proxy": "http://localhost:9", "WANDB_SILENT": "false"}
+    arguments = command("digits_wandb", "--trainer.log_every_n_steps=1")
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_gan_stability", *arguments],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "login" not in done.stdout + done.stderr
+    (run,) = Path("runs", "wandb").glob("offline-run-*")
+    assert list(run.glob("*.wandb"))
+    (checkpoint,) = Path("runs").rglob("last.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["gan"]["iteration"] == 3
