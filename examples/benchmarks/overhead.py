@@ -1,6 +1,6 @@
 """What a step of GANModule costs, each time against the same step without it, in turn in one run.
 
-`python examples/benchmarks/overhead.py` takes about five minutes on one core; `--smoke` takes seconds and says nothing.
+`python examples/benchmarks/overhead.py` takes about twenty minutes on one core (`--rounds 3`: a third of it); `--smoke` takes seconds and says nothing.
 Times are CPU seconds of one thread, so that other work on the machine disturbs them less.
 """
 
@@ -126,11 +126,13 @@ def compare(title: str, rounds: int, goal: float, ours: Callable[[], float], the
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny networks, two rounds: only shows that it runs")
-    smoke = parser.parse_args().smoke
+    parser.add_argument("--rounds", type=int, default=9, help="pairs of measurements for each row")
+    arguments = parser.parse_args()
+    smoke = arguments.smoke
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    rounds, size, width, batch, few, many = (2, 8, 4, 4, 2, 16) if smoke else (9, 64, 64, 64, 4, 400)
+    rounds, size, width, batch, few, many = (2, 8, 4, 4, 2, 16) if smoke else (arguments.rounds, 64, 64, 64, 4, 400)
 
     pair = DCGANGenerator(128, 3, size, width), DCGANDiscriminator(3, size, width)
     ring = MLP([256, 128, 128, 2]), MLP([2, 128, 128, 1])
