@@ -87,9 +87,7 @@ class GANModule(Clockwork):
         noise_seed: int = 0,
     ) -> None:
         super().__init__({"d": d_optimizer, "g": g_optimizer}, {"d": d_scheduler, "g": g_scheduler})
-        self.clip_norm = clip_norm
-        self.accumulate = accumulate
-        self.noise_seed = noise_seed
+        self.clip_norm, self.accumulate, self.noise_seed = clip_norm, accumulate, noise_seed
         check_positive_int("latent_dim", latent_dim)
         check_positive_int("accumulate", accumulate)
         if clip_norm is not None:
@@ -176,13 +174,9 @@ class GANModule(Clockwork):
         return logits.squeeze(1) if logits.shape[1] == 1 else logits
 
     def unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """Take a batch apart into real samples and labels.
+        """Take a batch apart into real samples (n, ...) and labels or None; override it for batches of your own.
 
-        Args:
-            batch: a tensor, ``(x,)``, ``(x, labels)``, or ``{"image": x, "label": labels}`` (label optional).
-
-        Returns:
-            Real samples (n, ...), and labels or None.
+        It knows a tensor, ``(x,)``, ``(x, labels)`` and ``{"image": x, "label": labels}`` (label optional).
 
         Raises:
             ValueError: if the batch has another form, or samples that are not floating point.
