@@ -264,12 +264,11 @@ class Clockwork(LightningModule):
     def _raise_unless_finite(self) -> None:
         unchecked, self._now.unchecked = self._now.unchecked, []
         for step, player, values in unchecked:
-            finite = torch.stack([value.float() for value in values.values()]).isfinite()
-            if not finite.all():
-                bad = ", ".join(f"`{name}`" for name, ok in zip(values, finite.tolist(), strict=True) if not ok)
+            bad = [f"`{name}`" for name, value in values.items() if not math.isfinite(value.item())]
+            if bad:
                 raise FloatingPointError(
-                    f"Not finite in the {NETWORKS[player]}'s update at step {step}: {bad}. Lower the learning rate of "
-                    f"`{player}_optimizer`, set `clip_norm`, or add R1Penalty."
+                    f"Not finite in the {NETWORKS[player]}'s update at step {step}: {', '.join(bad)}. Lower the "
+                    f"learning rate of `{player}_optimizer`, set `clip_norm`, or add R1Penalty."
                 )
 
     def on_train_start(self) -> None:
