@@ -12,6 +12,7 @@ from lightning_gan_stability.callbacks import (
     UpdateRule,
 )
 from lightning_gan_stability.data import Digits, Grid, Images, Ring
+from lightning_gan_stability.doors import Play
 from lightning_gan_stability.losses import (
     AdversarialLoss,
     BoundaryEquilibrium,
@@ -24,7 +25,7 @@ from lightning_gan_stability.losses import (
     RelativisticAverage,
     Wasserstein,
 )
-from lightning_gan_stability.module import GANModule, Play
+from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.nets import (
     MLP,
     AutoEncoder,

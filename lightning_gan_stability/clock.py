@@ -39,7 +39,7 @@ class Moment:
         in_step: inside ``training_step``, whose noise is its own.
         draw: draws of noise since the step began.
         rows: start, stop and size of the batch that a micro-batch is taken from.
-        stepped: an optimizer has stepped on this batch.
+        moved: the players whose optimizers have stepped on this batch.
         shown: somebody looks at this step's values.
         differentiate: what of a play due penalties differentiate by.
         terms: the terms of each player's loss.
@@ -51,7 +51,7 @@ class Moment:
     in_step: bool = False
     draw: int = 0
     rows: tuple[int, int, int] | None = None
-    stepped: bool = False
+    moved: set[Player] = field(default_factory=set)
     shown: bool = False
     differentiate: frozenset[str] = frozenset()
     terms: dict[Player, dict[str, Tensor]] = field(default_factory=lambda: {"d": {}, "g": {}})
@@ -140,9 +140,9 @@ class Clockwork(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One GAN step on one batch by the run's update rule; ``iteration`` and ``global_step`` rise by one."""
         now = self._now
-        now.draw, now.rows, now.stepped, now.in_step, now.shown = 0, None, False, True, self._is_shown()
+        now.draw, now.rows, now.moved, now.in_step, now.shown = 0, None, set(), True, self._is_shown()
         self._rule()(self, batch)  # type: ignore[arg-type]
-        if not now.stepped:
+        if not now.moved:
             # one batch is one global_step, also when a rule leaves both players where they are
             progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
             progress.increment_ready()
@@ -152,17 +152,27 @@ class Clockwork(LightningModule):
         if now.shown:
             self._log()
 
-    def _step(self, player: Player) -> None:
+    @property
+    def moved(self) -> frozenset[Player]:
+        """The players that stepped on the last batch, or so far on the batch at hand."""
+        return frozenset(self._now.moved)
+
+    def _step(self, player: Player, schedule: bool = True) -> None:
         """Step a player's optimizer and scheduler; Lightning counts the first optimizer step of a batch alone."""
         optimizer = self._optimizer(player)
-        if self._now.stepped:
+        if self._now.moved:
             self.trainer.strategy.optimizer_step(optimizer.optimizer, _nothing)
         else:
             optimizer.step()
-            self._now.stepped = True
+        self._now.moved.add(player)
         for config in self.trainer.lr_scheduler_configs:
-            if config.scheduler.optimizer is optimizer.optimizer:
+            if schedule and config.scheduler.optimizer is optimizer.optimizer:
                 config.scheduler.step()  # type: ignore[call-arg]
+
+    def _moving(self, player: Player) -> list[nn.Parameter]:
+        """The parameters that a player's optimizer steps."""
+        groups = self._optimizer(player).param_groups
+        return [p for group in groups for p in group["params"] if p.requires_grad]
 
     def _optimizer(self, player: Player) -> LightningOptimizer:
         optimizers = self.optimizers()
@@ -227,17 +237,21 @@ class Clockwork(LightningModule):
         )
         return doors.noise(draw, key, (total, *shape), self.device, dtype)[start:stop]
 
-    def _micro_batches(self, batch: Any, n: int) -> Iterator[tuple[Any, float]]:
-        """The parts of a batch of n samples and their shares of it; gradients are exchanged on the last one alone."""
+    def _micro_batches(self, batch: Any, n: int, pack: int) -> Iterator[tuple[Any, float]]:
+        """The parts of a batch of n samples and their shares of it; gradients are exchanged on the last one alone.
+
+        Samples that are judged together, in packs, stay together; an incomplete last pack is left out.
+        """
         if self.accumulate == 1:
             yield batch, 1
             return
-        draw, size = self._now.draw, math.ceil(n / self.accumulate)
-        for start in range(0, n, size):
-            stop = min(start + size, n)
-            self._now.draw, self._now.rows = draw, (start, stop, n)
-            with nullcontext() if stop == n else self._without_exchange():
-                yield apply_to_collection(batch, Tensor, _take_rows, start, stop, n), (stop - start) / n
+        whole = n - n % pack
+        draw, size = self._now.draw, pack * math.ceil(whole / pack / self.accumulate)
+        for start in range(0, whole, size):
+            stop = min(start + size, whole)
+            self._now.draw, self._now.rows = draw, (start, stop, whole)
+            with nullcontext() if stop == whole else self._without_exchange():
+                yield apply_to_collection(batch, Tensor, _take_rows, start, stop, n), (stop - start) / whole
         self._now.rows = None
 
     def _without_exchange(self) -> AbstractContextManager[None]:

@@ -5,13 +5,54 @@ import hashlib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 M = TypeVar("M", bound=nn.Module)
+
+
+class Play(NamedTuple):
+    """What one player saw on one (micro-)batch.
+
+    Attributes:
+        real: (n, ...) real samples.
+        fake: (n, ...) generated samples.
+        real_logits: (n,) or (n, patches), (n / m,) of packs of m; None for a generator whose loss does not need them.
+        fake_logits: as ``real_logits``.
+        latents: (n, latent_dim).
+        labels: what the batch gave as labels, or None.
+    """
+
+    real: Tensor
+    fake: Tensor
+    real_logits: Tensor | None
+    fake_logits: Tensor
+    latents: Tensor
+    labels: Tensor | None
+
+    @property
+    def both_logits(self) -> tuple[Tensor, Tensor]:
+        """Real and fake logits, of a play that has both."""
+        assert self.real_logits is not None
+        return self.real_logits, self.fake_logits
+
+
+def join(plays: Sequence[Play]) -> Play:
+    """One play of the whole batch, without graphs.
+
+    Example:
+        >>> part = Play(*[torch.zeros(2)] * 5, None)
+        >>> join([part, part]).real
+        tensor([0., 0., 0., 0.])
+    """
+    if len(plays) == 1:
+        return Play(*(None if t is None else t.detach() for t in plays[0]))  # type: ignore[arg-type]
+    columns = zip(*plays, strict=True)
+    return Play(*(None if c[0] is None else torch.cat([t.detach() for t in c]) for c in columns))  # type: ignore[arg-type]
 
 
 def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -105,6 +146,25 @@ def _label_parameter(network: type[nn.Module]) -> tuple[bool, bool]:
     return default is inspect.Parameter.empty or default is None, default is inspect.Parameter.empty
 
 
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of a tensor over all processes; the tensor itself if there is one.
+
+    Differentiable to any order, so that with gradients averaged by DDP many ranks are one on the whole batch.
+
+    Example:
+        >>> mean_over_ranks(torch.ones(2))
+        tensor([1., 1.])
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return x
+    mean = x.detach().clone()
+    dist.all_reduce(mean)
+    mean = mean / dist.get_world_size() + (x - x.detach())  # adds 0, and the gradient of x
+    if mean.requires_grad:
+        mean.register_hook(mean_over_ranks)  # type: ignore[no-untyped-call]  # a mean is its own adjoint
+    return mean
+
+
 def noise(
     draw: Callable[..., Tensor], key: tuple[object, ...], shape: Sequence[int], device: torch.device, dtype: torch.dtype
 ) -> Tensor:
@@ -138,21 +198,66 @@ def generator(*key: object, device: torch.device | None = None) -> torch.Generat
     return torch.Generator(device or "cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
+class SpectralScale(nn.Module):
+    """What torch's spectral norm cannot keep: a factor for the normalized weight, and its own number of iterations.
+
+    Both are in the state dict, as one tensor, so that a checkpoint holds all that the parametrization needs.
+
+    Example:
+        >>> SpectralScale(0.5, 1)(torch.ones(2)), SpectralScale(0.5, 1).get_extra_state()
+        (tensor([0.5000, 0.5000]), tensor([0.5000, 1.0000], dtype=torch.float64))
+    """
+
+    def __init__(self, factor: float, n_power_iterations: int) -> None:
+        super().__init__()
+        self.factor, self.n_power_iterations = factor, n_power_iterations
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight times the factor."""
+        return weight * self.factor
+
+    def get_extra_state(self) -> Tensor:
+        """Factor and iterations; no buffer, which would be rounded when a module is cast."""
+        return torch.tensor([self.factor, self.n_power_iterations], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Keep the own numbers: what made this parametrization took them from the state or from the user."""
+
+
+def normalize_spectrum(layer: nn.Module, name: str, factor: float = 1.0, n_power_iterations: int = 1) -> None:
+    """Register torch's spectral norm on one weight of a layer; the global random state stays as it is.
+
+    Example:
+        >>> layer = nn.Linear(1, 8)
+        >>> normalize_spectrum(layer, "weight", factor=2.0)
+        >>> round(torch.linalg.matrix_norm(layer.weight, 2).item(), 3)
+        2.0
+    """
+    device = getattr(layer, name).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        parametrizations.spectral_norm(layer, name, n_power_iterations)
+    if (factor, n_power_iterations) != (1, 1):
+        parametrize.register_parametrization(layer, name, SpectralScale(factor, n_power_iterations))
+
+
 def restore_parametrizations(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Register torch's spectral norm wherever a state dict has it and the module does not.
+    """Register spectral norm wherever a state dict has it and the module does not.
 
     A callback may have added it before the training that made the state dict.
 
     Example:
-        >>> trained, fresh = parametrizations.spectral_norm(nn.Linear(2, 2)), nn.Linear(2, 2)
+        >>> trained, fresh = nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> normalize_spectrum(trained, "weight", factor=2.0)
         >>> restore_parametrizations(fresh, trained.state_dict())
         >>> fresh.load_state_dict(trained.state_dict())
         <All keys matched successfully>
     """
     present = module.state_dict().keys()
     for key in state.keys() - present:
-        if match := re.fullmatch(r"(?:(.+)\.)?parametrizations\.(\w+)\.\d+\._u", key):
-            parametrizations.spectral_norm(module.get_submodule(match[1] or ""), match[2])
+        if match := re.fullmatch(r"((?:(.+)\.)?parametrizations\.(\w+))\.(\d+)\._u", key):
+            factor, iterations = state.get(f"{match[1]}.{int(match[4]) + 1}._extra_state", torch.ones(2)).tolist()
+            normalize_spectrum(module.get_submodule(match[2] or ""), match[3], factor, int(iterations))
 
 
 def recipe(module: nn.Module) -> dict[str, Any]:

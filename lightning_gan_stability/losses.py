@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal, final, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lightning_gan_stability.doors import mean_over_ranks
 
 Kind = Literal["kl", "reverse_kl", "pearson", "neyman", "squared_hellinger", "jensen_shannon", "gan", "total_variation"]
 
@@ -238,7 +239,7 @@ class BoundaryEquilibrium(AdversarialLoss):
 
     @torch.no_grad()
     def _move(self, real: Tensor, fake: Tensor) -> None:
-        real_mean, fake_mean = _mean_over_ranks(torch.stack([real.mean(), fake.mean()]))
+        real_mean, fake_mean = mean_over_ranks(torch.stack([real.mean(), fake.mean()]))
         balance = self.gamma * real_mean - fake_mean
         self.k.copy_((self.k + self.lambda_k * balance).clamp(0, 1))
         self.convergence.copy_(real_mean + balance.abs())
@@ -291,7 +292,7 @@ class RelativisticAverage(AdversarialLoss):
 
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         real, fake = _pair(real_logits, fake_logits)
-        real_mean, fake_mean = _mean_over_ranks(torch.stack([real.mean(), fake.mean()]))
+        real_mean, fake_mean = mean_over_ranks(torch.stack([real.mean(), fake.mean()]))
         return (_softplus(fake_mean - real) + _softplus(fake - real_mean)) / 2
 
     def generator(self, fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
@@ -372,18 +373,6 @@ def _softplus(x: Tensor) -> Tensor:
 def _exp(x: Tensor, end: float = 40.0) -> Tensor:
     # from `end` on the tangent: its slope, and even the square of that in Adam, fits float32
     return x.clamp(max=end).exp() * (1 + (x - end).relu())
-
-
-def _mean_over_ranks(x: Tensor) -> Tensor:
-    # differentiable to any order, so that with gradients averaged by DDP many ranks are one on the whole batch
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return x
-    mean = x.detach().clone()
-    dist.all_reduce(mean)
-    mean = mean / dist.get_world_size() + (x - x.detach())  # adds 0, and the gradient of x
-    if mean.requires_grad:
-        mean.register_hook(_mean_over_ranks)  # type: ignore[no-untyped-call]  # a mean is its own adjoint
-    return mean
 
 
 # g(v), and f*(g(v)) as one expression, because the two steps one by one would overflow or cancel

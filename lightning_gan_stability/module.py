@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from copy import deepcopy
-from itertools import chain, count
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_gan_stability import doors
-from lightning_gan_stability.callbacks.base import Player, Regularizer, check_number, check_positive_int
-from lightning_gan_stability.clock import Clockwork, LRSchedulerCallable, OptimizerCallable
+from lightning_gan_stability.callbacks.base import Player, check_number, check_positive_int
+from lightning_gan_stability.clock import LRSchedulerCallable, OptimizerCallable
+from lightning_gan_stability.doors import Play
+from lightning_gan_stability.gradients import Primitives
 from lightning_gan_stability.losses import AdversarialLoss, NonSaturating
 
 
-class Play(NamedTuple):
-    """What one player saw on one (micro-)batch.
-
-    Attributes:
-        real: (n, ...) real samples.
-        fake: (n, ...) generated samples.
-        real_logits: (n,) or (n, patches); None for a generator whose loss does not need them.
-        fake_logits: (n,) or (n, patches).
-        latents: (n, latent_dim).
-        labels: what the batch gave as labels, or None.
-    """
-
-    real: Tensor
-    fake: Tensor
-    real_logits: Tensor | None
-    fake_logits: Tensor
-    latents: Tensor
-    labels: Tensor | None
-
-
-class GANModule(Clockwork):
+class GANModule(Primitives):
     """A generator and a discriminator that train against each other, by manual optimization.
 
     One batch is one GAN step: every player of ``plan`` takes its gradient and steps, and ``iteration`` and the
@@ -155,20 +135,22 @@ class GANModule(Clockwork):
             labels: (n, ...) labels for a discriminator that takes them.
 
         Returns:
-            Logits (n,), or (n, patches). With an auto-encoder as discriminator and a loss that judges reconstructions:
-            the mean absolute error of each sample, (n,).
+            Logits (n,), or (n, patches), or (n // m,) of packs of m samples. With an auto-encoder as discriminator and
+            a loss that judges reconstructions: the mean absolute error of each sample, (n,).
 
         Raises:
-            ValueError: if the discriminator does not return at least one logit per sample.
+            ValueError: if the discriminator does not return at least one logit per sample (or pack of samples).
         """
         samples = self.augment(samples)
         output = self._forward("discriminator", self.discriminator, samples, labels)
         if self.loss.judges_reconstructions and output.shape == samples.shape:
             output = (output - samples).abs().reshape(len(samples), -1).mean(1, keepdim=True)
-        if output.dim() == 0 or len(output) != len(samples):
+        n = len(samples) // self._pack
+        if output.dim() == 0 or len(output) != n:
+            per = "sample" if self._pack == 1 else f"pack of {self._pack} samples"
             raise ValueError(
-                f"The discriminator must return one logit or more per sample: expected shape ({len(samples)},) or "
-                f"({len(samples)}, patches), got {tuple(output.shape)}."
+                f"The discriminator must return one logit or more per {per}: expected shape ({n},) or "
+                f"({n}, patches), got {tuple(output.shape)}."
             )
         logits = output.reshape(len(output), -1)
         return logits.squeeze(1) if logits.shape[1] == 1 else logits
@@ -196,7 +178,7 @@ class GANModule(Clockwork):
         Raises:
             ValueError: if the generator's samples do not have the shape of the data.
         """
-        real, labels = self.unpack(batch)
+        real, labels = self._whole_packs(*self.unpack(batch))
         real = self._leaf("real", real)
         latents = self.randn(len(real), self.latent_dim)
         if player == "d":
@@ -215,95 +197,15 @@ class GANModule(Clockwork):
         real_logits = self.discriminate(real, labels) if needs_real else None
         return Play(real, fake, real_logits, self.discriminate(fake, labels), latents, labels)
 
-    # ---------- the primitives
-
-    def compute_gradients(self, player: Player, batch: Any) -> Play:
-        """Put the gradient of one player's loss on one batch into its parameters' ``grad``; nothing steps.
-
-        Args:
-            player: whose loss and whose parameters.
-            batch: the whole batch; it is split into ``accumulate`` micro-batches.
-
-        Returns:
-            What the player saw on the whole batch, without graphs.
-        """
-        optimizer, due = self._optimizer(player), self._due(player)
-        self._now.differentiate = frozenset().union(*(r.differentiates for r in due))
-        self._now.terms[player] = {}
-        n = 0 if self.accumulate == 1 else len(self.unpack(batch)[0])
-        with self.toggled_optimizer(optimizer), self._held_loss() if self._loss_moves else nullcontext():
-            optimizer.zero_grad()
-            plays = [self._backward(player, part, share, due) for part, share in self._micro_batches(batch, n)]
-        self._now.differentiate = frozenset()
-        self._now.logs.update(self._now.terms[player])
-        play = _join(plays)
-        if player == "d":
-            self._now.judged = _both_logits(play)
-        return play
-
-    def apply_gradients(self, player: Player) -> None:
-        """Clip the player's gradient and step its optimizer and scheduler.
-
-        Args:
-            player: whose optimizer steps.
-
-        Raises:
-            FloatingPointError: if a term of the loss or the gradient is not finite; then nothing steps.
-        """
-        self._step(player)
-        if player == "d" and self._now.judged is not None:
-            real, fake = self._now.judged
-            if self._loss_moves:
-                # in train mode a loss with a state of its own (BEGAN's k) moves it, as BatchNorm moves its statistics
-                with torch.no_grad():
-                    self.loss.discriminator(real, fake)
-            if self._now.shown:
-                accuracy = self.loss.accuracy(real, fake)
-                self._now.logs |= {"d/real_logit": real.mean(), "d/fake_logit": fake.mean(), "d/accuracy": accuracy}
-
-    def _backward(self, player: Player, part: Any, share: float, due: list[Regularizer]) -> Play:
-        with self._second_order() if self._now.differentiate else nullcontext():
-            play = self.play(player, part)
-        total = self._adversarial(player, play)
-        terms = {f"{player}/adversarial": total.detach()}
-        for regularizer in due:
-            with self._second_order():
-                penalty = regularizer.weight * regularizer.penalty(self, play).mean()
-            terms[_unused(f"{player}/{regularizer.name}", terms)] = penalty.detach()
-            total = total + regularizer.every * penalty
-        autocast = torch.is_autocast_enabled(self.device.type)
-        # backward repeats the types of the forward pass; under autocast it would lower those of the penalties
-        with torch.autocast(self.device.type, enabled=False) if autocast else nullcontext():
-            self.manual_backward(total if share == 1 else share * total)
-        seen = self._now.terms[player]
-        self._now.terms[player] = {k: v if share == 1 else seen.get(k, 0) + share * v for k, v in terms.items()}
-        return play
-
-    def _adversarial(self, player: Player, play: Play) -> Tensor:
-        if player == "d":
-            return self.loss.discriminator(*_both_logits(play)).mean()
-        return self.loss.generator(play.fake_logits, play.real_logits).mean()
-
-    @property
-    def _loss_moves(self) -> bool:
-        return next(self.loss.buffers(), None) is not None
-
-    @contextmanager
-    def _held_loss(self) -> Iterator[None]:
-        training, self.loss.training = self.loss.training, False
-        try:
-            yield
-        finally:
-            self.loss.training = training
-
-    @contextmanager
-    def _second_order(self) -> Iterator[None]:
-        """Full precision, because second derivatives lose it; eager, because compiled graphs have none."""
-        layers = chain(self.generator.modules(), self.discriminator.modules())
-        compiled = any(hasattr(layer, "_orig_mod") or layer._compiled_call_impl is not None for layer in layers)
-        eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-        with torch.autocast(self.device.type, enabled=False), eager:
-            yield
+    def _whole_packs(self, real: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The samples that a discriminator of packs can judge: all but the rest that fills no pack."""
+        n = len(real) - len(real) % self._pack
+        if n == 0:
+            raise ValueError(
+                f"The discriminator judges {self._pack} samples together, but the batch has {len(real)}: use a larger "
+                "batch size, and drop_last=True in the loader."
+            )
+        return (real, labels) if n == len(real) else (real[:n], None if labels is None else labels[:n])
 
     def _leaf(self, name: str, tensor: Tensor) -> Tensor:
         return tensor.detach().requires_grad_() if name in self._now.differentiate else tensor
@@ -338,11 +240,13 @@ class GANModule(Clockwork):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Both losses and the discriminator's accuracy on held-out data, as ``val/...``."""
         self._now.draw = 0 if batch_idx == 0 else self._now.draw
+        if len(self.unpack(batch)[0]) < self._pack:
+            return  # the rest of a data set that fills no pack
         play = self.play("d", batch)
         values = {
             "val/d/adversarial": self._adversarial("d", play),
             "val/g/adversarial": self._adversarial("g", play),
-            "val/d/accuracy": self.loss.accuracy(*_both_logits(play)),
+            "val/d/accuracy": self.loss.accuracy(*play.both_logits),
         }
         self.log_dict(values, batch_size=len(play.real), sync_dist=True)
 
@@ -379,21 +283,3 @@ class GANModule(Clockwork):
 def _check_type(name: str, value: object, kind: type) -> None:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"`{name}` must be of type {kind.__name__}, got {value!r}.")
-
-
-def _both_logits(play: Play) -> tuple[Tensor, Tensor]:
-    assert play.real_logits is not None
-    return play.real_logits, play.fake_logits
-
-
-def _join(plays: list[Play]) -> Play:
-    """One play of the whole batch, without graphs."""
-    if len(plays) == 1:
-        return Play(*(None if t is None else t.detach() for t in plays[0]))  # type: ignore[arg-type]
-    columns = zip(*plays, strict=True)
-    return Play(*(None if c[0] is None else torch.cat([t.detach() for t in c]) for c in columns))  # type: ignore[arg-type]
-
-
-def _unused(name: str, names: Iterable[str]) -> str:
-    """The name, or with a number behind it if it is taken (two penalties of one class)."""
-    return next(n for n in chain([name], (f"{name}_{i}" for i in count(2))) if n not in names)

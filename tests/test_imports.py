@@ -11,7 +11,7 @@ import lightning_gan_stability
 
 PACKAGE = Path(lightning_gan_stability.__file__).parent
 PURE = ("losses", "penalties", "nets", "doors", "batches")
-LAYERS = [set(PURE), {"callbacks.base"}, {"clock"}, {"module"}]
+LAYERS = [set(PURE), {"callbacks.base"}, {"clock"}, {"gradients"}, {"module"}]
 
 
 def layer(name):

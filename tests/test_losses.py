@@ -464,7 +464,7 @@ def _relativistic_average_gradients(rows):
     logits = (real[rows] @ weight).tanh(), (fake[rows] @ weight).tanh()
     players = loss.discriminator(*logits), loss.generator(*reversed(logits))
     first = [torch.autograd.grad(v.mean(), weight, create_graph=True)[0] for v in players]
-    norms = [losses._mean_over_ranks(g).square().sum() / 2 for g in first]
+    norms = [losses.mean_over_ranks(g).square().sum() / 2 for g in first]
     second = [torch.autograd.grad(norm, weight, retain_graph=True)[0] for norm in norms]
     return torch.stack([*first, *second]).detach()
 

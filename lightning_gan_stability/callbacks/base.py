@@ -47,6 +47,21 @@ def check_number(name: str, value: object, *, positive: bool = False) -> None:
         raise ValueError(f"`{name}` must be {kind}, got {value!r}.")
 
 
+def check_schedule(name: str, final: object, steps: object) -> None:
+    """Raise ``ValueError`` unless a final value and the steps until then are both given, and good, or both None.
+
+    Example:
+        >>> check_schedule("gamma", 0.1, None)
+        Traceback (most recent call last):
+        ValueError: `final_gamma` and `steps` go together, got 0.1 and None.
+    """
+    if (final is None) != (steps is None):
+        raise ValueError(f"`final_{name}` and `steps` go together, got {final!r} and {steps!r}.")
+    if steps is not None:
+        check_number(f"final_{name}", final)
+        check_positive_int("steps", steps)
+
+
 @contextmanager
 def evaluation(module: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; afterwards every submodule is in the mode that it was in.
@@ -78,9 +93,11 @@ class Regularizer(Callback, abc.ABC):
     Args:
         weight: coefficient of the penalty, not negative.
         every: the penalty is due on the steps that this number divides, the first one (step 0) included.
+        final_weight: what the weight becomes along half a cosine over ``steps`` steps, and then stays. None: constant.
+        steps: how many steps that takes.
 
     Raises:
-        ValueError: if ``weight`` or ``every`` has a bad value.
+        ValueError: if an argument has a bad value, or one of ``final_weight`` and ``steps`` comes without the other.
 
     Example:
         >>> class LogitDrift(Regularizer):
@@ -98,13 +115,34 @@ class Regularizer(Callback, abc.ABC):
     differentiates: ClassVar[tuple[str, ...]] = ("real", "fake", "latents")
     #: The penalty takes each sample's own gradient from a batch, which BatchNorm in train mode makes impossible.
     per_sample: ClassVar[bool] = False
+    #: The penalty is differentiated twice, which compiled networks cannot be: they run uncompiled meanwhile.
+    second_order: ClassVar[bool] = True
 
-    def __init__(self, weight: float | None = None, every: int | None = None) -> None:
+    def __init__(
+        self,
+        weight: float | None = None,
+        every: int | None = None,
+        final_weight: float | None = None,
+        steps: int | None = None,
+    ) -> None:
         super().__init__()
         self.weight = self.weight if weight is None else weight
         self.every = self.every if every is None else every
+        self.final_weight = final_weight
+        self.steps = steps
         check_number("weight", self.weight)
         check_positive_int("every", self.every)
+        check_schedule("weight", final_weight, steps)
+
+    def weight_at(self, step: int) -> float:
+        """The weight at a step: w(t) = w₀ + ½ (1 − cos(π t/steps)) (final_weight − w₀), and constant from ``steps`` on.
+
+        The schedule of "The GAN is dead; long live the GAN!", https://arxiv.org/abs/2501.05441.
+        """
+        if self.final_weight is None or self.steps is None:
+            return self.weight
+        progress = (1 - math.cos(math.pi * min(step / self.steps, 1))) / 2
+        return self.weight + progress * (self.final_weight - self.weight)
 
     @property
     def name(self) -> str:
@@ -118,15 +156,16 @@ class Regularizer(Callback, abc.ABC):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what the penalty cannot be right with."""
         if self.per_sample:
-            _refuse_batch_norm(self, pl_module.get_submodule("discriminator"))
+            network = "discriminator" if self.player == "d" else "generator"
+            _refuse_batch_norm(self, network, pl_module.get_submodule(network))
 
 
-def _refuse_batch_norm(regularizer: Regularizer, discriminator: nn.Module) -> None:
-    for name, layer in discriminator.named_modules():
+def _refuse_batch_norm(regularizer: Regularizer, network: str, module: nn.Module) -> None:
+    for name, layer in module.named_modules():
         if isinstance(layer, _BatchNorm) and layer.training:
             raise MisconfigurationException(
                 f"{type(regularizer).__name__} needs each sample's own gradient, but the BatchNorm layer "
-                f"`discriminator.{name}` mixes the samples of a batch: remove the layer, replace it by GroupNorm, "
+                f"`{network}.{name}` mixes the samples of a batch: remove the layer, replace it by GroupNorm, "
                 "LayerNorm or InstanceNorm, or remove the penalty."
             )
 
@@ -148,17 +187,33 @@ class UpdateRule(Callback, abc.ABC):
     #: Both players' gradients are taken before either steps. A gradient scaler changes its scale at each step, so the
     #: second player's gradient would be unscaled by the wrong number: refused.
     holds_gradients: ClassVar[bool] = False
+    #: Every batch moves both players, once each.
+    joint: ClassVar[bool] = False
+    #: Gradients are differentiated, for which the graph of the whole batch is needed at once.
+    whole_batch: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(self, module: GANModule, batch: Any) -> None:
         """Move the players on one batch."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a gradient scaler where it would be wrong."""
+        """Refuse a gradient scaler, a plan or micro-batches where they would be wrong."""
+        module: GANModule = pl_module  # type: ignore[assignment]
+        name = type(self).__name__
         if self.holds_gradients and getattr(trainer.precision_plugin, "scaler", None) is not None:
             raise MisconfigurationException(
-                f"{type(self).__name__} takes both gradients before either step, but precision='16-mixed' changes its "
+                f"{name} takes both gradients before either step, but precision='16-mixed' changes its "
                 "gradient scale at each step: use precision='bf16-mixed' or '32-true', or remove the rule."
+            )
+        if self.joint and sorted(module.plan) != ["d", "g"]:
+            raise MisconfigurationException(
+                f"{name} moves both players on every batch, but the plan is {module.plan}: remove {name} or what sets "
+                "`module.plan`."
+            )
+        if self.whole_batch and module.accumulate > 1:
+            raise MisconfigurationException(
+                f"{name} differentiates gradients of the whole batch, which accumulate={module.accumulate} would take "
+                f"apart: use accumulate=1 and smaller batches, or remove {name}."
             )
 
 

@@ -1,0 +1,200 @@
+"""The two primitives that every update rule is made of, and what rules with second derivatives need besides."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import chain, count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gan_stability.callbacks.base import Player, Regularizer
+from lightning_gan_stability.clock import PLAYERS, Clockwork
+from lightning_gan_stability.doors import Play, join
+from lightning_gan_stability.losses import AdversarialLoss
+
+
+class Primitives(Clockwork):
+    """The part of :class:`~lightning_gan_stability.module.GANModule` that takes gradients and steps."""
+
+    generator: nn.Module
+    discriminator: nn.Module
+    loss: AdversarialLoss
+
+    @abc.abstractmethod
+    def unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]: ...
+
+    @abc.abstractmethod
+    def discriminate(self, samples: Tensor, labels: Tensor | None = None) -> Tensor: ...
+
+    @abc.abstractmethod
+    def play(self, player: Player, batch: Any) -> Play: ...
+
+    # ---------- the primitives
+
+    def compute_gradients(self, player: Player, batch: Any) -> Play:
+        """Put the gradient of one player's loss on one batch into its parameters' ``grad``; nothing steps.
+
+        Args:
+            player: whose loss and whose parameters.
+            batch: the whole batch; it is split into ``accumulate`` micro-batches.
+
+        Returns:
+            What the player saw on the whole batch, without graphs.
+        """
+        return self._compute(player, batch, lambda part: self._plain(player, part))
+
+    def apply_gradients(self, player: Player) -> None:
+        """Clip the player's gradient and step its optimizer and scheduler.
+
+        Args:
+            player: whose optimizer steps.
+
+        Raises:
+            FloatingPointError: if a term of the loss or the gradient is not finite; then nothing steps.
+        """
+        self._step(player)
+        if player == "d" and self._now.judged is not None:
+            real, fake = self._now.judged
+            if self._loss_moves:
+                # in train mode a loss with a state of its own (BEGAN's k) moves it, as BatchNorm moves its statistics
+                with torch.no_grad():
+                    self.loss.discriminator(real, fake)
+            if self._now.shown:
+                accuracy = self.loss.accuracy(real, fake)
+                self._now.logs |= {"d/real_logit": real.mean(), "d/fake_logit": fake.mean(), "d/accuracy": accuracy}
+
+    # ---------- what they are made of
+
+    def _compute(self, player: Player, batch: Any, objective: Callable[[Any], tuple[Play, Tensor]]) -> Play:
+        """Put the gradient of an objective of (micro-)batches, and of the player's penalties, into ``grad``."""
+        optimizer, due = self._optimizer(player), self._due(player)
+        self._now.differentiate = _differentiated(due)
+        self._now.terms[player] = {}
+        n = 0 if self.accumulate == 1 else len(self.unpack(batch)[0])
+        with self.toggled_optimizer(optimizer), self._held_loss():
+            optimizer.zero_grad()
+            parts = self._micro_batches(batch, n, self._pack)
+            play = join([self._backward(player, part, share, due, objective) for part, share in parts])
+        self._now.differentiate = frozenset()
+        self._record(player, play)
+        return play
+
+    def _plain(self, player: Player, part: Any) -> tuple[Play, Tensor]:
+        with self._precise() if self._now.differentiate else nullcontext():
+            play = self.play(player, part)
+        return play, self._adversarial(player, play)
+
+    def _backward(
+        self,
+        player: Player,
+        part: Any,
+        share: float,
+        due: list[Regularizer],
+        objective: Callable[[Any], tuple[Play, Tensor]],
+    ) -> Play:
+        play, adversarial = objective(part)
+        total, terms = self._total(player, play, adversarial, due)
+        autocast = torch.is_autocast_enabled(self.device.type)
+        # backward repeats the types of the forward pass; under autocast it would lower those of the penalties
+        with torch.autocast(self.device.type, enabled=False) if autocast else nullcontext():
+            self.manual_backward(total if share == 1 else share * total)
+        seen = self._now.terms[player]
+        self._now.terms[player] = {k: v if share == 1 else seen.get(k, 0) + share * v for k, v in terms.items()}
+        return play
+
+    def _total(
+        self, player: Player, play: Play, adversarial: Tensor, due: list[Regularizer]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A player's whole loss, and its terms by their names in the log."""
+        total, terms = adversarial, {f"{player}/adversarial": adversarial.detach()}
+        for regularizer in due:
+            with self._precise(eager=regularizer.second_order):
+                penalty = regularizer.weight_at(self.iteration) * regularizer.penalty(self, play).mean()  # type: ignore[arg-type]
+            terms[_unused(f"{player}/{regularizer.name}", terms)] = penalty.detach()
+            total = total + regularizer.every * penalty
+        return total, terms
+
+    # ---------- for rules that differentiate gradients
+
+    def _meet(self, batch: Any) -> tuple[dict[Player, Tensor], dict[Player, Tensor]]:
+        """Both players' losses on one play, whole and adversarial alone, each with its graph to both networks."""
+        due: dict[Player, list[Regularizer]] = {player: self._due(player) for player in PLAYERS}
+        self._now.differentiate = _differentiated([*due["d"], *due["g"]])
+        with self._held_loss():
+            play = self._judge(self.play("g", batch), only_missing=True)
+            adversarial = {player: self._adversarial(player, play) for player in PLAYERS}
+            losses = {}
+            for player in PLAYERS:
+                losses[player], terms = self._total(player, play, adversarial[player], due[player])
+                self._now.terms[player] = terms
+                self._record(player, join([play]))
+        self._now.differentiate = frozenset()
+        return losses, adversarial
+
+    def _judge(self, play: Play, only_missing: bool = False) -> Play:
+        """The play with the logits that the discriminator gives now."""
+        if not only_missing or play.real_logits is None:
+            play = play._replace(real_logits=self.discriminate(play.real, play.labels))
+        return play if only_missing else play._replace(fake_logits=self.discriminate(play.fake, play.labels))
+
+    def _deposit(self, player: Player, gradients: Sequence[Tensor | None]) -> None:
+        """Put given gradients, averaged over ranks, into the ``grad`` of the player's parameters."""
+        optimizer, parameters = self._optimizer(player), self._moving(player)
+        pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+        with self.toggled_optimizer(optimizer):
+            optimizer.zero_grad()
+            # the gradient of Σ p·g is g, and takes the way through the strategy that every loss's gradient takes
+            self.manual_backward(torch.stack([(p * g.detach()).sum() for p, g in pairs]).sum())
+
+    def _record(self, player: Player, play: Play) -> None:
+        self._now.logs.update(self._now.terms[player])
+        if player == "d":
+            self._now.judged = play.both_logits
+
+    def _adversarial(self, player: Player, play: Play) -> Tensor:
+        if player == "d":
+            return self.loss.discriminator(*play.both_logits).mean()
+        return self.loss.generator(play.fake_logits, play.real_logits).mean()
+
+    @property
+    def _pack(self) -> int:
+        """Samples that the discriminator judges together."""
+        return int(getattr(getattr(self.discriminator, "_orig_mod", self.discriminator), "packing", 1))
+
+    @property
+    def _loss_moves(self) -> bool:
+        return next(self.loss.buffers(), None) is not None
+
+    @contextmanager
+    def _held_loss(self) -> Iterator[None]:
+        """Keep a loss's state where it is while gradients are taken."""
+        if not self._loss_moves:
+            yield
+            return
+        training, self.loss.training = self.loss.training, False
+        try:
+            yield
+        finally:
+            self.loss.training = training
+
+    @contextmanager
+    def _precise(self, eager: bool = True) -> Iterator[None]:
+        """Full precision, because second derivatives lose it; eager, because compiled graphs have none."""
+        layers = chain(self.generator.modules(), self.discriminator.modules()) if eager else ()
+        compiled = any(hasattr(layer, "_orig_mod") or layer._compiled_call_impl is not None for layer in layers)
+        stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        with torch.autocast(self.device.type, enabled=False), stance:
+            yield
+
+
+def _differentiated(due: Iterable[Regularizer]) -> frozenset[str]:
+    return frozenset().union(*(regularizer.differentiates for regularizer in due))
+
+
+def _unused(name: str, names: Iterable[str]) -> str:
+    """The name, or with a number behind it if it is taken (two penalties of one class)."""
+    return next(n for n in chain([name], (f"{name}_{i}" for i in count(2))) if n not in names)
