@@ -1,16 +1,18 @@
-"""What passes through a network's door: batches, labels, noise and checkpoints, as functions of plain torch objects."""
+"""What passes through a network's door: batches, labels, noise, stand-ins for weights, and checkpoints; plain torch."""
 
 import functools
 import hashlib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm as OldSpectralNorm
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -196,6 +198,77 @@ def generator(*key: object, device: torch.device | None = None) -> torch.Generat
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device or "cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+class Substitution:
+    """Lets other tensors take the place of a network's parameters for a while, in which its buffers stay as they are.
+
+    BatchNorm in train mode goes on using the statistics of its batch, and forgets them; spectral norm's vectors are
+    constants. Made once, used many times.
+
+    Args:
+        module: where the parameters are, in it or below.
+        parameters: those that are replaced.
+        still: the network whose buffers must not move.
+
+    Raises:
+        ValueError: if parameters of recurrent layers, which keep their own list of weights, are to be replaced.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> with Substitution(layer, [layer.weight], layer)([torch.tensor([[3.0]])]):
+        ...     layer(torch.ones(1))
+        tensor([3.])
+    """
+
+    def __init__(self, module: nn.Module, parameters: Sequence[Tensor], still: nn.Module) -> None:
+        number = {id(p): row for row, p in enumerate(parameters)}
+        self.owners: list[tuple[dict[str, Any], str, int]] = [
+            (m._parameters, name, number[id(p)])
+            for m in module.modules()
+            for name, p in m._parameters.items()
+            if id(p) in number
+        ]
+        self.buffers: list[tuple[dict[str, Any], str]] = [
+            (m._buffers, name) for m in still.modules() for name, b in m._buffers.items() if b is not None
+        ]
+        self.spectral = [m for m in still.modules() if has_spectral_norm(m)]
+        recurrent = next((m for m in still.modules() if isinstance(m, nn.RNNBase)), None)
+        if recurrent is not None and parameters:
+            raise ValueError(f"{type(recurrent).__name__} keeps its own list of weights, which cannot be replaced.")
+
+    @contextmanager
+    def __call__(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Replace the parameters within the context."""
+        kept = [(owner, name, owner[name]) for owner, name, _ in self.owners]
+        still = [(owner, name, owner[name]) for owner, name in self.buffers]
+        training = [(m, m.training) for m in self.spectral]
+        for owner, name, row in self.owners:
+            owner[name] = tensors[row]  # as torch.func.functional_call does
+        for owner, name, buffer in still:
+            owner[name] = buffer.clone()
+        for m in self.spectral:
+            m.training = False
+        try:
+            yield
+        finally:
+            for owner, name, tensor in (*kept, *still):
+                owner[name] = tensor
+            for m, mode in training:
+                m.training = mode
+
+
+def has_spectral_norm(module: nn.Module) -> bool:
+    """Whether a module is torch's spectral norm, or a layer that has the older one.
+
+    Example:
+        >>> has_spectral_norm(nn.utils.spectral_norm(nn.Linear(2, 2)))
+        True
+    """
+    hooks = module._forward_pre_hooks.values()
+    return isinstance(module, parametrizations._SpectralNorm) or any(
+        isinstance(hook, OldSpectralNorm) for hook in hooks
+    )
 
 
 class SpectralScale(nn.Module):

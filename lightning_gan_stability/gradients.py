@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, count
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_gan_stability.callbacks.base import Player, Regularizer
 from lightning_gan_stability.clock import PLAYERS, Clockwork
-from lightning_gan_stability.doors import Play, join
+from lightning_gan_stability.doors import Play, Substitution, join
 from lightning_gan_stability.losses import AdversarialLoss
 
 
@@ -180,6 +180,18 @@ class Primitives(Clockwork):
             yield
         finally:
             self.loss.training = training
+
+    def _still(self) -> AbstractContextManager[None]:
+        """A look at the networks that leaves BatchNorm's statistics and spectral norm's vectors where they are."""
+        return Substitution(self, [], still=self)([])
+
+    @contextmanager
+    def _rewound(self) -> Iterator[None]:
+        """Randomness within that is the same each time, and not used up."""
+        draw, device = self._now.draw, self.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+        self._now.draw = draw
 
     @contextmanager
     def _precise(self, eager: bool = True) -> Iterator[None]:

@@ -36,6 +36,7 @@ class AdversarialLoss(nn.Module, abc.ABC):
 
     needs_real: ClassVar[bool] = False  # the generator's loss needs the real logits too
     couples_batch: ClassVar[bool] = False  # values depend on the whole batch: micro-batches change the loss
+    zero_sum: bool = False  # L_D + L_G does not depend on the generator
     judges_reconstructions: ClassVar[bool] = False  # logits are reconstruction errors of an auto-encoder
     _threshold: float | None = 0.0  # the logit of a tie; None: a logit has no zero point and pairs are compared
     _direction: float = 1.0  # −1: a lower logit looks more real
@@ -68,6 +69,8 @@ class Minimax(AdversarialLoss):
         >>> Minimax().discriminator(torch.zeros(2), torch.zeros(2))
         tensor([1.3863, 1.3863])
     """
+
+    zero_sum = True
 
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         real, fake = _pair(real_logits, fake_logits)
@@ -157,6 +160,7 @@ class Wasserstein(AdversarialLoss):
         tensor([-2.])
     """
 
+    zero_sum = True
     _threshold = None
 
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -328,7 +332,7 @@ class FDivergence(AdversarialLoss):
         _require(kind in get_args(Kind), f"`kind` must be one of {', '.join(get_args(Kind))}, got {kind!r}.")
         _require(isinstance(saturating, bool), f"`saturating` must be True or False, got {saturating!r}.")
         self.kind: Kind = kind
-        self.saturating = saturating
+        self.saturating = self.zero_sum = saturating
         self._threshold = 1.0 if kind == "kl" else 0.0  # where g(v) = f'(1)
 
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:

@@ -276,6 +276,9 @@ class GANModule(Primitives):
         doors.restore_parametrizations(self, state)
         if self.generator_ema is None and any(key.startswith("generator_ema.") for key in state):
             self.generator_ema = deepcopy(self.generator).requires_grad_(False)
+        elif self.generator_ema is not None and not any(key.startswith("generator_ema.") for key in state):
+            # a run goes on with an average that it did not have before
+            state |= {f"generator_ema.{k[10:]}": v.clone() for k, v in state.items() if k.startswith("generator.")}
         for key in [k for k in state if k.startswith("augment.") and k not in self.state_dict()]:
             del state[key]  # augmentation belongs to the callback that brought it, and acts in training alone
 

@@ -2,8 +2,7 @@
 
 Any `torch.nn.Module` can be trained; these only spare the writing. All are twice differentiable, as gradient penalties
 need. Every network but `AutoEncoder` becomes class-conditional by `num_classes` and then needs labels, int64 in
-[0, num_classes). Without classes labels are not looked at: a labelled batch hands its labels to every network.
-"""
+[0, num_classes). Without classes labels are not looked at: a labelled batch hands its labels to every network."""
 
 import math
 from collections import OrderedDict
@@ -13,6 +12,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from lightning_gan_stability.packing import Packed as Packed
 
 __all__ = ["MLP", "AutoEncoder", "DCGANDiscriminator", "DCGANGenerator", "ResNetDiscriminator", "ResNetGenerator"]
 
@@ -45,8 +46,8 @@ def _check(**arguments: object) -> None:
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
             _require(number, name, "a positive number", value)
         elif "activation" in name:
-            is_class = isinstance(value, type) and issubclass(value, nn.Module)
-            _require(is_class, name, "a module class such as torch.nn.Tanh", value)
+            valid = isinstance(value, type) and issubclass(value, nn.Module)
+            _require(valid, name, "a module class such as torch.nn.Tanh", value)
         else:
             _require(_is_positive(value), name, "a positive integer", value)
 

@@ -3,7 +3,8 @@
 All of them use ∇ₓl(x), the gradient of the logit with respect to the sample it judges. The samples must require grad
 before the forward pass; the values can be differentiated again, so a penalty can be added to a loss. The gradient of a
 batch is taken as the gradient of the sum of its logits, which is each sample's own gradient as long as the
-discriminator judges every sample by itself: BatchNorm in train mode breaks that.
+discriminator judges every sample by itself: BatchNorm in train mode breaks that. Where it judges packs of m samples,
+there are n / m logits, and a pack counts as one sample.
 """
 
 import torch
@@ -15,10 +16,10 @@ def input_gradients(samples: Tensor, logits: Tensor) -> Tensor:
 
     Args:
         samples: (n, ...), requires grad, and ``logits`` were computed from it.
-        logits: (n,) or (n, patches); patches are summed.
+        logits: (n,) or (n, patches); patches are summed. (n / m,) for packs of m.
 
     Returns:
-        (n, d) with d the number of values in a sample.
+        (n, d) with d the number of values in a sample; (n / m, m d) for packs.
 
     Example:
         >>> x = torch.randn(4, 2, requires_grad=True)
@@ -26,7 +27,7 @@ def input_gradients(samples: Tensor, logits: Tensor) -> Tensor:
         [3.0, 4.0]
     """
     (gradients,) = torch.autograd.grad(logits.sum(), samples, create_graph=True)
-    gradients = gradients.reshape(len(samples), -1)
+    gradients = gradients.reshape(len(logits), -1)
     return gradients.float() if gradients.dtype in (torch.float16, torch.bfloat16) else gradients
 
 
@@ -78,7 +79,7 @@ def centered(samples: Tensor, logits: Tensor, target: float = 1.0, one_sided: bo
 
 
 def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
-    """Points α·real + (1 − α)·fake on the lines between pairs of samples, as a leaf that requires grad.
+    """Points α·real + (1 − α)·fake on the lines between pairs of samples; they keep the graph of the fake ones.
 
     Args:
         real: (n, ...).
@@ -93,7 +94,7 @@ def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
         [[0.25], [0.75]]
     """
     alpha = _per_sample(alpha, real)
-    return (alpha * real + (1 - alpha) * fake).detach().requires_grad_()
+    return (alpha * real.detach() + (1 - alpha) * fake).requires_grad_()
 
 
 def perturb(real: Tensor, alpha: Tensor, noise: Tensor) -> Tensor:
@@ -115,6 +116,129 @@ def perturb(real: Tensor, alpha: Tensor, noise: Tensor) -> Tensor:
         [[-0.5], [1.5]]
     """
     return (real + 0.5 * _per_sample(alpha, real) * real.std(correction=0) * noise).detach().requires_grad_()
+
+
+def differences(logits: Tensor, others: Tensor) -> Tensor:
+    """The squared difference (l(x) − l(x′))² of two judgements of each sample.
+
+    With x′ = x + σ n and n ~ N(0, I) a gradient penalty without gradients: its mean over n is σ² ‖∇ₓl(x)‖² + O(σ⁴),
+    and exactly that for a linear critic. "Diffusion Adversarial Post-Training for One-Step Video Generation",
+    https://arxiv.org/abs/2501.08316.
+
+    Args:
+        logits: (n,) or (n, patches); patches are summed.
+        others: as ``logits``.
+
+    Returns:
+        (n,), not negative, in float32 or better.
+
+    Example:
+        >>> differences(torch.tensor([1.0, 2.0]), torch.tensor([4.0, 2.0]))
+        tensor([9., 0.])
+    """
+    difference = (logits - others).reshape(len(logits), -1).sum(1)
+    return (difference.float() if difference.dtype in (torch.float16, torch.bfloat16) else difference).square()
+
+
+def orthogonality(weight: Tensor, off_diagonal: bool = True) -> Tensor:
+    """‖(W Wᵀ) ⊙ (1 − I)‖_F² of a weight as the matrix (out, in · height · width), or ‖W Wᵀ − I‖_F².
+
+    "Large Scale GAN Training for High Fidelity Natural Image Synthesis", https://arxiv.org/abs/1809.11096; the authors'
+    code adds the gradient of half of it.
+
+    Args:
+        weight: (out, ...).
+        off_diagonal: leave the lengths of the rows alone, as the paper does; False: make them 1.
+
+    Returns:
+        A scalar, not negative; 0 where the rows are orthogonal (and, without ``off_diagonal``, of length 1).
+
+    Example:
+        >>> orthogonality(torch.tensor([[1.0, 0.0], [3.0, 2.0]]))
+        tensor(18.)
+    """
+    rows = weight.flatten(1)
+    products = rows @ rows.T
+    identity = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+    return (products * (1 - identity) if off_diagonal else products - identity).square().sum()
+
+
+def path_lengths(latents: Tensor, samples: Tensor, noise: Tensor) -> Tensor:
+    """‖J_zᵀ y‖₂ of each sample with the generator's Jacobian J_z and an image y of noise.
+
+    "Analyzing and Improving the Image Quality of StyleGAN", https://arxiv.org/abs/1912.04958; y is ``noise`` divided by
+    the root of the number of pixels.
+
+    Args:
+        latents: (n, latent_dim), requires grad, and ``samples`` were computed from it.
+        samples: (n, channels, ...) or (n, d).
+        noise: standard normal, as ``samples``.
+
+    Returns:
+        (n,), not negative.
+
+    Example:
+        >>> z = torch.randn(4, 2, requires_grad=True)
+        >>> path_lengths(z, 5 * z, torch.tensor([[0.6, 0.8]]).expand(4, 2)).tolist()
+        [5.0, 5.0, 5.0, 5.0]
+    """
+    pixels = samples[0, 0].numel() if samples.dim() > 1 else 1
+    product = (samples * noise).sum() / pixels**0.5
+    (gradients,) = torch.autograd.grad(product, latents, create_graph=True)
+    lengths: Tensor = torch.linalg.vector_norm(gradients.reshape(len(latents), -1), dim=1)
+    return lengths
+
+
+def lecam(real_logits: Tensor, fake_logits: Tensor, real_mean: Tensor, fake_mean: Tensor) -> Tensor:
+    """relu(l(x) − α_F)² + relu(α_R − l(G(z)))² with running means α_R and α_F of real and fake logits.
+
+    "Regularizing Generative Adversarial Networks under Limited Data", https://arxiv.org/abs/2104.03310, with the relu
+    of the authors' code, which the paper's equation does not have.
+
+    Args:
+        real_logits: (n,) or (n, patches).
+        fake_logits: as ``real_logits``.
+        real_mean: α_R, a scalar.
+        fake_mean: α_F, a scalar.
+
+    Returns:
+        As ``real_logits``, not negative.
+
+    Example:
+        >>> lecam(torch.tensor([3.0]), torch.tensor([-1.0]), torch.tensor(2.0), torch.tensor(-2.0))
+        tensor([34.])
+    """
+    return (real_logits - fake_mean).relu().square() + (real_mean - fake_logits).relu().square()
+
+
+def flip_and_shift(images: Tensor, uniform: Tensor) -> Tensor:
+    """Images mirrored left to right with probability ½ and moved by up to an eighth of their size, 0 outside.
+
+    The transformation of "Consistency Regularization for Generative Adversarial Networks",
+    https://arxiv.org/abs/1910.12027. Differentiable.
+
+    Args:
+        images: (n, channels, height, width).
+        uniform: (n, 3) in [0, 1): whether to mirror, and how far to move down and to the right.
+
+    Returns:
+        As ``images``.
+
+    Example:
+        >>> flip_and_shift(torch.arange(8.0).reshape(1, 1, 1, 8), torch.tensor([[0.9, 0.5, 0.9]]))
+        tensor([[[[0., 0., 1., 2., 3., 4., 5., 6.]]]])
+    """
+    images = torch.where(_per_sample(uniform[:, 0] < 0.5, images), images.flip(-1), images)
+    for axis, column in ((2, 1), (3, 2)):
+        size = images.shape[axis]
+        reach = size // 8
+        shift = (uniform[:, column] * (2 * reach + 1)).long() - reach
+        source = torch.arange(size, device=images.device) - shift[:, None]  # (n, size)
+        shape = (len(images), 1, size, 1) if axis == 2 else (len(images), 1, 1, size)
+        inside = ((source >= 0) & (source < size)).reshape(shape)
+        moved = images.gather(axis, source.clamp(0, size - 1).reshape(shape).expand_as(images))
+        images = torch.where(inside, moved, torch.zeros((), dtype=images.dtype, device=images.device))
+    return images
 
 
 def _per_sample(weights: Tensor, samples: Tensor) -> Tensor:

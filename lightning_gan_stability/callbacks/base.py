@@ -186,7 +186,7 @@ class UpdateRule(Callback, abc.ABC):
 
     #: Both players' gradients are taken before either steps. A gradient scaler changes its scale at each step, so the
     #: second player's gradient would be unscaled by the wrong number: refused.
-    holds_gradients: ClassVar[bool] = False
+    holds_gradients: bool = False
     #: Every batch moves both players, once each.
     joint: ClassVar[bool] = False
     #: Gradients are differentiated, for which the graph of the whole batch is needed at once.
@@ -215,6 +215,16 @@ class UpdateRule(Callback, abc.ABC):
                 f"{name} differentiates gradients of the whole batch, which accumulate={module.accumulate} would take "
                 f"apart: use accumulate=1 and smaller batches, or remove {name}."
             )
+
+
+def check_once(rule: UpdateRule, module: GANModule) -> None:
+    """Refuse a plan in which a player stands twice, under a rule whose players move at the same time."""
+    if len(set(module.plan)) < len(module.plan):
+        name = type(rule).__name__
+        raise MisconfigurationException(
+            f"{name} moves every player once, but the plan is {module.plan}: remove {name} or the callback that sets "
+            "the plan."
+        )
 
 
 class Alternating(UpdateRule):

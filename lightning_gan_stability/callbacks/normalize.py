@@ -1,0 +1,207 @@
+"""What is done to the weights of a network: spectral normalization, and clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, final
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrizations, parametrize
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_gan_stability.callbacks.base import check_number, check_positive_int
+from lightning_gan_stability.doors import has_spectral_norm, normalize_spectrum
+
+if TYPE_CHECKING:
+    from lightning_gan_stability import GANModule
+
+
+@final
+class SpectralNorm(Callback):
+    """Divides every weight matrix of a network by its largest singular value, so that no layer stretches its input.
+
+    W̄ = factor · W / σ(W), with σ from one step of power iteration per forward pass in train mode. "Spectral
+    Normalization for Generative Adversarial Networks", https://arxiv.org/abs/1802.05957; torch's own parametrization,
+    on every parameter of two or more dimensions whose name ends in ``weight``: linear, convolutional, embedding and
+    attention layers, and layers of your own. A kernel is the matrix (out, in · height · width), whose σ is not that of
+    the convolution (up to √(height · width) times more). Layers that have a spectral norm already keep it.
+
+    The checkpoint remembers the normalization: ``GANModule.load_from_checkpoint`` needs no callback. For export,
+    ``SpectralNorm.remove(module)`` turns it into plain weights.
+
+    Args:
+        networks: what to normalize: names of the module's networks or of layers in them (``"discriminator.layers.0"``).
+        factor: what σ(W̄) is, positive. With 1 and an input scale of 1/4 the logit's slope is at most 1/4, which is too
+            little to tell narrow modes apart.
+        n_power_iterations: steps of power iteration per forward pass.
+
+    Raises:
+        ValueError: if an argument has a bad value.
+        MisconfigurationException: if there is no such network, if nothing in it has weights to normalize, or if it has
+            layers that cannot be normalized: recurrent ones, lazy ones, embeddings with ``max_norm`` or ``sparse``.
+
+    Example:
+        >>> SpectralNorm(networks=["generator", "discriminator"]).factor
+        1.0
+    """
+
+    def __init__(
+        self, networks: str | Sequence[str] = "discriminator", factor: float = 1.0, n_power_iterations: int = 1
+    ) -> None:
+        super().__init__()
+        self.networks = (networks,) if isinstance(networks, str) else tuple(networks)
+        if not self.networks or not all(isinstance(name, str) and name for name in self.networks):
+            raise ValueError(f"`networks` must be the name of a network or several, got {networks!r}.")
+        check_number("factor", factor, positive=True)
+        check_positive_int("n_power_iterations", n_power_iterations)
+        self.factor = factor
+        self.n_power_iterations = n_power_iterations
+
+    @property
+    def state_key(self) -> str:
+        """Tells instances for different networks apart."""
+        return self._generate_state_key(networks=self.networks)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Normalize, before the checkpoint is read and the optimizers are made."""
+        if stage != "fit":
+            return
+        for network in self.networks:
+            for part in (network, network.replace("generator", "generator_ema", 1)):
+                if part == network or _has(pl_module, part):
+                    self._normalize(pl_module, part)
+
+    def _normalize(self, module: LightningModule, network: str) -> None:
+        if not _has(module, network):
+            names = ", ".join(name for name, child in module.named_children() if any(True for _ in child.parameters()))
+            raise MisconfigurationException(f"SpectralNorm: the module has no `{network}`, but it has {names}.")
+        found = False
+        for name, layer in module.get_submodule(network).named_modules(prefix=network):
+            _refuse_layer(name, layer)
+            for weight in _weights(layer):
+                found = True
+                if not _is_normalized(layer, weight):
+                    normalize_spectrum(layer, weight, self.factor, self.n_power_iterations)
+        if not found:
+            raise MisconfigurationException(
+                f"SpectralNorm: `{network}` has no weight of two or more dimensions: name another network, or remove "
+                "SpectralNorm."
+            )
+
+    @staticmethod
+    def remove(module: nn.Module) -> None:
+        """Replace every spectrally normalized weight in a module by its plain value, with which nothing changes.
+
+        Afterwards the module can be exported, and its weights are no longer normalized in training.
+
+        Example:
+            >>> layer = parametrizations.spectral_norm(nn.Linear(3, 3)).eval()
+            >>> x = torch.ones(1, 3)
+            >>> before = layer(x)
+            >>> SpectralNorm.remove(layer)
+            >>> torch.equal(layer(x), before), list(layer.state_dict())
+            (True, ['bias', 'weight'])
+        """
+        training = [m for m in module.modules() if m.training]
+        module.eval()  # in train mode a look at the weight changes it
+        for layer in list(module.modules()):
+            for name in [n for n in getattr(layer, "parametrizations", {}) if _is_normalized(layer, n)]:
+                parametrize.remove_parametrizations(layer, name)
+        for m in training:
+            m.training = True
+
+
+def _has(module: nn.Module, network: str) -> bool:
+    try:
+        return bool(network) and isinstance(module.get_submodule(network), nn.Module)
+    except AttributeError:
+        return False
+
+
+def _weights(layer: nn.Module) -> list[str]:
+    """Names of a layer's own matrices, parametrized ones and those of the older spectral norm included."""
+    if isinstance(layer, parametrize.ParametrizationList):
+        return []
+    own: dict[str, Any] = dict(layer.named_parameters(recurse=False))
+    for name, entry in getattr(layer, "parametrizations", {}).items():
+        own[name] = getattr(entry, "original", getattr(entry, "original0", None))
+    return [n for n, p in own.items() if n.removesuffix("_orig").endswith("weight") and p is not None and p.dim() > 1]
+
+
+def _is_normalized(layer: nn.Module, name: str) -> bool:
+    lists = getattr(layer, "parametrizations", {})
+    parts = lists[name] if name in lists else ()  # noqa: SIM401  # a ModuleDict has no `get`
+    return has_spectral_norm(layer) or any(isinstance(part, parametrizations._SpectralNorm) for part in parts)
+
+
+def _refuse_layer(name: str, layer: nn.Module) -> None:
+    reason = None
+    if isinstance(layer, nn.RNNBase):
+        reason = "keeps its own list of weights: replace it"
+    elif any(is_lazy(p) for p in layer.parameters(recurse=False)):
+        reason = "has no weights before its first forward pass: run one before training"
+    elif isinstance(layer, nn.Embedding | nn.EmbeddingBag) and (layer.max_norm is not None or layer.sparse):
+        reason = "changes its weights in place (`max_norm`) or has sparse gradients: use it without"
+    if reason:
+        raise MisconfigurationException(
+            f"SpectralNorm cannot take the {type(layer).__name__} layer `{name}`, which {reason}, or name others."
+        )
+
+
+@final
+class WeightClipping(Callback):
+    """Clamps every parameter of a network to [−limit, limit] after each step of its optimizer.
+
+    The constraint of "Wasserstein GAN", https://arxiv.org/abs/1701.07875, Algorithm 1: biases and the parameters of
+    normalization layers included, after the step, so that the next player sees a clipped critic. Costs no pass.
+
+    Args:
+        limit: c, positive: 0.01 in the paper.
+        network: ``"discriminator"`` or ``"generator"``.
+
+    Raises:
+        ValueError: if an argument has a bad value.
+
+    Example:
+        >>> WeightClipping(0.05).network
+        'discriminator'
+    """
+
+    def __init__(self, limit: float = 0.01, network: Literal["discriminator", "generator"] = "discriminator") -> None:
+        super().__init__()
+        check_number("limit", limit, positive=True)
+        if network not in ("discriminator", "generator"):
+            raise ValueError(f"`network` must be 'discriminator' or 'generator', got {network!r}.")
+        self.limit = limit
+        self.network = network
+        self._handle: RemovableHandle | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the optimizer clip after each of its steps."""
+        module: GANModule = pl_module  # type: ignore[assignment]
+        optimizer = module._optimizer("d" if self.network == "discriminator" else "g").optimizer
+        self._handle = optimizer.register_step_post_hook(self._clip)
+
+    @torch.no_grad()
+    def _clip(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+        torch._foreach_clamp_min_(parameters, -self.limit)
+        torch._foreach_clamp_max_(parameters, self.limit)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the optimizer alone again."""
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the optimizer alone again."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None

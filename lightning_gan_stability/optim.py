@@ -1,0 +1,353 @@
+"""Drop-in optimizers for games, and the steps of torch's optimizers as functions that autograd can differentiate."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias, final
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+
+from lightning_gan_stability.doors import mean_over_ranks
+
+__all__ = ["NegativeMomentum", "OptimisticAdam", "OptimisticSGD"]
+
+Group: TypeAlias = dict[str, Any]
+State: TypeAlias = dict[str, Any]
+
+
+def _check(name: str, value: object, valid: bool, what: str) -> None:
+    if not (isinstance(value, int | float | Tensor) and not isinstance(value, bool) and valid):
+        raise ValueError(f"`{name}` must be {what}, got {value!r}.")
+
+
+class _PerParameter(Optimizer):
+    """An optimizer that is written down by what it does to one parameter."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            _check("lr", group["lr"], group["lr"] >= 0, "not negative")
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    gradient = parameter.grad.add(parameter, alpha=group["weight_decay"])
+                    self._move(parameter, gradient, self.state[parameter], group)
+        return loss
+
+    def _move(self, parameter: Tensor, gradient: Tensor, state: State, group: Group) -> None:
+        raise NotImplementedError
+
+
+@final
+class OptimisticSGD(_PerParameter):
+    """Gradient descent that expects the next gradient to differ from this one as this one did from the last (OGDA).
+
+    w ← w − 2η gₜ + η gₜ₋₁, with g₋₁ = g₀: a plain first step. "Training GANs with Optimism",
+    https://arxiv.org/abs/1711.00141. On the game min max xy with simultaneous steps it converges for η < 1/√3. Costs
+    no more forward or backward passes than SGD, and one copy of the gradient.
+
+    Args:
+        params: parameters or groups of them.
+        lr: η, not negative.
+        weight_decay: λ ≥ 0; λ w is added to the gradient.
+
+    Raises:
+        ValueError: if an argument has a bad value.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> optimizer = OptimisticSGD([w], lr=0.1)
+        >>> for gradient in (1.0, 3.0):
+        ...     w.grad = torch.tensor([gradient])
+        ...     optimizer.step()
+        >>> w  # 1 − 0.1 · 1, then − 0.2 · 3 + 0.1 · 1
+        Parameter containing:
+        tensor([0.4000], requires_grad=True)
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.0) -> None:
+        _check("lr", lr, lr >= 0, "not negative")
+        _check("weight_decay", weight_decay, weight_decay >= 0, "not negative")
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    def _move(self, parameter: Tensor, gradient: Tensor, state: State, group: Group) -> None:
+        previous = state.get("previous", gradient)
+        parameter.add_(previous - 2 * gradient, alpha=group["lr"])
+        state["previous"] = gradient
+
+
+@final
+class OptimisticAdam(_PerParameter):
+    """Adam with the optimistic correction.
+
+    w ← w − 2η uₜ + η uₜ₋₁ with Adam's direction uₜ = m̂ₜ / (√v̂ₜ + ε), and u₋₁ = u₀: a plain first step. "Training GANs
+    with Optimism", https://arxiv.org/abs/1711.00141. Costs no more forward or backward passes than Adam, and one copy
+    of the parameters.
+
+    Args:
+        params: parameters or groups of them.
+        lr: η, not negative.
+        betas: memory of the means of gradients and of squared gradients, each in [0, 1).
+        eps: ε, not negative.
+        weight_decay: λ ≥ 0; λ w is added to the gradient.
+
+    Raises:
+        ValueError: if an argument has a bad value.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.zeros(2))
+        >>> w.grad = torch.tensor([1.0, -5.0])
+        >>> OptimisticAdam([w], lr=0.1).step()
+        >>> w
+        Parameter containing:
+        tensor([-0.1000,  0.1000], requires_grad=True)
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            _check(name, value, value >= 0, "not negative")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"`betas` must be two numbers in [0, 1), got {betas!r}.")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def _move(self, parameter: Tensor, gradient: Tensor, state: State, group: Group) -> None:
+        state.setdefault("exp_avg", torch.zeros_like(parameter))
+        state.setdefault("exp_avg_sq", torch.zeros_like(parameter))
+        step = state["step"] = state.get("step", 0) + 1
+        beta1, beta2 = group["betas"]
+        state["exp_avg"].lerp_(gradient, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        root = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        direction = (state["exp_avg"] / (1 - beta1**step)).div_(root)
+        parameter.add_(state.get("previous", direction) - 2 * direction, alpha=group["lr"])
+        state["previous"] = direction
+
+
+@final
+class NegativeMomentum(_PerParameter):
+    """Gradient descent with a momentum that may be negative, which damps the players' circling.
+
+    Δₜ₊₁ = β Δₜ − η gₜ and w ← w + Δₜ₊₁, Polyak's heavy ball; torch's SGD refuses β < 0. "Negative Momentum for Improved
+    Game Dynamics", https://arxiv.org/abs/1807.04740. On min max xy, alternating steps with β = −½ converge for η < 1;
+    simultaneous ones diverge with any β. Costs no more forward or backward passes than SGD.
+
+    Args:
+        params: parameters or groups of them.
+        lr: η, not negative.
+        momentum: β in (−1, 1).
+        weight_decay: λ ≥ 0; λ w is added to the gradient.
+
+    Raises:
+        ValueError: if an argument has a bad value.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([0.0]))
+        >>> optimizer = NegativeMomentum([w], lr=0.1)
+        >>> for _ in range(2):
+        ...     w.grad = torch.tensor([1.0])
+        ...     optimizer.step()
+        >>> w  # −0.1, then −0.1 + 0.5 · 0.1
+        Parameter containing:
+        tensor([-0.1500], requires_grad=True)
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 1e-3, momentum: float = -0.5, weight_decay: float = 0.0
+    ) -> None:
+        _check("lr", lr, lr >= 0, "not negative")
+        _check("momentum", momentum, -1 < momentum < 1, "in (-1, 1)")
+        _check("weight_decay", weight_decay, weight_decay >= 0, "not negative")
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    def _move(self, parameter: Tensor, gradient: Tensor, state: State, group: Group) -> None:
+        move = -group["lr"] * gradient
+        if "move" in state:
+            move.add_(state["move"], alpha=group["momentum"])
+        parameter.add_(move)
+        state["move"] = move
+
+
+# ---------- torch's optimizers, differentiable
+
+
+def _root(x: Tensor) -> Tensor:
+    """√x, with the slope 0 at 0 instead of infinity: there a unit is dead and nothing moves it."""
+    return x.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
+
+
+def _sgd(p: Tensor, g: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
+    if group["weight_decay"]:
+        g = g + group["weight_decay"] * p
+    if momentum := group["momentum"]:
+        buffer = state.get("momentum_buffer")
+        buffer = g if buffer is None else momentum * buffer + (1 - group["dampening"]) * g
+        state = {"momentum_buffer": buffer}
+        g = g + momentum * buffer if group["nesterov"] else buffer
+    return p - group["lr"] * g, state
+
+
+def _adam(p: Tensor, g: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
+    (beta1, beta2), step = group["betas"], state["step"] + 1
+    if group["decoupled_weight_decay"]:
+        p = p * (1 - group["lr"] * group["weight_decay"])
+    elif group["weight_decay"]:
+        g = g + group["weight_decay"] * p
+    mean = torch.lerp(state["exp_avg"], g, 1 - beta1)
+    square = torch.addcmul(beta2 * state["exp_avg_sq"], g, g, value=1 - beta2)
+    state = state | {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+    if group["amsgrad"]:
+        square = state["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square)
+    divisor = _root(square) / math.sqrt(1 - beta2**step) + group["eps"]
+    return p - group["lr"] / (1 - beta1**step) * (mean / divisor), state
+
+
+def _rmsprop(p: Tensor, g: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
+    if group["weight_decay"]:
+        g = g + group["weight_decay"] * p
+    state = dict(state)
+    spread = square = state["square_avg"] = torch.addcmul(
+        group["alpha"] * state["square_avg"], g, g, value=1 - group["alpha"]
+    )
+    if group["centered"]:
+        mean = state["grad_avg"] = torch.lerp(state["grad_avg"], g, 1 - group["alpha"])
+        spread = torch.addcmul(square, mean, mean, value=-1)
+    move = g / (_root(spread) + group["eps"])
+    if group["momentum"]:
+        move = state["momentum_buffer"] = group["momentum"] * state["momentum_buffer"] + move
+    return p - group["lr"] * move, state
+
+
+def _adam_state(group: Group) -> list[str]:
+    return ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * group["amsgrad"]]
+
+
+def _rmsprop_state(group: Group) -> list[str]:
+    return ["square_avg", *["grad_avg"] * group["centered"], *["momentum_buffer"] * (group["momentum"] > 0)]
+
+
+# each optimizer's rule, and what of its state the rule needs, zero at first
+_RULES: dict[type[Optimizer], tuple[Callable[..., tuple[Tensor, State]], Callable[[Group], list[str]]]] = {
+    SGD: (_sgd, lambda group: []),
+    Adam: (_adam, _adam_state),
+    AdamW: (_adam, _adam_state),
+    RMSprop: (_rmsprop, _rmsprop_state),
+}
+
+
+class _Part(NamedTuple):
+    """Parameters that take the same step: their numbers, their group, and their state as one vector each."""
+
+    rows: list[int]
+    group: Group
+    state: State
+
+
+class Differentiable:
+    """The steps that an optimizer would take, from its live state on, as functions that autograd can differentiate.
+
+    Values are those of ``optimizer.step()``, and the optimizer itself stays as it is. Parameters without a gradient
+    stay too. Gradients are averaged over ranks, so that N ranks take the steps of one.
+
+    Args:
+        optimizer: SGD, Adam, AdamW or RMSprop of torch.
+        parameters: those of its parameters that move, in any order.
+        clip_norm: largest norm of the whole gradient, or None.
+        limit: what every parameter is clamped to after a step, or None.
+
+    Raises:
+        ValueError: if the optimizer is another one.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> steps = Differentiable(SGD([w], lr=0.1), [w])
+        >>> (v,), _ = steps([w], [3 * w], None)
+        >>> v, torch.autograd.grad(v.sum(), w)
+        (tensor([0.7000, 0.7000], grad_fn=<ViewBackward0>), (tensor([0.7000, 0.7000]),))
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        parameters: Sequence[Tensor],
+        clip_norm: float | None = None,
+        limit: float | None = None,
+    ) -> None:
+        if type(optimizer) not in _RULES:
+            raise ValueError(f"{type(optimizer).__name__} is not SGD, Adam, AdamW or RMSprop of torch.")
+        self.optimizer, self.parameters, self.clip_norm, self.limit = optimizer, parameters, clip_norm, limit
+        self.rule, self.needs = _RULES[type(optimizer)]
+
+    def __call__(
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], parts: list[_Part] | None
+    ) -> tuple[list[Tensor], list[_Part]]:
+        """Take one step.
+
+        Args:
+            parameters: where to step from.
+            gradients: of the loss, there.
+            parts: the state that the step before returned; None: the optimizer's own.
+
+        Returns:
+            The parameters after the step, and the state.
+        """
+        parts = self._parts(gradients) if parts is None else parts
+        slopes = [_flat(gradients, part.rows) for part in parts]
+        slopes = self._clip(
+            [mean_over_ranks(-s if p.group["maximize"] else s) for s, p in zip(slopes, parts, strict=True)]
+        )
+        moved, after = list(parameters), []
+        for part, slope in zip(parts, slopes, strict=True):
+            flat, state = self.rule(_flat(parameters, part.rows), slope, part.state, part.group)
+            flat = flat if self.limit is None else flat.clamp(-self.limit, self.limit)
+            pieces = torch.split(flat, [parameters[row].numel() for row in part.rows])
+            for row, piece in zip(part.rows, pieces, strict=True):
+                moved[row] = piece.view(parameters[row].shape)
+            after.append(part._replace(state=state))
+        return moved, after
+
+    def _clip(self, slopes: list[Tensor]) -> list[Tensor]:
+        if self.clip_norm is None:
+            return slopes
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(slope) for slope in slopes]))
+        factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        return [factor * slope for slope in slopes]
+
+    def _parts(self, gradients: Sequence[Tensor | None]) -> list[_Part]:
+        """Join the parameters that have a gradient and take the same step, because few large operations are faster."""
+        number = {id(p): row for row, p in enumerate(self.parameters)}
+        rows: dict[tuple[Any, ...], list[int]] = {}
+        for i, group in enumerate(self.optimizer.param_groups):
+            for p in group["params"]:
+                row = number.get(id(p))
+                if row is not None and gradients[row] is not None:
+                    state = self.optimizer.state.get(p, {})
+                    key = (i, float(state.get("step", 0)), state.get("momentum_buffer") is None, p.dtype, p.device)
+                    rows.setdefault(key, []).append(row)
+        groups = self.optimizer.param_groups
+        return [_Part(row, groups[key[0]], self._start(row, groups[key[0]], key[1])) for key, row in rows.items()]
+
+    def _start(self, rows: list[int], group: Group, step: float) -> State:
+        states = [self.optimizer.state.get(self.parameters[row], {}) for row in rows]
+        start: State = {"step": step}
+        if states[0].get("momentum_buffer") is not None:
+            start["momentum_buffer"] = torch.cat([state["momentum_buffer"].reshape(-1) for state in states])
+        for name in self.needs(group):
+            zeros = [torch.zeros_like(self.parameters[row]) for row in rows]
+            start[name] = torch.cat([s.get(name, z).reshape(-1) for s, z in zip(states, zeros, strict=True)])
+        return start
+
+
+def _flat(tensors: Sequence[Tensor | None], rows: Sequence[int]) -> Tensor:
+    return torch.cat([tensors[row].reshape(-1) for row in rows])  # type: ignore[union-attr]
