@@ -189,9 +189,11 @@ class Primitives(Clockwork):
     def _rewound(self) -> Iterator[None]:
         """Randomness within that is the same each time, and not used up."""
         draw, device = self._now.draw, self.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-        self._now.draw = draw
+        try:  # checkpointing leaves by an exception when it has computed enough
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                yield
+        finally:
+            self._now.draw = draw
 
     @contextmanager
     def _precise(self, eager: bool = True) -> Iterator[None]:

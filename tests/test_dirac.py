@@ -8,13 +8,17 @@ from lightning.pytorch import Callback
 from toys import dirac, fit, zeros
 
 from lightning_gan_stability import (
+    ConsensusOptimization,
+    Extragradient,
     GradientPenalty,
     Minimax,
     NonSaturating,
     R1Penalty,
     R2Penalty,
+    Relativistic,
     Simultaneous,
     Wasserstein,
+    WeightClipping,
 )
 
 
@@ -78,6 +82,9 @@ SIMULTANEOUS, ONCE, FIVE_TIMES = "simultaneous", ("g", "d"), ("g", *("d",) * 5)
         (Wasserstein, GradientPenalty(0.35), SIMULTANEOUS, "1.802"),
         (Wasserstein, GradientPenalty(0.35), ONCE, "1.221"),
         (Wasserstein, GradientPenalty(0.35), FIVE_TIMES, "0.716"),
+        (Wasserstein, WeightClipping(1.0), SIMULTANEOUS, "1.002"),
+        (Wasserstein, WeightClipping(1.0), ONCE, "1.024"),
+        (Wasserstein, WeightClipping(1.0), FIVE_TIMES, "0.917"),
     ],
 )
 def test_published_norm_after_500_steps(loss, penalty, order, expected):
@@ -114,3 +121,49 @@ def test_r1_contracts_at_the_rate_of_its_eigenvalues(gamma, simultaneous):
     expected = torch.linalg.matrix_power(matrix, 100) @ state
     assert gan.generator.theta.item() == pytest.approx(expected[0].item(), rel=1e-6)
     assert gan.discriminator.psi.item() == pytest.approx(expected[1].item(), rel=1e-6)
+
+
+def linear_rate(loss, callbacks, h=0.2, scale=1e-7):
+    """The spectral radius of the update near the equilibrium, where it is linear."""
+    columns = []
+    for theta, psi in ((scale, 0.0), (0.0, scale)):
+        gan = dirac(h, loss=loss())
+        with torch.no_grad():
+            gan.generator.theta.fill_(theta)
+            gan.discriminator.psi.fill_(psi)
+        fit(gan, zeros(1), callbacks=callbacks())
+        columns.append([gan.generator.theta.item() / scale, gan.discriminator.psi.item() / scale])
+    return torch.linalg.eigvals(torch.tensor(columns, dtype=torch.float64).T).abs().max().item()
+
+
+@pytest.mark.parametrize(
+    ("gamma", "simultaneous", "alternating"),
+    [(0.0, 1.004988, 1.0), (0.3, 0.974679, 0.969536), (1.0, 0.9, 0.927016), (2.0, 0.973205, 0.973955)],
+)
+@pytest.mark.parametrize("penalty", [R1Penalty, R2Penalty])
+def test_published_rates_of_r1(gamma, simultaneous, alternating, penalty):
+    # at the critical γ = 1 the root is double, and its error is the root of that of the matrix
+    error = 1e-4 if gamma == 1.0 else 1e-6
+    found = linear_rate(Minimax, lambda: [penalty(gamma), Simultaneous()])
+    assert found == pytest.approx(simultaneous, abs=error)
+    assert linear_rate(Minimax, lambda: [penalty(gamma)]) == pytest.approx(alternating, abs=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.3, 0.7])
+def test_a_relativistic_loss_with_r1_and_r2_doubles_gamma(gamma):
+    both = linear_rate(Relativistic, lambda: [R1Penalty(gamma), R2Penalty(gamma), Simultaneous()])
+    one = linear_rate(Minimax, lambda: [R1Penalty(2 * gamma), Simultaneous()])
+    assert both == pytest.approx(one, rel=1e-9)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 4.0])
+def test_consensus_contracts_at_the_rate_of_its_eigenvalues(gamma):
+    """The eigenvalues of J − γ JᵀJ are −γ/4 ± i/2."""
+    h = 0.2
+    found = linear_rate(Minimax, lambda: [ConsensusOptimization(gamma)], h)
+    assert found == pytest.approx(abs(1 + h * complex(-gamma / 4, 0.5)), rel=1e-9)
+
+
+def test_extragradient_converges_where_the_plain_game_does_not():
+    h = 0.2  # J = [[0, −½], [½, 0]], so w½ = (1 + hJ) w and w ← (1 + hJ + h²J²) w
+    assert linear_rate(Minimax, lambda: [Extragradient()]) == pytest.approx(abs(1 + 0.5j * h - h**2 / 4), rel=1e-9)

@@ -137,7 +137,7 @@ class _Inner:
     ) -> tuple[list[Tensor], Any]:
         module, second_order = self.module, self.rule.second_order
         with module._precise(), self.substitute(weights), module._rewound():
-            play = play if judged else module._judge(play if second_order else _constant(play))
+            play = play if judged else module._judge(_apart(play, second_order))
             loss, _ = module._total("d", play, module._adversarial("d", play), due)
             gradients = torch.autograd.grad(loss, weights, create_graph=second_order, allow_unused=True)
         with torch.set_grad_enabled(second_order):
@@ -147,6 +147,7 @@ class _Inner:
     def _objective(self, play: Play, weights: list[Tensor]) -> tuple[Play, Tensor]:
         module, saddle = self.module, self.rule.objective == "saddle"
         with module._precise(), self.substitute(weights), module._rewound():
+            play = _apart(play, second_order=True)
             if saddle or module.loss.needs_real:
                 play = module._judge(play)
             else:
@@ -154,7 +155,12 @@ class _Inner:
             return play, -module._adversarial("d", play) if saddle else module._adversarial("g", play)
 
 
-def _constant(play: Play) -> Play:
-    """The play with generated samples that know nothing of the generator."""
-    fake = play.fake.detach()
-    return play._replace(fake=fake.requires_grad_(play.real.requires_grad or play.fake.requires_grad))
+def _apart(play: Play, second_order: bool) -> Play:
+    """The play with its samples as tensors of their own, that the weights of the steps before do not depend on.
+
+    A penalty's gradient with respect to samples is partial: not through the weights, which earlier steps have made
+    from the same samples.
+    """
+    real = play.real.detach().requires_grad_(play.real.requires_grad)
+    fake = play.fake.view_as(play.fake) if second_order else play.fake.detach().requires_grad_()
+    return play._replace(real=real, fake=fake)
