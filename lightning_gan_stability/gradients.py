@@ -185,15 +185,23 @@ class Primitives(Clockwork):
         """A look at the networks that leaves BatchNorm's statistics and spectral norm's vectors where they are."""
         return Substitution(self, [], still=self)([])
 
+    def _randomness(self) -> tuple[int, Tensor, Tensor | None]:
+        """Where all randomness stands: the module's own noise, and the global generators that dropout draws from."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return self._now.draw, torch.get_rng_state(), cuda
+
     @contextmanager
-    def _rewound(self) -> Iterator[None]:
-        """Randomness within that is the same each time, and not used up."""
+    def _rewound(self, start: tuple[int, Tensor, Tensor | None] | None = None) -> Iterator[None]:
+        """Randomness within that starts from a given point (None: from here), and is not used up."""
         draw, device = self._now.draw, self.device
-        try:  # checkpointing leaves by an exception when it has computed enough
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                yield
-        finally:
-            self._now.draw = draw
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            if start is not None:
+                self._now.draw = start[0]
+                torch.set_rng_state(start[1])
+                if start[2] is not None:
+                    torch.cuda.set_rng_state(start[2], device)
+            yield
+        self._now.draw = draw
 
     @contextmanager
     def _precise(self, eager: bool = True) -> Iterator[None]:

@@ -246,12 +246,17 @@ _RULES: dict[type[Optimizer], tuple[Callable[..., tuple[Tensor, State]], Callabl
 }
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """Parameters that take the same step: their numbers, their group, and their state as one vector each."""
 
     rows: list[int]
     group: Group
     state: State
+
+    def as_leaves(self) -> "Part":
+        """The same numbers, as tensors that a gradient can be taken of."""
+        detached = {k: v.detach().requires_grad_() if isinstance(v, Tensor) else v for k, v in self.state.items()}
+        return self._replace(state=detached)
 
 
 class Differentiable:
@@ -290,8 +295,8 @@ class Differentiable:
         self.rule, self.needs = _RULES[type(optimizer)]
 
     def __call__(
-        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], parts: list[_Part] | None
-    ) -> tuple[list[Tensor], list[_Part]]:
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], parts: list[Part] | None
+    ) -> tuple[list[Tensor], list[Part]]:
         """Take one step.
 
         Args:
@@ -324,7 +329,7 @@ class Differentiable:
         factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
         return [factor * slope for slope in slopes]
 
-    def _parts(self, gradients: Sequence[Tensor | None]) -> list[_Part]:
+    def _parts(self, gradients: Sequence[Tensor | None]) -> list[Part]:
         """Join the parameters that have a gradient and take the same step, because few large operations are faster."""
         number = {id(p): row for row, p in enumerate(self.parameters)}
         rows: dict[tuple[Any, ...], list[int]] = {}
@@ -336,7 +341,7 @@ class Differentiable:
                     key = (i, float(state.get("step", 0)), state.get("momentum_buffer") is None, p.dtype, p.device)
                     rows.setdefault(key, []).append(row)
         groups = self.optimizer.param_groups
-        return [_Part(row, groups[key[0]], self._start(row, groups[key[0]], key[1])) for key, row in rows.items()]
+        return [Part(row, groups[key[0]], self._start(row, groups[key[0]], key[1])) for key, row in rows.items()]
 
     def _start(self, rows: list[int], group: Group, step: float) -> State:
         states = [self.optimizer.state.get(self.parameters[row], {}) for row in rows]

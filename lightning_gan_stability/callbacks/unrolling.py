@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, final, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from lightning_gan_stability.callbacks.base import Regularizer, UpdateRule, check_once, check_positive_int
+from lightning_gan_stability.callbacks.base import UpdateRule, check_once, check_positive_int
 from lightning_gan_stability.callbacks.normalize import WeightClipping
 from lightning_gan_stability.doors import Play, Substitution
-from lightning_gan_stability.optim import Differentiable
+from lightning_gan_stability.optim import Differentiable, Part
 
 if TYPE_CHECKING:
     from lightning_gan_stability import GANModule
@@ -42,8 +42,8 @@ class Unrolling(UpdateRule):
             keep the modes of a ring of Gaussians where the real method does.
         objective: ``"generator"``: the module's own generator loss at ψ_K; ``"saddle"``: the paper's −L_D(θ, ψ_K), of
             the adversarial loss, with its real and its fake term.
-        checkpoint: keep only weights between inner steps and compute the rest again on the way back: less memory, one
-            more forward pass per inner step, the same gradient.
+        checkpoint: keep only weights and moments between inner steps, and take the steps again on the way back: the
+            memory of one step, about one and a half times the time, the same gradient.
         simultaneous: take both gradients before either player steps, as the paper does.
 
     Raises:
@@ -114,40 +114,42 @@ class _Inner:
         optimizer = module._optimizer("d").optimizer
         self.step = Differentiable(optimizer, self.parameters, module.clip_norm, min(limits, default=None))
         self.substitute = Substitution(module, self.parameters, still=module.discriminator)
+        # else the first step would see other noise than the rest
+        dropout = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in module.discriminator.modules())
+        self.repeats = isinstance(module.augment, nn.Identity) and not dropout
 
     def __call__(self, batch: Any) -> tuple[Play, Tensor]:
         module, rule = self.module, self.rule
-        due = module._due("d")
-        module._now.differentiate = module._now.differentiate.union(*(r.differentiates for r in due))
+        self.due = module._due("d")
+        module._now.differentiate = module._now.differentiate.union(*(r.differentiates for r in self.due))
         weights = [p.detach().requires_grad_() for p in self.parameters]
         with module._precise(), self.substitute(weights):
             play = module._judge(module.play("g", batch), only_missing=True)
+        self.start = module._randomness()
+        if rule.checkpoint:
+            return self._objective(play, _Checkpointed.apply(self, play, weights, play.fake))
         parts = None
         for k in range(rule.steps):
-            judged = k == 0 and isinstance(module.augment, nn.Identity)  # else its noise would differ from the others'
-            arguments = (play, judged, weights, parts, due)
-            again = rule.checkpoint and not judged
-            weights, parts = (
-                checkpoint(self._step, *arguments, use_reentrant=False) if again else self._step(*arguments)
-            )
+            weights, parts = self.advance(play, weights, parts, rule.second_order, judged=k == 0 and self.repeats)
         return self._objective(play, weights)
 
-    def _step(
-        self, play: Play, judged: bool, weights: list[Tensor], parts: Any, due: list[Regularizer]
-    ) -> tuple[list[Tensor], Any]:
-        module, second_order = self.module, self.rule.second_order
-        with module._precise(), self.substitute(weights), module._rewound():
-            play = play if judged else module._judge(_apart(play, second_order))
-            loss, _ = module._total("d", play, module._adversarial("d", play), due)
-            gradients = torch.autograd.grad(loss, weights, create_graph=second_order, allow_unused=True)
-        with torch.set_grad_enabled(second_order):
-            weights, parts = self.step(weights, gradients, parts)
-        return weights if second_order else [w.requires_grad_() for w in weights], parts
+    def advance(
+        self, play: Play, weights: Sequence[Tensor], parts: list[Part] | None, graph: bool, judged: bool = False
+    ) -> tuple[list[Tensor], list[Part]]:
+        """One step of the discriminator, with a graph or as leaves without."""
+        module = self.module
+        with module._precise(), self.substitute(weights), module._rewound(self.start):
+            play = play if judged else module._judge(_apart(play, graph))
+            loss, _ = module._total("d", play, module._adversarial("d", play), self.due)
+            gradients = torch.autograd.grad(loss, weights, create_graph=graph, allow_unused=True)
+        with torch.set_grad_enabled(graph):
+            moved, parts = self.step(weights, gradients, parts)
+        return moved if graph else [w.detach().requires_grad_() for w in moved], parts
 
-    def _objective(self, play: Play, weights: list[Tensor]) -> tuple[Play, Tensor]:
+    def _objective(self, play: Play, weights: Sequence[Tensor]) -> tuple[Play, Tensor]:
         module, saddle = self.module, self.rule.objective == "saddle"
-        with module._precise(), self.substitute(weights), module._rewound():
-            play = _apart(play, second_order=True)
+        with module._precise(), self.substitute(weights), module._rewound(self.start):
+            play = _apart(play, graph=True)
             if saddle or module.loss.needs_real:
                 play = module._judge(play)
             else:
@@ -155,12 +157,50 @@ class _Inner:
             return play, -module._adversarial("d", play) if saddle else module._adversarial("g", play)
 
 
-def _apart(play: Play, second_order: bool) -> Play:
+class _Checkpointed(torch.autograd.Function):
+    """The discriminator's weights after all inner steps, as a function of the generated samples.
+
+    Forward keeps the weights and moments before every step; backward takes the steps again, from the last to the first,
+    each with its graph. (torch.utils.checkpoint would start over at every gradient that is taken inside of a step.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inner: _Inner, play: Play, weights: list[Tensor], fake: Tensor) -> tuple[Tensor, ...]:
+        ctx.inner, ctx.play, ctx.kept = inner, play._replace(fake=fake.detach()), []
+        parts: list[Part] | None = None
+        with torch.enable_grad():
+            for _ in range(inner.rule.steps):
+                ctx.kept.append((weights, parts))
+                weights, parts = inner.advance(ctx.play, weights, parts, graph=False)
+        return tuple(w.detach() for w in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[None, None, None, Tensor]:
+        back: list[Tensor | None] = list(slopes)
+        total = torch.zeros_like(ctx.play.fake)
+        while ctx.kept:
+            fake = ctx.play.fake.requires_grad_()
+            weights, parts = ctx.kept.pop()
+            weights, parts = [w.detach().requires_grad_() for w in weights], parts and [p.as_leaves() for p in parts]
+            with torch.enable_grad():
+                moved, after = ctx.inner.advance(ctx.play._replace(fake=fake), weights, parts, graph=True)
+            outputs, inputs = [*moved, *_tensors(after)], [fake, *weights, *_tensors(parts or [])]
+            pairs = [(o, b) for o, b in zip(outputs, back, strict=False) if b is not None and o.requires_grad]
+            found = torch.autograd.grad([o for o, _ in pairs], inputs, [b for _, b in pairs], allow_unused=True)
+            total, back = total if found[0] is None else total + found[0], list(found[1:])
+        return None, None, None, total
+
+
+def _tensors(parts: list[Part]) -> list[Tensor]:
+    return [value for part in parts for value in part.state.values() if isinstance(value, Tensor)]
+
+
+def _apart(play: Play, graph: bool) -> Play:
     """The play with its samples as tensors of their own, that the weights of the steps before do not depend on.
 
     A penalty's gradient with respect to samples is partial: not through the weights, which earlier steps have made
     from the same samples.
     """
     real = play.real.detach().requires_grad_(play.real.requires_grad)
-    fake = play.fake.view_as(play.fake) if second_order else play.fake.detach().requires_grad_()
+    fake = play.fake.view_as(play.fake) if graph else play.fake.detach().requires_grad_()
     return play._replace(real=real, fake=fake)
