@@ -41,6 +41,7 @@ class Moment:
         rows: start, stop and size of the batch that a micro-batch is taken from.
         moved: the players whose optimizers have stepped on this batch.
         shown: somebody looks at this step's values.
+        compiled: a network is compiled; None: nobody has looked yet.
         differentiate: what of a play due penalties differentiate by.
         terms: the terms of each player's loss.
         judged: the logits of real and fake samples that the discriminator's gradient was taken from.
@@ -53,6 +54,7 @@ class Moment:
     rows: tuple[int, int, int] | None = None
     moved: set[Player] = field(default_factory=set)
     shown: bool = False
+    compiled: bool | None = None
     differentiate: frozenset[str] = frozenset()
     terms: dict[Player, dict[str, Tensor]] = field(default_factory=lambda: {"d": {}, "g": {}})
     judged: tuple[Tensor, Tensor] | None = None
@@ -141,6 +143,7 @@ class Clockwork(LightningModule):
         """One GAN step on one batch by the run's update rule; ``iteration`` and ``global_step`` rise by one."""
         now = self._now
         now.draw, now.rows, now.moved, now.in_step, now.shown = 0, None, set(), True, self._is_shown()
+        now.compiled = None
         self._rule()(self, batch)  # type: ignore[arg-type]
         if not now.moved:
             # one batch is one global_step, also when a rule leaves both players where they are

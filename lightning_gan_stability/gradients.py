@@ -206,9 +206,10 @@ class Primitives(Clockwork):
     @contextmanager
     def _precise(self, eager: bool = True) -> Iterator[None]:
         """Full precision, because second derivatives lose it; eager, because compiled graphs have none."""
-        layers = chain(self.generator.modules(), self.discriminator.modules()) if eager else ()
-        compiled = any(hasattr(layer, "_orig_mod") or layer._compiled_call_impl is not None for layer in layers)
-        stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        if eager and self._now.compiled is None:
+            layers = chain(self.generator.modules(), self.discriminator.modules())
+            self._now.compiled = any(hasattr(x, "_orig_mod") or x._compiled_call_impl is not None for x in layers)
+        stance = torch.compiler.set_stance("force_eager") if eager and self._now.compiled else nullcontext()
         with torch.autocast(self.device.type, enabled=False), stance:
             yield
 

@@ -371,7 +371,7 @@ def _is_number(value: object) -> bool:
 
 
 def _softplus(x: Tensor) -> Tensor:
-    return -F.logsigmoid(-x)  # F.softplus is x from 20 on: 2e-9 off, too much for float64
+    return F.softplus(x, threshold=40.0)  # from there on it is x; torch's own 20 is 2e-9 off, too much for float64
 
 
 def _exp(x: Tensor, end: float = 40.0) -> Tensor:
