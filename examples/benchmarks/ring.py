@@ -1,0 +1,198 @@
+"""The ring of eight Gaussians in the protocol of Unrolled GAN: which methods keep all modes, and since when.
+
+    python examples/benchmarks/ring.py                       # 10 seeds, seven methods: about ten hours on one core
+    python examples/benchmarks/ring.py --methods k0 k5 --seeds 0 1 2 --jobs 2
+    python examples/benchmarks/ring.py --smoke               # seconds; only shows that it runs
+
+"Unrolled Generative Adversarial Networks", https://arxiv.org/abs/1611.02163, appendix A: radius 2, standard deviation
+0.02; generator 256 → 128 → 128 → 2, discriminator x/4 → 128 → 1, ReLU, orthogonal weights with gain 0.8; Adam with rate
+1e-4 and β = (0.5, 0.999); batches of 512; 25,000 steps. A mode counts if 20 of 2,500 samples of the last generator lie
+within three standard deviations of its centre: with one sample even a bad GAN has all eight. Rows that are finished are
+kept in `--results` and not computed again.
+"""
+
+import argparse
+import json
+import logging
+import math
+import multiprocessing
+import statistics
+import warnings
+from collections.abc import Callable, Iterable
+from itertools import product
+from pathlib import Path
+from time import process_time
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import Tensor
+
+from lightning_gan_stability import (
+    MLP,
+    GANModule,
+    Minimax,
+    NonSaturating,
+    Packed,
+    R1Penalty,
+    R2Penalty,
+    Relativistic,
+    Ring,
+    Unrolling,
+)
+
+MARKS = (0.2, 0.4, 1.0)  # 5,000, 10,000 and 25,000 steps of 25,000
+
+
+class Coverage(NamedTuple):
+    """How many modes samples cover, how good they are, and how evenly they are spread."""
+
+    modes: int  # with at least 20 of 2,500 samples
+    share: float  # of samples within three standard deviations of a centre
+    kl: float  # of these samples' modes from the uniform distribution; infinite without any
+
+
+def coverage(samples: Tensor, centers: Tensor, std: float) -> Coverage:
+    """Count the samples near each centre."""
+    distance, mode = torch.cdist(samples.double(), centers.double()).min(dim=1)
+    counts = torch.bincount(mode[distance <= 3 * std], minlength=len(centers)).double()
+    shares = counts / counts.sum()
+    kl = torch.special.xlogy(shares, shares * len(centers)).sum().item() if counts.sum() else math.inf
+    return Coverage(int((counts >= 20 * len(samples) / 2500).sum()), (counts.sum() / len(samples)).item(), kl)
+
+
+def draw(module: GANModule, n: int, average: bool = False) -> Tensor:
+    """Samples of the generator as it is, or of its average."""
+    latents = torch.randn(n, module.latent_dim, generator=torch.Generator().manual_seed(1))
+    network = module.generator_ema if average else module.generator
+    with torch.no_grad():
+        return network(latents)
+
+
+class Watch(Callback):
+    """Coverage at some steps."""
+
+    def __init__(self, steps: Iterable[int], data: Any) -> None:
+        self.steps, self.data, self.seen = set(steps), data, {}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if pl_module.iteration in self.steps:
+            self.seen[pl_module.iteration] = coverage(draw(pl_module, 2500), self.data.centers, self.data.std)
+
+
+METHODS: dict[str, tuple[str, Callable[[], Any], int, Callable[[], list[Callback]]]] = {
+    "k0": ("minimax (K = 0)", Minimax, 1, list),
+    "k1": ("unrolled, K = 1", Minimax, 1, lambda: [Unrolling(1, objective="saddle")]),
+    "k5": ("unrolled, K = 5", Minimax, 1, lambda: [Unrolling(5, objective="saddle")]),
+    "k10": ("unrolled, K = 10", Minimax, 1, lambda: [Unrolling(10, objective="saddle")]),
+    "first5": ("first-order, K = 5", Minimax, 1, lambda: [Unrolling(5, second_order=False, objective="saddle")]),
+    "packed": ("Packed, m = 2", NonSaturating, 2, list),
+    "r1r2": ("relativistic, R1 + R2, γ = 10", Relativistic, 1, lambda: [R1Penalty(10.0), R2Penalty(10.0)]),
+}
+
+
+def adam(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=1e-4, betas=(0.5, 0.999))
+
+
+def train(method: str, seed: int, steps: int, batch_size: int = 512) -> dict[str, Any]:
+    """One run; its coverage at every mark."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    _, loss, m, callbacks = METHODS[method]
+    seed_everything(seed, verbose=False)
+    discriminator = MLP([2 * m, 128, 1], input_scale=0.25, gain=0.8)
+    gan = GANModule(
+        MLP([256, 128, 128, 2], gain=0.8),
+        Packed(discriminator, m) if m > 1 else discriminator,
+        latent_dim=256,
+        loss=loss(),
+        g_optimizer=adam,
+        d_optimizer=adam,
+        noise_seed=seed,
+    )
+    data = Ring(batch_size=batch_size, epoch_length=steps, seed=seed)
+    watch = Watch((round(mark * steps) for mark in MARKS), data)
+    options = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    start = process_time()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        limit_val_batches=0,
+        log_every_n_steps=1000,
+        enable_progress_bar=False,
+        callbacks=[*callbacks(), watch],
+        **options,
+    )
+    trainer.fit(gan, data)
+    seconds = process_time() - start
+    return {"method": method, "seed": seed, "steps": steps, "seconds": seconds, "seen": watch.seen}
+
+
+def table(rows: list[dict[str, Any]], steps: int) -> str:
+    """Per method and mark: modes of each seed, and means with standard deviations over seeds."""
+    marks = [str(round(mark * steps)) for mark in MARKS]
+    lines = ["| method | step | all 8 | modes, seed by seed | high quality | reverse KL | seconds |", "|---" * 7 + "|"]
+    for method, (title, *_) in METHODS.items():
+        mine = sorted((r for r in rows if r["method"] == method and r["steps"] == steps), key=lambda r: r["seed"])
+        for mark in marks if mine else ():
+            seen = [Coverage(*row["seen"][mark]) for row in mine]
+            cells = [
+                title,
+                mark,
+                f"{sum(c.modes == 8 for c in seen)} of {len(seen)}",
+                " ".join(str(c.modes) for c in seen),
+                spread([c.share for c in seen]),
+                spread([c.kl for c in seen if math.isfinite(c.kl)]),
+                f"{statistics.mean(row['seconds'] for row in mine):.0f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    if not values:
+        return "–"
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def _train(job: tuple[str, int, int, int]) -> dict[str, Any]:
+    return train(*job)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
+    parser.add_argument("--steps", type=int, default=25_000)
+    parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
+    parser.add_argument("--results", type=Path, default=Path("runs/ring.jsonl"), help="finished runs, one a line")
+    parser.add_argument("--smoke", action="store_true", help="two seeds, five steps")
+    arguments = parser.parse_args()
+    steps, seeds, batch = (5, [0, 1], 16) if arguments.smoke else (arguments.steps, arguments.seeds, 512)
+    rows = []
+    if arguments.results.exists() and not arguments.smoke:
+        rows = [json.loads(line) for line in arguments.results.read_text().splitlines()]
+    done = {(row["method"], row["seed"], row["steps"]) for row in rows}
+    jobs = [(m, s, steps, batch) for s, m in product(seeds, arguments.methods) if (m, s, steps) not in done]
+    if arguments.jobs > 1:
+        with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
+            for row in pool.imap_unordered(_train, jobs):
+                rows.append(_keep(row, arguments))
+    else:
+        rows += [_keep(_train(job), arguments) for job in jobs]
+    print(f"torch {torch.__version__}; CPU seconds of one thread\n\n{table(rows, steps)}")
+
+
+def _keep(row: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    text = json.dumps(row)
+    if not arguments.smoke:
+        arguments.results.parent.mkdir(parents=True, exist_ok=True)
+        with arguments.results.open("a") as file:
+            file.write(text + "\n")
+    return json.loads(text)
+
+
+if __name__ == "__main__":
+    main()
