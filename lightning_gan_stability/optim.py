@@ -32,7 +32,6 @@ class _PerParameter(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            _check("lr", group["lr"], group["lr"] >= 0, "not negative")
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     gradient = parameter.grad.add(parameter, alpha=group["weight_decay"])

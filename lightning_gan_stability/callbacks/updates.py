@@ -215,15 +215,17 @@ class CompetitiveGradientDescent(UpdateRule):
         self.adaptive, self.beta, self.eps = adaptive, beta, eps
         self.tolerance, self.max_iterations = tolerance, max_iterations
         self._steps = 0
-        self._squares: dict[str, Tensor] = {}
+        self._iteration = 0
+        self._squares: dict[Player, Tensor] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The means of squared gradients."""
-        return {"steps": self._steps, "squares": self._squares}
+        """The means of squared gradients, and the module's iteration that they belong to."""
+        return {"steps": self._steps, "iteration": self._iteration, "squares": self._squares}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the means of squared gradients."""
-        self._steps, self._squares = state_dict["steps"], dict(state_dict["squares"])
+        """Go on from a checkpoint."""
+        self._steps, self._iteration = state_dict["steps"], state_dict["iteration"]
+        self._squares = dict(state_dict["squares"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be solved."""
@@ -251,7 +253,8 @@ class CompetitiveGradientDescent(UpdateRule):
             total = {p: _flat(_gradients(losses[p], moving[p]), moving[p]).detach() for p in module.plan}
             total = {player: mean_over_ranks(g) for player, g in total.items()}
             cross = {p: _flat(_gradients(adversarial["g"], moving[p]), moving[p]) for p in module.plan}
-            rates = self._rates(module, total)
+            scales = self._scales(module, total)
+            rates = {player: scale * _rate(module, player) for player, scale in scales.items()}
 
             def product(player: Player, vector: Tensor) -> Tensor:
                 """The mixed derivatives, from the other player's space into this one's."""
@@ -262,8 +265,8 @@ class CompetitiveGradientDescent(UpdateRule):
                 return mean_over_ranks(_flat(row, moving[player]))
 
             d_g, d_d = self._solve(total, rates, product)
-        module._deposit("g", _pieces(d_g, moving["g"]))
-        module._deposit("d", _pieces(d_d, moving["d"]))
+        module._deposit("g", _pieces(scales["g"] * d_g, moving["g"]))
+        module._deposit("d", _pieces(scales["d"] * d_d, moving["d"]))
         for player in module.plan:
             module.apply_gradients(player)
 
@@ -280,18 +283,24 @@ class CompetitiveGradientDescent(UpdateRule):
         d_d = v["d"] + product("d", step)
         return v["g"] - product("g", rate["d"] * d_d), d_d
 
-    def _rates(self, module: GANModule, v: dict[Player, Tensor]) -> dict[Player, Tensor]:
-        rates: dict[Player, Tensor] = {}
-        self._steps += self.adaptive
+    def _scales(self, module: GANModule, v: dict[Player, Tensor]) -> dict[Player, Tensor]:
+        """What each parameter's learning rate is multiplied by."""
+        if not self.adaptive:
+            return {player: torch.ones_like(g) for player, g in v.items()}
+        if module.iteration != self._iteration:  # another module's
+            self._steps, self._squares = 0, {}
+        self._steps, self._iteration = self._steps + 1, module.iteration + 1
         for player, g in v.items():
-            lr = {id(p): group["lr"] for group in module._optimizer(player).param_groups for p in group["params"]}
-            rates[player] = torch.cat([torch.full_like(p, lr[id(p)]).reshape(-1) for p in module._moving(player)])
-            if self.adaptive:
-                square = self._squares.get(player, torch.zeros_like(g)).to(g.device)
-                self._squares[player] = self.beta * square + (1 - self.beta) * g.square()
-                root = (self._squares[player] / (1 - self.beta**self._steps)).sqrt()
-                rates[player] = rates[player] / (root + self.eps)
-        return rates
+            square = self._squares.get(player, torch.zeros_like(g)).to(g.device)
+            self._squares[player] = self.beta * square + (1 - self.beta) * g.square()
+        bias = 1 - self.beta**self._steps
+        return {player: 1 / ((square / bias).sqrt() + self.eps) for player, square in self._squares.items()}
+
+
+def _rate(module: GANModule, player: Player) -> Tensor:
+    """The learning rate of every parameter."""
+    rates = {id(p): group["lr"] for group in module._optimizer(player).param_groups for p in group["params"]}
+    return torch.cat([torch.full_like(p, rates[id(p)]).reshape(-1) for p in module._moving(player)])
 
 
 def conjugate_gradients(
