@@ -245,10 +245,10 @@ class Clockwork(LightningModule):
 
         Samples that are judged together, in packs, stay together; an incomplete last pack is left out.
         """
-        if self.accumulate == 1:
+        whole = n - n % pack
+        if self.accumulate == 1 or whole == 0:  # which `play` refuses
             yield batch, 1
             return
-        whole = n - n % pack
         draw, size = self._now.draw, pack * math.ceil(whole / pack / self.accumulate)
         for start in range(0, whole, size):
             stop = min(start + size, whole)

@@ -1,5 +1,7 @@
 """Penalties as callbacks: their weight in the loss, their interval, and what they refuse."""
 
+import math
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -8,14 +10,24 @@ from toys import fit, points, sgd, small, weights
 
 from lightning_gan_stability import (
     MLP,
+    ApproximateR1Penalty,
+    ApproximateR2Penalty,
+    ConsistencyPenalty,
     DRAGANPenalty,
     GANModule,
     GradientPenalty,
     LeastSquares,
+    LeCam,
+    LogitDrift,
+    ModeSeeking,
+    OrthogonalPenalty,
+    PathLengthPenalty,
     R1Penalty,
     R2Penalty,
     Regularizer,
+    SpectralNorm,
     Wasserstein,
+    penalties,
 )
 
 PENALTIES = [R1Penalty, R2Penalty, GradientPenalty, DRAGANPenalty]
@@ -188,3 +200,353 @@ def test_names_in_the_log():
 
     names = [p().name for p in (*PENALTIES, MyOwnPenalty)]
     assert names == ["r1", "r2", "gradient_penalty", "dragan", "my_own"]
+
+
+# ---------- schedules
+
+
+@pytest.mark.parametrize("penalty", [R1Penalty, R2Penalty])
+def test_gamma_follows_half_a_cosine(penalty):
+    """R3GAN: γ(t) = γ₀ + (1 − ½(1 + cos πt/T)) (γ₁ − γ₀), and constant from T on."""
+    scheduled = penalty(gamma=2.0, final_gamma=0.2, steps=40)
+    for t in (0, 1, 10, 20, 39, 40, 41, 1000):
+        progress = 1 - 0.5 * (1 + math.cos(math.pi * min(t, 40) / 40))
+        assert 2 * scheduled.weight_at(t) == pytest.approx(2.0 + progress * (0.2 - 2.0))
+    assert penalty(gamma=2.0).weight_at(123) == 1.0
+
+
+def test_schedule_acts_in_training():
+    gan = linear_gan([3.0, -4.0], d_optimizer=sgd(0.0))
+    record = Record()
+    run = fit(gan, ZEROS * 5, callbacks=[R1Penalty(2.0, final_gamma=0.0, steps=4), record], log_every_n_steps=1)
+    expected = [25 * 0.5 * (1 + math.cos(math.pi * t / 4)) for t in range(5)]
+    assert record.logged("d/r1") == pytest.approx(expected, abs=1e-12)
+    assert run.global_step == 5
+
+
+class Record(Callback):
+    def __init__(self):
+        self.rows = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.rows.append({key: value.item() for key, value in trainer.callback_metrics.items()})
+
+    def logged(self, name):
+        return [row[name] for row in self.rows]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"final_gamma": 0.1}, "`final_gamma` and `steps` go together, got 0.1 and None."),
+        ({"steps": 10}, "`final_gamma` and `steps` go together, got None and 10."),
+        ({"final_gamma": -0.1, "steps": 10}, "`final_gamma` must be a finite number that is not negative, got -0.1."),
+        ({"final_gamma": 0.1, "steps": 0}, "`steps` must be a positive integer, got 0."),
+    ],
+)
+def test_schedules_are_checked(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        R1Penalty(1.0, **kwargs)
+
+
+# ---------- finite differences
+
+
+def test_zero_centred_on_interpolates():
+    """Thanh-Tung et al.: λ E‖∇D(x̂)‖², one α for each pair."""
+    gan = GANModule(nn.Linear(4, 2), MLP([2, 8, 1], nn.Tanh), 4, loss=Wasserstein(), d_optimizer=sgd(0.0)).double()
+    gan.plan = ("d",)
+    batch = points(1, dtype=torch.float64)[0]
+    run = fit(gan, [batch], callbacks=[GradientPenalty(weight=2.0, target=0.0)])
+    gan.iteration, gan._now.in_step, gan._now.draw = 0, True, 0
+    fake, alpha = gan.generator(gan.randn(8, 4)).detach(), gan.rand(8)[:, None]
+    x = (alpha * batch + (1 - alpha) * fake).requires_grad_()
+    (g,) = torch.autograd.grad(gan.discriminator(x).sum(), x)
+    assert run.callback_metrics["d/gradient_penalty"].item() == pytest.approx(2 * g.square().sum(1).mean().item())
+
+
+@pytest.mark.parametrize(
+    ("approximate", "exact"), [(ApproximateR1Penalty, R1Penalty), (ApproximateR2Penalty, R2Penalty)]
+)
+def test_approximate_penalties_on_a_linear_critic(approximate, exact):
+    """In the mean over directions γ = 2 λ σ²; here the direction is known."""
+    w, sigma, weight = torch.tensor([3.0, -4.0], dtype=torch.float64), 0.1, 7.0
+    gan = linear_gan(w.tolist(), d_optimizer=sgd(0.01))
+    fit(gan, ZEROS, callbacks=[approximate(weight, sigma)])
+    gan.iteration, gan._now.in_step, gan._now.draw = 0, True, 1  # draw 0 are the latents
+    n = gan.randn(6, 2)
+    gradient = 2 * weight * sigma**2 * ((n @ w)[:, None] * n).mean(0)
+    torch.testing.assert_close(gan.discriminator.weight[0].detach(), w - 0.01 * gradient)
+    gans = [linear_gan(w.tolist(), d_optimizer=sgd(0.0)) for _ in range(2)]
+    many = [torch.zeros(100_000, 2, dtype=torch.float64)]
+    found = fit(gans[0], many, callbacks=[approximate(weight, sigma)]).callback_metrics
+    expected = fit(gans[1], many, callbacks=[exact(2 * weight * sigma**2)]).callback_metrics
+    name = exact().name
+    assert found[f"d/approximate_{name}"].item() == pytest.approx(expected[f"d/{name}"].item(), rel=0.03)
+
+
+@pytest.mark.parametrize("penalty", [ApproximateR1Penalty, ApproximateR2Penalty])
+@pytest.mark.parametrize("kind", ["dropout", "spectral norm", "augmentation"])
+def test_approximate_penalties_use_the_same_network_twice(penalty, kind):
+    """A direction of length 0 costs nothing, whatever the network draws or moves between two forward passes."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 16), nn.Dropout(0.5), nn.Linear(16, 1))
+    gan = GANModule(MLP([4, 2]), network, 4)
+    if kind == "augmentation":
+
+        class Jitter(nn.Module):
+            def forward(self, x):
+                return x + gan.randn(*x.shape)
+
+        gan.augment = Jitter()
+    callbacks = [SpectralNorm()] if kind == "spectral norm" else []
+    run = fit(gan, points(3), callbacks=[penalty(weight=1.0, sigma=1e-30), *callbacks])
+    assert run.callback_metrics[f"d/{penalty().name}"] == 0
+
+
+def test_approximate_penalties_draw_no_more_from_the_global_generator_than_one_forward_pass():
+    states = []
+    for callbacks in ([], [ApproximateR1Penalty()]):
+        torch.manual_seed(0)
+        gan = GANModule(MLP([4, 2]), nn.Sequential(nn.Linear(2, 8), nn.Dropout(), nn.Linear(8, 1)), 4)
+        gan.plan = ("d",) if callbacks else ("d", "g")  # three forward passes of D either way
+        torch.manual_seed(0)
+        fit(gan, points(1), callbacks=callbacks)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+# ---------- LeCam
+
+
+def test_lecam_against_the_authors_recursion():
+    gan = small(d_optimizer=sgd(0.05), g_optimizer=sgd(0.05)).double()
+    lecam, record, logits = LeCam(weight=0.7, decay=0.9, start=2), Record(), []
+    seen = gan.compute_gradients
+
+    def spy(player, batch):
+        play = seen(player, batch)
+        if player == "d":
+            logits.append(play.both_logits)
+        return play
+
+    gan.compute_gradients = spy
+    fit(gan, points(6, dtype=torch.float64), callbacks=[lecam, record], log_every_n_steps=1)
+    means = None
+    for step, (real, fake) in enumerate(logits):
+        expected = 0.0
+        if step >= 2:
+            expected = 0.7 * ((real - means[1]).relu().square() + (means[0] - fake).relu().square()).mean().item()
+        assert record.logged("d/le_cam")[step] == pytest.approx(expected, rel=1e-5, abs=1e-9)
+        now = torch.stack([real.mean(), fake.mean()])
+        # the mean moves after the step; up to `start` it is that of the last batch
+        means = now if means is None or step + 1 < 2 else 0.9 * means + 0.1 * now
+    torch.testing.assert_close(lecam.state_dict()["means"].double(), means, rtol=1e-5, atol=1e-6)
+
+
+def test_lecam_forgets_another_module():
+    lecam = LeCam(start=0)
+    fit(small(), points(3), callbacks=[lecam])
+    other = small(seed=1)
+    fresh, used = Record(), Record()
+    fit(other, points(3), callbacks=[lecam, used], log_every_n_steps=1)
+    fit(small(seed=1), points(3), callbacks=[LeCam(start=0), fresh], log_every_n_steps=1)
+    assert used.logged("d/le_cam") == fresh.logged("d/le_cam")
+
+
+# ---------- consistency
+
+
+def image_gan(**kwargs):
+    torch.manual_seed(0)
+    generator = MLP([4, 8, 64], output_shape=[1, 8, 8])
+    return GANModule(generator, MLP([64, 8, 1]), 4, d_optimizer=sgd(0.0), g_optimizer=sgd(0.0), **kwargs).double()
+
+
+IMAGES = [torch.randn(6, 1, 8, 8, dtype=torch.float64)]
+
+
+def first_draws(gan):
+    """The noise of step 0 from the start."""
+    gan.iteration, gan._now.in_step, gan._now.draw = 0, True, 0
+    return gan
+
+
+@pytest.mark.parametrize("kind", ["real", "balanced"])
+def test_consistency_of_mirrored_and_moved_images(kind):
+    gan = image_gan()
+    run = fit(gan, IMAGES, callbacks=[ConsistencyPenalty(kind, weight=3.0)])
+    first_draws(gan)
+    fake = gan.generator(gan.randn(6, 4)).detach()
+    expected = 0
+    for x in (IMAGES[0], fake)[: 1 + (kind == "balanced")]:
+        moved = penalties.flip_and_shift(x, gan.rand(6, 3))
+        expected = expected + 3 * (gan.discriminator(x) - gan.discriminator(moved)).square().mean()
+    assert run.callback_metrics["d/consistency"].item() == pytest.approx(expected.item())
+
+
+def test_consistency_with_a_transformation_of_your_own():
+    class Double(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    gan = linear_gan([3.0, -4.0], d_optimizer=sgd(0.0))
+    batch = points(1, dtype=torch.float64)[0]
+    run = fit(gan, [batch], callbacks=[ConsistencyPenalty("real", weight=1.0, transform=Double())])
+    expected = (batch @ gan.discriminator.weight[0].detach()).square().mean()
+    assert run.callback_metrics["d/consistency"].item() == pytest.approx(expected.item())
+
+
+def test_latent_consistency_of_both_players():
+    gan = image_gan()
+    entries = [
+        ConsistencyPenalty("latent", weight=2.0),
+        ConsistencyPenalty("latent", weight=0.3, player="g", radius=0.5),
+    ]
+    run = fit(gan, IMAGES, callbacks=entries)
+    first_draws(gan)
+    z, near = gan.randn(6, 4), gan.randn(6, 4)
+    logits = [gan.discriminator(gan.generator(x)) for x in (z, z + 0.05 * near)]
+    expected = 2 * (logits[0] - logits[1]).square().mean()
+    assert run.callback_metrics["d/consistency"].item() == pytest.approx(expected.item())
+    z, near = gan.randn(6, 4), gan.randn(6, 4)
+    expected = -0.3 * (gan.generator(z) - gan.generator(z + 0.5 * near)).square().mean()
+    assert run.callback_metrics["g/consistency"].item() == pytest.approx(expected.item())
+
+
+def test_generators_half_of_latent_consistency_moves_the_generator():
+    """L_G − λ E(G(z) − G(z + δ))²: without an adversarial loss the generator grows."""
+    gan = GANModule(nn.Linear(4, 2, bias=False), nn.Linear(2, 1), 4, loss=Wasserstein(), g_optimizer=sgd(0.1)).double()
+    with torch.no_grad():
+        gan.discriminator.weight.zero_()
+    gan.plan = ("g",)
+    before = gan.generator.weight.norm().item()
+    fit(gan, points(1, dtype=torch.float64), callbacks=[ConsistencyPenalty("latent", player="g", radius=1.0)])
+    assert gan.generator.weight.norm().item() > before
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"kind": "fake"}, "`kind` must be one of real, balanced, latent, got 'fake'."),
+        ({"player": "g"}, "`player` must be 'd', or 'g' with kind='latent', got 'g' and 'real'."),
+        ({"player": "x", "kind": "latent"}, "`player` must be 'd', or 'g' with kind='latent', got 'x' and 'latent'."),
+        ({"radius": 0.1}, "`radius` is of no use with kind='real'."),
+        ({"kind": "latent", "transform": nn.Identity()}, "`transform` is of no use with kind='latent'."),
+        ({"kind": "latent", "radius": 0.0}, "`radius` must be a positive finite number, got 0.0."),
+    ],
+)
+def test_consistency_is_checked(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        ConsistencyPenalty(**kwargs)
+
+
+def test_points_need_a_transformation():
+    with pytest.raises(ValueError, match=r"mirrors and moves images .* have shape \(8, 2\): give a `transform`"):
+        fit(small(), points(1), callbacks=[ConsistencyPenalty()])
+
+
+# ---------- orthogonality, drift, path length, mode seeking
+
+
+@pytest.mark.parametrize("player", ["d", "g"])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_orthogonality_is_over_all_weights_but_embeddings(player, normalized):
+    network = nn.Sequential(nn.Linear(2, 6), nn.ConvTranspose1d(3, 2, 2), nn.Embedding(7, 5), nn.LayerNorm(6))
+
+    class Only(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused, self.used = network, nn.Linear(2, 1) if player == "d" else nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.used(x)
+
+    networks = (MLP([4, 2]), Only()) if player == "d" else (Only(), MLP([2, 1]))
+    gan = GANModule(*networks, 4, d_optimizer=sgd(0.0), g_optimizer=sgd(0.0)).double()
+    used = (gan.discriminator if player == "d" else gan.generator).used
+    raw = [network[0].weight, network[1].weight.transpose(0, 1), used.weight]
+    expected = 0.5 * sum(penalties.orthogonality(w.detach()) for w in raw)
+    callbacks = [SpectralNorm("discriminator" if player == "d" else "generator", factor=3.0)] if normalized else []
+    run = fit(gan, points(1, dtype=torch.float64), callbacks=[OrthogonalPenalty(0.5, player=player), *callbacks])
+    assert run.callback_metrics[f"{player}/orthogonal"].item() == pytest.approx(expected.item())
+
+
+def test_orthogonal_penalty_makes_filters_orthogonal():
+    gan = small(g_optimizer=sgd(0.05), d_optimizer=sgd(0.0))
+    weight = gan.generator.layers[2].weight
+    before = penalties.orthogonality(weight.detach()).item()
+    fit(gan, points(200), callbacks=[OrthogonalPenalty(weight=1.0)])
+    assert penalties.orthogonality(weight.detach()).item() < before / 100
+
+
+def test_logit_drift():
+    gan = linear_gan([3.0, -4.0], d_optimizer=sgd(0.1))
+    batch = points(1, dtype=torch.float64)[0]
+    fake = gan.generator(torch.zeros(8, 4, dtype=torch.float64))
+    logits = batch @ torch.tensor([3.0, -4.0], dtype=torch.float64) + gan.discriminator.bias.detach()
+    wasserstein = fake.mean(0).detach() - batch.mean(0)
+    expected = torch.tensor([3.0, -4.0]) - 0.1 * (wasserstein + 0.4 * 2 * (logits[:, None] * batch).mean(0))
+    fit(gan, [batch], callbacks=[LogitDrift(weight=0.4)])
+    torch.testing.assert_close(gan.discriminator.weight[0].detach(), expected)
+
+
+def test_path_length_against_a_linear_generator():
+    torch.manual_seed(0)
+    gan = GANModule(nn.Linear(4, 2, bias=False), MLP([2, 8, 1]), 4, g_optimizer=sgd(0.0), d_optimizer=sgd(0.0)).double()
+    record, penalty = Record(), PathLengthPenalty(weight=3.0, decay=0.8, every=2)
+    fit(gan, points(5, dtype=torch.float64), callbacks=[penalty, record], log_every_n_steps=1)
+    mean, a = 0.0, gan.generator.weight.detach()
+    for step in (0, 2, 4):
+        first_draws(gan)
+        gan.iteration = step
+        gan._now.draw = 2  # latents of D and of G came first
+        lengths = (gan.randn(8, 2) @ a).norm(dim=1)
+        expected = 3.0 * (lengths - mean).square().mean().item()
+        assert record.logged("g/path_length")[step] == pytest.approx(expected, rel=1e-5)
+        mean = 0.8 * mean + 0.2 * lengths.mean().item()
+    assert penalty.state_dict()["means"].item() == pytest.approx(mean, rel=1e-5)
+
+
+def test_path_length_refuses_batch_norm_in_the_generator():
+    gan = GANModule(nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2)), MLP([2, 1]), 4)
+    with pytest.raises(Exception, match=r"PathLengthPenalty needs each sample's own gradient, .* `generator.1` mixes"):
+        fit(gan, points(1), callbacks=[PathLengthPenalty()])
+
+
+@pytest.mark.parametrize("scale", [0.5, -2.0])
+def test_mode_seeking_of_a_scaled_identity(scale):
+    """G(z) = a z: the term is 1 / (|a| + 1e-5)."""
+    gan = GANModule(nn.Linear(2, 2, bias=False), MLP([2, 8, 1]), 2, g_optimizer=sgd(0.0)).double()
+    with torch.no_grad():
+        gan.generator.weight.copy_(scale * torch.eye(2))
+    run = fit(gan, points(1, dtype=torch.float64), callbacks=[ModeSeeking(weight=0.3)])
+    assert run.callback_metrics["g/mode_seeking"].item() == pytest.approx(0.3 / (abs(scale) + 1e-5))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ApproximateR1Penalty(sigma=0.0), "`sigma` must be a positive finite number, got 0.0."),
+        (lambda: ApproximateR2Penalty(weight=-1), "`weight` must be a finite number that is not negative, got -1."),
+        (lambda: LeCam(decay=1.5), r"`decay` must be in \[0, 1\], got 1.5."),
+        (lambda: LeCam(start=-1), "`start` must be a finite number that is not negative, got -1."),
+        (lambda: PathLengthPenalty(decay=-0.1), "`decay` must be a finite number that is not negative, got -0.1."),
+        (lambda: OrthogonalPenalty(player="x"), "`player` must be 'd' or 'g', got 'x'."),
+        (lambda: LogitDrift(weight=float("nan")), "`weight` must be a finite number that is not negative, got nan."),
+        (lambda: ModeSeeking(every=0), "`every` must be a positive integer, got 0."),
+    ],
+)
+def test_other_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("make", [ApproximateR1Penalty, lambda: GradientPenalty(target=0.0), LeCam, LogitDrift])
+def test_micro_batches_give_the_penalty_of_the_batch(make):
+    found = []
+    for accumulate in (1, 3):
+        gan = small(accumulate=accumulate, d_optimizer=sgd(0.1), g_optimizer=sgd(0.1)).double()
+        fit(gan, points(3, dtype=torch.float64), callbacks=[make()])
+        found.append(weights(gan))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)

@@ -241,7 +241,8 @@ class AdaptiveUpdateRatio(_Balance):
         given = zip((low, high, hysteresis), defaults, strict=True)
         self.low, self.high, self.hysteresis = (default if value is None else value for value, default in given)
         for name, value in (("low", self.low), ("high", self.high)):
-            check_number(name, abs(value) if isinstance(value, int | float) else value)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
         check_number("hysteresis", self.hysteresis)
         if self.low > self.high:
             raise ValueError(f"`low` must not be above `high`, got {self.low!r} and {self.high!r}.")

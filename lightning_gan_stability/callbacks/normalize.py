@@ -43,7 +43,8 @@ class SpectralNorm(Callback):
     Raises:
         ValueError: if an argument has a bad value.
         MisconfigurationException: if there is no such network, if nothing in it has weights to normalize, or if it has
-            layers that cannot be normalized: recurrent ones, lazy ones, embeddings with ``max_norm`` or ``sparse``.
+            layers that cannot be normalized: recurrent ones, lazy ones, embeddings with ``max_norm`` or ``sparse``,
+            and those that start at zero.
 
     Example:
         >>> SpectralNorm(networks=["generator", "discriminator"]).factor
@@ -86,6 +87,8 @@ class SpectralNorm(Callback):
             for weight in _weights(layer):
                 found = True
                 if not _is_normalized(layer, weight):
+                    if not getattr(layer, weight).any():
+                        _refuse(name, layer, "has weights that are all zero, and so no norm: initialize it otherwise")
                     normalize_spectrum(layer, weight, self.factor, self.n_power_iterations)
         if not found:
             raise MisconfigurationException(
@@ -140,17 +143,18 @@ def _is_normalized(layer: nn.Module, name: str) -> bool:
 
 
 def _refuse_layer(name: str, layer: nn.Module) -> None:
-    reason = None
     if isinstance(layer, nn.RNNBase):
-        reason = "keeps its own list of weights: replace it"
-    elif any(is_lazy(p) for p in layer.parameters(recurse=False)):
-        reason = "has no weights before its first forward pass: run one before training"
-    elif isinstance(layer, nn.Embedding | nn.EmbeddingBag) and (layer.max_norm is not None or layer.sparse):
-        reason = "changes its weights in place (`max_norm`) or has sparse gradients: use it without"
-    if reason:
-        raise MisconfigurationException(
-            f"SpectralNorm cannot take the {type(layer).__name__} layer `{name}`, which {reason}, or name others."
-        )
+        _refuse(name, layer, "keeps its own list of weights: replace it")
+    if any(is_lazy(p) for p in layer.parameters(recurse=False)):
+        _refuse(name, layer, "has no weights before its first forward pass: run one before training")
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and (layer.max_norm is not None or layer.sparse):
+        _refuse(name, layer, "changes its weights in place (`max_norm`) or has sparse gradients: use it without")
+
+
+def _refuse(name: str, layer: nn.Module, reason: str) -> None:
+    raise MisconfigurationException(
+        f"SpectralNorm cannot take the {type(layer).__name__} layer `{name}`, which {reason}, or name other networks."
+    )
 
 
 @final
