@@ -1,0 +1,201 @@
+"""Every regularizer × update rule × loss, under spectral norm, average and ratio in turn, trains or is refused by name.
+
+Three batches each: enough for moments, schedules and lazy penalties to come into play.
+"""
+
+from itertools import count, product
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from toys import fit, points, sgd, weights
+
+import lightning_gan_stability
+from lightning_gan_stability import (
+    MLP,
+    AdaptiveUpdateRatio,
+    Alternating,
+    ApproximateR1Penalty,
+    ApproximateR2Penalty,
+    BoundaryEquilibrium,
+    CompetitiveGradientDescent,
+    ConsensusOptimization,
+    ConsistencyPenalty,
+    DRAGANPenalty,
+    Extragradient,
+    FDivergence,
+    GANModule,
+    GeneratorEMA,
+    GradientPenalty,
+    Hinge,
+    LeastSquares,
+    LeCam,
+    LogitDrift,
+    Lookahead,
+    Minimax,
+    ModeSeeking,
+    NonSaturating,
+    OptimisticAdam,
+    OrthogonalPenalty,
+    Packed,
+    PathLengthPenalty,
+    R1Penalty,
+    R2Penalty,
+    Regularizer,
+    Relativistic,
+    RelativisticAverage,
+    Simultaneous,
+    SpectralNorm,
+    Unrolling,
+    UpdateRatio,
+    UpdateRule,
+    Wasserstein,
+    WeightClipping,
+)
+
+pytestmark = pytest.mark.timeout(120)
+
+
+class Shift(nn.Module):
+    def forward(self, x):
+        return x + 0.1
+
+
+LOSSES = {
+    "Minimax": Minimax,
+    "NonSaturating": NonSaturating,
+    "LeastSquares": LeastSquares,
+    "Wasserstein": Wasserstein,
+    "Hinge": Hinge,
+    "BoundaryEquilibrium": BoundaryEquilibrium,
+    "Relativistic": Relativistic,
+    "RelativisticAverage": RelativisticAverage,
+    "FDivergence": lambda: FDivergence("squared_hellinger"),
+}
+RULES = {
+    "none": list,
+    "Alternating": lambda: [Alternating()],
+    "Simultaneous": lambda: [Simultaneous()],
+    "Extragradient": lambda: [Extragradient()],
+    "Unrolling": lambda: [Unrolling(2)],
+    "Unrolling, first order": lambda: [Unrolling(2, second_order=False)],
+    "Unrolling, saddle, checkpoint, simultaneous": lambda: [Unrolling(2, True, "saddle", True, True)],
+    "ConsensusOptimization": lambda: [ConsensusOptimization(0.1)],
+    "CompetitiveGradientDescent": lambda: [CompetitiveGradientDescent(max_iterations=5)],
+    "CompetitiveGradientDescent, adaptive": lambda: [CompetitiveGradientDescent(True, max_iterations=5)],
+}
+REGULARIZERS = {
+    "none": list,
+    "R1Penalty": lambda: [R1Penalty(0.1, every=2, final_gamma=0.0, steps=3)],
+    "R2Penalty": lambda: [R2Penalty(0.1)],
+    "GradientPenalty": lambda: [GradientPenalty(0.1)],
+    "GradientPenalty, zero-centred": lambda: [GradientPenalty(0.1, target=0.0)],
+    "DRAGANPenalty": lambda: [DRAGANPenalty(0.1, every=2)],
+    "ApproximateR1Penalty": lambda: [ApproximateR1Penalty()],
+    "ApproximateR2Penalty": lambda: [ApproximateR2Penalty()],
+    "LeCam": lambda: [LeCam(start=1)],
+    "ConsistencyPenalty, real": lambda: [ConsistencyPenalty("real", transform=Shift())],
+    "ConsistencyPenalty, balanced": lambda: [ConsistencyPenalty("balanced", transform=Shift())],
+    "ConsistencyPenalty, latent": lambda: [ConsistencyPenalty("latent"), ConsistencyPenalty("latent", player="g")],
+    "OrthogonalPenalty": lambda: [OrthogonalPenalty(player="d"), OrthogonalPenalty(player="g")],
+    "LogitDrift": lambda: [LogitDrift()],
+    "PathLengthPenalty": lambda: [PathLengthPenalty(every=1)],
+    "ModeSeeking": lambda: [ModeSeeking()],
+}
+EXTRAS = {
+    "SpectralNorm": lambda: [SpectralNorm(["generator", "discriminator"], factor=2.0)],
+    "GeneratorEMA": lambda: [GeneratorEMA(half_life=2, ramp_up=0.5)],
+    "UpdateRatio": lambda: [UpdateRatio(d_steps=2)],
+}
+SUBSETS = [
+    [name for name, used in zip(EXTRAS, bits, strict=True) if used]
+    for bits in product([False, True], repeat=len(EXTRAS))
+]
+
+
+def gan(loss, rule, m=1):
+    torch.manual_seed(0)
+    # BEGAN's discriminator rebuilds what it judges
+    discriminator = MLP([2 * m, 8, 2 if loss == "BoundaryEquilibrium" else 1], nn.SiLU)
+    optimizer = (
+        sgd(0.01) if rule.startswith("Competitive") else lambda p: torch.optim.Adam(p, lr=1e-3, betas=(0.5, 0.9))
+    )
+    return GANModule(
+        MLP([3, 8, 2], nn.SiLU),
+        Packed(discriminator, m) if m > 1 else discriminator,
+        latent_dim=3,
+        loss=LOSSES[loss](),
+        g_optimizer=optimizer,
+        d_optimizer=optimizer,
+        clip_norm=10.0,
+    )
+
+
+def refusal(loss, rule, extras):
+    """The documented sentence, or None."""
+    if rule.startswith("Competitive") and loss not in ("Minimax", "Wasserstein", "FDivergence"):
+        return rf"solves zero-sum games, and {loss} is none: use Minimax, Wasserstein or FDivergence"
+    joint = ("Extragradient", "ConsensusOptimization", "CompetitiveGradientDescent")
+    if "UpdateRatio" in extras and rule.startswith(joint):
+        return r"moves both players once on every batch, which UpdateRatio would change: remove one of them\.$"
+    return None
+
+
+def check(module, callbacks, sentence, **kwargs):
+    before = {id(p): p.detach().clone() for p in module.parameters()}
+    if sentence:
+        with pytest.raises(MisconfigurationException, match=sentence):
+            fit(module, points(3), callbacks=callbacks, **kwargs)
+        assert all(torch.equal(p, before.get(id(p), p)) for p in module.parameters())
+        return
+    run = fit(module, points(3), callbacks=callbacks, **kwargs)
+    assert weights(module).isfinite().all()
+    assert module.iteration == run.global_step == 3
+    assert any(p.grad is not None and p.grad.any() for p in module.discriminator.parameters())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("rule", RULES)
+def test_every_regularizer(rule, loss):
+    # each next run has the next of the eight subsets of the extras; the start differs from test to test
+    number = count(3 * list(RULES).index(rule) + 5 * list(LOSSES).index(loss))
+    for make in REGULARIZERS.values():
+        extras = SUBSETS[next(number) % len(SUBSETS)]
+        callbacks = [*make(), *RULES[rule](), *(c for name in extras for c in EXTRAS[name]())]
+        check(gan(loss, rule), callbacks, refusal(loss, rule, extras))
+
+
+@pytest.mark.parametrize("extras", SUBSETS, ids=" ".join)
+@pytest.mark.parametrize("rule", RULES)
+def test_everything_at_once(rule, extras):
+    """All regularizers that there are, with clipping, Lookahead and packs."""
+    loss = "Minimax"
+    more = [WeightClipping(1.0), Lookahead(k=2)]
+    callbacks = [c for make in REGULARIZERS.values() for c in make()]
+    callbacks += [*RULES[rule](), *(c for name in extras for c in EXTRAS[name]()), *more]
+    check(gan(loss, rule, m=2), callbacks, refusal(loss, rule, extras))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("balance", ["accuracy", "loss_change", "logit_gap", "gradient_norm"])
+def test_adaptive_ratio_with_every_loss(balance, loss):
+    callbacks = [AdaptiveUpdateRatio(balance), Unrolling(2), SpectralNorm(), GeneratorEMA(), R1Penalty(0.1)]
+    check(gan(loss, "none"), callbacks, None)
+
+
+@pytest.mark.parametrize("rule", ["none", "Simultaneous", "Extragradient", "ConsensusOptimization"])
+def test_optimistic_steps_under_other_rules(rule):
+    module = gan("NonSaturating", rule)
+    module._make_optimizer = dict.fromkeys("dg", lambda p: OptimisticAdam(p, lr=1e-3))
+    check(module, [*RULES[rule](), R1Penalty(0.1), GeneratorEMA()], None)
+
+
+def test_nothing_is_left_out():
+    """Whatever the package adds later has to be added here too."""
+    names = {name.split(",")[0] for table in (LOSSES, RULES, REGULARIZERS) for name in table} - {"none"}
+    kinds = (lightning_gan_stability.AdversarialLoss, Regularizer, UpdateRule)
+    for name in lightning_gan_stability.__all__:
+        found = getattr(lightning_gan_stability, name)
+        if isinstance(found, type) and issubclass(found, kinds) and found not in kinds:
+            assert name in names
