@@ -14,6 +14,8 @@ from toys import fit, points, sgd, small, weights
 from lightning_gan_stability import (
     MLP,
     AdversarialLoss,
+    ApproximateR1Penalty,
+    ApproximateR2Penalty,
     DRAGANPenalty,
     GANModule,
     GradientPenalty,
@@ -97,6 +99,8 @@ PENALTIES = {
     "R2": lambda: R2Penalty(2.0),
     "GradientPenalty": lambda: GradientPenalty(1.0),
     "DRAGANPenalty": lambda: DRAGANPenalty(1.0),
+    "ApproximateR1": lambda: ApproximateR1Penalty(100.0, 0.1),
+    "ApproximateR2": lambda: ApproximateR2Penalty(100.0, 0.1),
 }
 
 
@@ -387,6 +391,23 @@ def test_second_order_penalty_on_a_network_compiled_by_aot_autograd(dynamo, pena
     fit(plain, points(4), callbacks=[penalty])
     assert (weights(module) - weights(plain)).abs().max() <= 1e-5
     assert (weights(plain) - weights(small())).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("penalty", [ApproximateR1Penalty, ApproximateR2Penalty])
+def test_finite_differences_run_compiled(dynamo, penalty):
+    """They need no second derivatives: D judges real, fake, and the points twice; then G's fake."""
+    backend, runs = dynamo
+    module, plain = small(), small()
+    module.discriminator.compile(backend=backend)
+    fit(module, points(3), callbacks=[penalty(every=1)])
+    assert len(runs) == 3 * 5
+    torch._dynamo.reset()
+    aot = small()
+    aot.discriminator.compile(backend="aot_eager")
+    for m in (aot, plain):
+        fit(m, points(3), callbacks=[penalty(every=1)])
+    assert (weights(aot) - weights(plain)).abs().max() <= 1e-5
+    assert (weights(module) - weights(plain)).abs().max() <= 1e-5
 
 
 def test_without_eager_the_compiled_penalty_would_fail(dynamo):

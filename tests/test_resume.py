@@ -16,16 +16,34 @@ from toys import points, sgd, small, trainer, weights
 
 from lightning_gan_stability import (
     MLP,
+    AdaptiveUpdateRatio,
+    ApproximateR1Penalty,
+    ApproximateR2Penalty,
     AutoEncoder,
     BoundaryEquilibrium,
+    CompetitiveGradientDescent,
+    ConsensusOptimization,
+    ConsistencyPenalty,
     DRAGANPenalty,
+    Extragradient,
     FDivergence,
     GANModule,
+    GeneratorEMA,
     GradientPenalty,
     Hinge,
     LeastSquares,
+    LeCam,
+    LogitDrift,
+    Lookahead,
     Minimax,
+    ModeSeeking,
+    NegativeMomentum,
     NonSaturating,
+    OptimisticAdam,
+    OptimisticSGD,
+    OrthogonalPenalty,
+    Packed,
+    PathLengthPenalty,
     R1Penalty,
     R2Penalty,
     Relativistic,
@@ -33,7 +51,12 @@ from lightning_gan_stability import (
     Ring,
     SampleGrid,
     Simultaneous,
+    SpectralNorm,
+    Unrolling,
+    UpdateRatio,
     Wasserstein,
+    WeightClipping,
+    callbacks,
 )
 from lightning_gan_stability.data import Stream
 
@@ -61,12 +84,12 @@ class Crash(Callback):
             raise Crashed
 
 
-def stream(batch_size=8, shape=(2,)):
+def stream(batch_size=8, shape=(2,), dtype=torch.float32):
     """Batches of 8, 7, 6, 8, ... samples: no number of micro-batches divides all of them."""
 
     def batch(position):
         generator = torch.Generator().manual_seed(position)
-        return torch.randn(batch_size - position % 3, *shape, generator=generator)
+        return torch.randn(batch_size - position % 3, *shape, generator=generator).to(dtype)
 
     return Stream(batch, LENGTH)
 
@@ -242,6 +265,25 @@ STRUCTURE = lambda: [Average(), Spectral(), Augmented()]  # noqa: E731
 ADAM, RMSPROP = torch.optim.Adam, torch.optim.RMSprop
 AMSGRAD = lambda p, lr: ADAM(p, lr, amsgrad=True)  # noqa: E731
 MOMENTUM = lambda p, lr: torch.optim.SGD(p, lr, 0.9)  # noqa: E731
+NORMS = lambda: [SpectralNorm(["generator", "discriminator"], factor=1.5)]  # noqa: E731
+
+
+def zero_sum(seed):
+    return small(seed, loss=Minimax(), **players(torch.optim.SGD))
+
+
+def packs(seed, **kwargs):
+    torch.manual_seed(seed)
+    return GANModule(MLP([4, 16, 2]), Packed(MLP([4, 16, 1]), 2), 4, **kwargs)
+
+
+def band_of(rule):
+    """So narrow that players rest often."""
+    return {"accuracy": {"low": 0.5, "high": 0.5}, "gradient_norm": {"low": 0, "high": 0, "hysteresis": 0}}.get(
+        rule, {}
+    )
+
+
 CASES = {
     "plain": {"make": small},
     "accumulate": {"make": lambda seed: small(seed, accumulate=3)},
@@ -263,6 +305,75 @@ CASES = {
     "SampleGrid": {"make": batch_norm, "callbacks": lambda: [SampleGrid(every=3)]},
     "bf16-mixed": {"make": small, "callbacks": LAZY, "precision": "bf16-mixed"},
     "structure": {"make": small, "callbacks": STRUCTURE},
+    "Unrolling": {"make": small, "callbacks": lambda: [Unrolling(3), *LAZY()]},
+    "Unrolling, checkpoint, simultaneous": {
+        "make": lambda seed: small(seed, **players(RMSPROP, step_lr)),
+        "callbacks": lambda: [Unrolling(3, checkpoint=True, simultaneous=True), *RANDOM()],
+    },
+    "Extragradient": {
+        "make": lambda seed: small(seed, accumulate=2, **players(ADAM, step_lr)),
+        "callbacks": lambda: [Extragradient(), *RANDOM()],
+    },
+    "ConsensusOptimization": {"make": small, "callbacks": lambda: [ConsensusOptimization(0.5), *LAZY()]},
+    "CompetitiveGradientDescent": {"make": zero_sum, "callbacks": lambda: [CompetitiveGradientDescent(), *LAZY()]},
+    "ACGD": {"make": zero_sum, "callbacks": lambda: [CompetitiveGradientDescent(adaptive=True)]},
+    "OptimisticAdam": {"make": lambda seed: small(seed, **players(OptimisticAdam, cosine))},
+    "OptimisticSGD": {"make": lambda seed: small(seed, **players(OptimisticSGD))},
+    "NegativeMomentum": {"make": lambda seed: small(seed, **players(NegativeMomentum, step_lr))},
+    "Lookahead": {"make": small, "callbacks": lambda: [Lookahead(k=3), Lookahead(k=5, alpha=0.8)]},
+    "GeneratorEMA": {"make": batch_norm, "callbacks": lambda: [GeneratorEMA(half_life=3, ramp_up=0.4)]},
+    "GeneratorEMA, bf16-true": {
+        "make": lambda seed: small(seed, **players(MOMENTUM)),
+        "callbacks": lambda: [GeneratorEMA(decay=0.99)],
+        "data": lambda: stream(dtype=torch.bfloat16),
+        "precision": "bf16-true",
+    },
+    "SpectralNorm": {"make": small, "callbacks": lambda: [*NORMS(), GeneratorEMA(), WeightClipping(0.5)]},
+    "UpdateRatio": {"make": small, "callbacks": lambda: [UpdateRatio(3, 2), GeneratorEMA(0), Lookahead(k=2)]},
+    "UpdateRatio, warm-up": {"make": small, "callbacks": lambda: [UpdateRatio(3, warm_up=True)]},
+    **{
+        f"AdaptiveUpdateRatio, {rule}": {
+            "make": lambda seed: small(seed, **players(ADAM)),
+            "callbacks": lambda rule=rule: [AdaptiveUpdateRatio(rule, max_rest=3, **band_of(rule)), *LAZY()],
+        }
+        for rule in ("accuracy", "loss_change", "logit_gap", "gradient_norm")
+    },
+    "finite differences": {
+        "make": lambda seed: small(seed, accumulate=2),
+        "callbacks": lambda: [ApproximateR1Penalty(every=2), ApproximateR2Penalty()],
+    },
+    "running means": {
+        "make": lambda seed: small(seed, accumulate=2),
+        "callbacks": lambda: [LeCam(start=2, decay=0.8), PathLengthPenalty(every=2)],
+    },
+    "other penalties": {
+        "make": small,
+        "callbacks": lambda: [
+            ConsistencyPenalty("latent"),
+            ConsistencyPenalty("latent", player="g"),
+            OrthogonalPenalty(),
+            LogitDrift(),
+            ModeSeeking(),
+            R1Penalty(1.0, final_gamma=0.1, steps=8),
+        ],
+    },
+    "Packed": {"make": lambda seed: packs(seed, accumulate=2), "callbacks": lambda: [*LAZY(), *RANDOM()]},
+    "every stabilizer": {
+        "make": lambda seed: packs(seed, clip_norm=0.5, **players(ADAM, cosine)),
+        "callbacks": lambda: [
+            Unrolling(2),
+            AdaptiveUpdateRatio(max_rest=2),
+            *NORMS(),
+            GeneratorEMA(half_life=2, ramp_up=0.3),
+            Lookahead(k=3),
+            WeightClipping(1.0),
+            LeCam(start=2),
+            PathLengthPenalty(every=2),
+            ConsistencyPenalty("latent"),
+            *LAZY(),
+            *RANDOM(),
+        ],
+    },
     "everything": {
         "make": lambda seed: small(seed, loss=Hinge(), accumulate=3, clip_norm=0.5, **players(ADAM, step_lr)),
         "callbacks": lambda: [*LAZY(), *RANDOM(), SampleGrid(every=2), Simultaneous(), *STRUCTURE()],
@@ -461,3 +572,10 @@ def test_structure_can_be_trained_on_without_the_callbacks():
     before = weights(loaded)
     train(loaded, stream(), [ModelCheckpoint("never")], max_steps=2)
     assert not torch.equal(before, weights(loaded))
+
+
+def test_every_callback_is_resumed():
+    """Whatever the package adds later has to be added here too."""
+    used = {type(c).__name__ for case in CASES.values() for c in case.get("callbacks", list)()}
+    bases = {"Alternating", "Regularizer", "UpdateRule"}
+    assert {name for name in callbacks.__all__ if name not in bases} <= used

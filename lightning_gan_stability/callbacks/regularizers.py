@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_gan_stability import penalties
 from lightning_gan_stability.callbacks.base import Player, Regularizer, check_number
+from lightning_gan_stability.doors import mean_over_ranks
 
 if TYPE_CHECKING:
     from lightning_gan_stability import GANModule, Play
@@ -328,7 +329,8 @@ class ModeSeeking(Regularizer):
     """Adds weight / (mean |G(z₁) − G(z₂)| / mean |z₁ − z₂| + 10⁻⁵) to the generator's loss, against collapse.
 
     "Mode Seeking Generative Adversarial Networks for Diverse Image Synthesis", https://arxiv.org/abs/1903.05628, with
-    second latents for the same labels, one mean over the batch. Costs a forward pass of the generator.
+    second latents for the same labels. The means are over the batch of all ranks, but over the micro-batch with
+    ``accumulate``. Costs a forward pass of the generator.
 
     Args:
         weight: not negative.
@@ -350,5 +352,7 @@ class ModeSeeking(Regularizer):
         """The inverse of the mean change of samples per change of latents, a scalar."""
         others = module.randn(len(play.latents), *play.latents.shape[1:])
         samples = module.sample(len(others), play.labels, others)
-        ratio = (play.fake - samples).abs().mean() / (play.latents - others).abs().mean()
-        return 1 / (ratio + 1e-5)
+        changes = torch.stack([(play.fake - samples).abs().mean(), (play.latents - others).abs().mean()])
+        change, distance = mean_over_ranks(changes)
+        inverse: Tensor = 1 / (change / distance + 1e-5)
+        return inverse
