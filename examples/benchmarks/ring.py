@@ -7,8 +7,8 @@
 "Unrolled Generative Adversarial Networks", https://arxiv.org/abs/1611.02163, appendix A: radius 2, standard deviation
 0.02; generator 256 → 128 → 128 → 2, discriminator x/4 → 128 → 1, ReLU, orthogonal weights with gain 0.8; Adam with rate
 1e-4 and β = (0.5, 0.999); batches of 512; 25,000 steps. A mode counts if 20 of 2,500 samples of the last generator lie
-within three standard deviations of its centre: with one sample even a bad GAN has all eight. Rows that are finished are
-kept in `--results` and not computed again.
+within three standard deviations of its centre; "touched" are those with one sample, of which even a bad GAN may have
+all eight. Rows that are finished are kept in `--results` and not computed again.
 """
 
 import argparse
@@ -41,13 +41,15 @@ from lightning_gan_stability import (
     Unrolling,
 )
 
-MARKS = (0.2, 0.4, 1.0)  # 5,000, 10,000 and 25,000 steps of 25,000
+TENTHS = [tenth / 10 for tenth in range(1, 11)]
+MARKS = (0.2, 0.4, 1.0)  # shown in the table: 5,000, 10,000 and 25,000 steps of 25,000
 
 
 class Coverage(NamedTuple):
     """How many modes samples cover, how good they are, and how evenly they are spread."""
 
     modes: int  # with at least 20 of 2,500 samples
+    touched: int  # with at least one
     share: float  # of samples within three standard deviations of a centre
     kl: float  # of these samples' modes from the uniform distribution; infinite without any
 
@@ -58,7 +60,8 @@ def coverage(samples: Tensor, centers: Tensor, std: float) -> Coverage:
     counts = torch.bincount(mode[distance <= 3 * std], minlength=len(centers)).double()
     shares = counts / counts.sum()
     kl = torch.special.xlogy(shares, shares * len(centers)).sum().item() if counts.sum() else math.inf
-    return Coverage(int((counts >= 20 * len(samples) / 2500).sum()), (counts.sum() / len(samples)).item(), kl)
+    modes = int((counts >= 20 * len(samples) / 2500).sum())
+    return Coverage(modes, int((counts > 0).sum()), (counts.sum() / len(samples)).item(), kl)
 
 
 def draw(module: GANModule, n: int, average: bool = False) -> Tensor:
@@ -81,7 +84,7 @@ class Watch(Callback):
 
 
 METHODS: dict[str, tuple[str, Callable[[], Any], int, Callable[[], list[Callback]]]] = {
-    "k0": ("minimax (K = 0)", Minimax, 1, list),
+    "k0": ("plain (K = 0)", Minimax, 1, list),
     "k1": ("unrolled, K = 1", Minimax, 1, lambda: [Unrolling(1, objective="saddle")]),
     "k5": ("unrolled, K = 5", Minimax, 1, lambda: [Unrolling(5, objective="saddle")]),
     "k10": ("unrolled, K = 10", Minimax, 1, lambda: [Unrolling(10, objective="saddle")]),
@@ -113,7 +116,7 @@ def train(method: str, seed: int, steps: int, batch_size: int = 512) -> dict[str
         noise_seed=seed,
     )
     data = Ring(batch_size=batch_size, epoch_length=steps, seed=seed)
-    watch = Watch((round(mark * steps) for mark in MARKS), data)
+    watch = Watch((round(mark * steps) for mark in TENTHS), data)
     options = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     start = process_time()
     trainer = Trainer(
@@ -133,7 +136,8 @@ def train(method: str, seed: int, steps: int, batch_size: int = 512) -> dict[str
 def table(rows: list[dict[str, Any]], steps: int) -> str:
     """Per method and mark: modes of each seed, and means with standard deviations over seeds."""
     marks = [str(round(mark * steps)) for mark in MARKS]
-    lines = ["| method | step | all 8 | modes, seed by seed | high quality | reverse KL | seconds |", "|---" * 7 + "|"]
+    heads = "method | step | all 8 | modes, seed by seed | touched | high quality | reverse KL | seconds"
+    lines = [f"| {heads} |", "|---" * 8 + "|"]
     for method, (title, *_) in METHODS.items():
         mine = sorted((r for r in rows if r["method"] == method and r["steps"] == steps), key=lambda r: r["seed"])
         for mark in marks if mine else ():
@@ -143,6 +147,7 @@ def table(rows: list[dict[str, Any]], steps: int) -> str:
                 mark,
                 f"{sum(c.modes == 8 for c in seen)} of {len(seen)}",
                 " ".join(str(c.modes) for c in seen),
+                " ".join(str(c.touched) for c in seen),
                 spread([c.share for c in seen]),
                 spread([c.kl for c in seen if math.isfinite(c.kl)]),
                 f"{statistics.mean(row['seconds'] for row in mine):.0f}",
