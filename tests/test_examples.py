@@ -1,10 +1,12 @@
 """Every example runs as it is, in a folder of its own, and says what it is for."""
 
+import math
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -13,7 +15,7 @@ LAST = {
     "image_to_image": "mean absolute error",
     "own_knob": "the generator rested on",
     "own_loss": "mean distance from the origin",
-    "own_regularizer": "with drift: real logits",
+    "own_regularizer": "with matching: mean of the samples",
     "own_update_rule": "100 batches, 100 GAN steps, six optimizer steps in each",
 }
 
@@ -41,10 +43,44 @@ def test_every_example_is_in_the_contributors_table():
         assert path.stem == "check_digits" or f"examples/{path.name}" in table
 
 
+def benchmark(run, monkeypatch, name):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
+    return run(ROOT / "examples" / "benchmarks" / f"{name}.py", "--smoke")
+
+
 @pytest.mark.filterwarnings("default")
-def test_overhead_benchmark_smoke(run):
-    out = run(ROOT / "examples" / "benchmarks" / "overhead.py", "--smoke")
-    rows = [line for line in out.splitlines() if "goal" in line]
+def test_overhead_benchmark_smoke(run, monkeypatch):
+    rows = [line for line in benchmark(run, monkeypatch, "overhead").splitlines() if "goal" in line]
     assert len(rows) == 6
     for row in rows:
         assert float(row.split(" ms")[2].split("(")[0]) > 0
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.timeout(200)
+def test_cost_benchmark_smoke(run, monkeypatch):
+    out = benchmark(run, monkeypatch, "cost")
+    rows = [line for line in out.splitlines() if " ms " in line]
+    assert len(rows) >= 35
+    for row in rows:
+        assert float(row.split(" ms")[2].split("(")[0]) > 0
+    assert out.count("with checkpoint") == 2
+
+
+@pytest.mark.filterwarnings("default")
+def test_ring_benchmark_smoke(run, monkeypatch):
+    table = benchmark(run, monkeypatch, "ring").split("\n\n")[1].splitlines()
+    assert len(table) == 2 + 7 * 3  # methods and marks
+    assert all(line.count("|") == table[0].count("|") for line in table)
+
+
+def test_coverage_of_known_samples(monkeypatch):
+    """Counts, share and divergence against numbers that are known: 25 good samples on two of four modes, 50 off."""
+    monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
+    coverage = runpy.run_path(str(ROOT / "examples" / "benchmarks" / "ring.py"))["coverage"]
+    centers = torch.tensor([[0.0, 0], [1, 0], [0, 1], [1, 1]])
+    near = torch.tensor([[0.0, 0.0]] * 20 + [[1.0, 0.029]] * 5)
+    found = coverage(torch.cat([near, torch.full((50, 2), 0.5)]), centers, std=0.01)
+    assert (found.modes, found.touched, found.share) == (2, 2, 25 / 75)  # 20 of 2,500 are 0.6 of 75
+    assert found.kl == pytest.approx(0.8 * math.log(0.8 * 4) + 0.2 * math.log(0.2 * 4))
+    assert coverage(torch.full((9, 2), 0.5), centers, 0.01) == (0, 0, 0.0, math.inf)

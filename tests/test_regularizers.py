@@ -152,7 +152,7 @@ def test_r1_against_the_gradient_of_the_whole_loss_by_hand():
 
 
 @pytest.mark.filterwarnings("ignore:Found 1 module.* in eval mode")  # on purpose
-@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("penalty", [*PENALTIES, ApproximateR1Penalty, ApproximateR2Penalty])
 def test_batch_norm_in_train_mode_is_refused(penalty):
     def gan():
         return GANModule(MLP([4, 2]), nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)), 4)

@@ -260,7 +260,7 @@ def measure_memory(steps: int, checkpoint: int, size: int, batch: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="tiny networks, two rounds: only shows that it runs")
+    parser.add_argument("--smoke", action="store_true", help="tiny networks, one round: only shows that it runs")
     parser.add_argument("--rounds", type=int, default=7, help="pairs of measurements for each row")
     parser.add_argument("--memory", nargs=4, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -270,7 +270,7 @@ def main() -> None:
     if arguments.memory:
         return measure_memory(*arguments.memory)
     smoke = arguments.smoke
-    rounds, n, batch, size, width = (2, 2, 8, 8, 4) if smoke else (arguments.rounds, 60, 512, 32, 32)
+    rounds, n, batch, size, width = (1, 2, 8, 8, 4) if smoke else (arguments.rounds, 60, 512, 32, 32)
     print(f"torch {torch.__version__}, one thread; time per step, ratio: median (smallest to largest of {rounds})\n")
 
     ring = MLP([256, 128, 128, 2]), MLP([2, 128, 1], input_scale=0.25)

@@ -100,11 +100,12 @@ class Regularizer(Callback, abc.ABC):
         ValueError: if an argument has a bad value, or one of ``final_weight`` and ``steps`` comes without the other.
 
     Example:
-        >>> class LogitDrift(Regularizer):
+        >>> class MeanMatching(Regularizer):
+        ...     player = "g"
         ...     def penalty(self, module, play):
-        ...         return play.real_logits.square()
-        >>> LogitDrift(weight=0.001, every=4).name
-        'logit_drift'
+        ...         return (play.fake.mean(0) - play.real.mean(0)).square().sum()
+        >>> MeanMatching(weight=0.1, every=4).name
+        'mean_matching'
     """
 
     player: Player = "d"
