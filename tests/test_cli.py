@@ -9,7 +9,7 @@ import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_gan_stability import GANModule, Hinge
+from lightning_gan_stability import GANModule, Hinge, callbacks
 from lightning_gan_stability.cli import main
 
 pytestmark = [
@@ -295,3 +295,91 @@ def test_module_runs_and_a_newcomer_sees_no_warning(write):
     assert "Warning" not in done.stderr
     assert "deprecated" not in done.stderr
     assert "manual optimization" not in done.stderr
+
+
+# every callback of the package by its short name, with arguments as a user would write them
+CALLBACKS = """
+AdaptiveUpdateRatio: {rule: loss_change, max_rest: 3}
+Alternating: {}
+ApproximateR1Penalty: {weight: 100, sigma: 0.01, every: 2}
+ApproximateR2Penalty: {}
+CompetitiveGradientDescent: {adaptive: true}
+ConsensusOptimization: {gamma: 0.1}
+ConsistencyPenalty: {kind: real, transform: {class_path: torch.nn.Identity}}
+DRAGANPenalty: {}
+Extragradient: {}
+GeneratorEMA: {half_life: 100, ramp_up: 0.05}
+GradientPenalty: {target: 0, weight: 1}
+LeCam: {start: 1}
+LogitDrift: {weight: 0.001}
+Lookahead: {k: 2, alpha: 0.5}
+ModeSeeking: {}
+OrthogonalPenalty: {player: d}
+PathLengthPenalty: {every: 1}
+R1Penalty: {gamma: 1, final_gamma: 0.1, steps: 100}
+R2Penalty: {}
+SampleGrid: {every: 2, n: 10}
+Simultaneous: {}
+SpectralNorm: {networks: [generator, discriminator], factor: 2}
+Unrolling: {steps: 2, second_order: true, objective: saddle}
+UpdateRatio: {d_steps: 2, g_steps: 1, warm_up: false}
+WeightClipping: {limit: 0.1}
+"""
+
+
+ARGUMENTS = yaml.safe_load(CALLBACKS)
+RULES = ["Alternating", "CompetitiveGradientDescent", "ConsensusOptimization", "Extragradient", "Simultaneous"]
+# what can run together; a run has one update rule, and one callback that says who moves
+TOGETHER = [[name for name in ARGUMENTS if name not in (*RULES, "AdaptiveUpdateRatio")], ["AdaptiveUpdateRatio"]]
+
+
+@pytest.mark.parametrize("names", [*TOGETHER, *([rule] for rule in RULES)], ids=lambda names: names[0])
+def test_every_callback_by_its_short_name(names, write, printed):
+    model = MODEL
+    if names == ["CompetitiveGradientDescent"]:
+        sgd = {"class_path": "SGD", "init_args": {"lr": 0.1}}
+        model = MODEL | {"loss": "Minimax", "g_optimizer": sgd, "d_optimizer": sgd}
+    entries = [{"class_path": name, "init_args": ARGUMENTS[name]} for name in names]
+    config = write(model, callbacks=entries)
+    main(["fit", "--config", config])
+    assert Path(CHECKPOINT).exists()
+    text = printed("fit", "--config", config)
+    assert all(f"lightning_gan_stability.{name}" in text for name in names)
+    Path("printed.yaml").write_text(text)
+    assert printed("fit", "--config", "printed.yaml") == text
+
+
+def test_no_callback_is_left_out():
+    assert ARGUMENTS.keys() == {*callbacks.__all__} - {"Regularizer", "UpdateRule"}
+
+
+@pytest.mark.parametrize("name", ["OptimisticAdam", "OptimisticSGD", "NegativeMomentum"])
+def test_own_optimizers_by_their_short_name(name, write):
+    optimizer = {"class_path": name, "init_args": {"lr": 0.01}}
+    main(["fit", "--config", write(MODEL | {"g_optimizer": optimizer, "d_optimizer": optimizer})])
+    assert GANModule.load_from_checkpoint(CHECKPOINT).iteration == 3
+
+
+def test_packed_discriminator(write):
+    inner = {"class_path": "MLP", "init_args": {"sizes": [6, 8, 1]}}
+    model = MODEL | {"discriminator": {"class_path": "Packed", "init_args": {"discriminator": inner, "m": 3}}}
+    main(["fit", "--config", write(model)])
+    assert GANModule.load_from_checkpoint(CHECKPOINT).discriminator.packing == 3
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"class_path": "Unrolling", "init_args": {"steps": 0}}, "`steps` must be a positive integer, got 0"),
+        ({"class_path": "SpectralNorm", "init_args": {"factor": 0}}, "`factor` must be a positive finite number"),
+        ({"class_path": "GeneratorEMA", "init_args": {"decay": 0.9, "half_life": 3}}, "or `decay`, not both"),
+    ],
+)
+def test_bad_arguments_of_a_callback(entry, message, write):
+    with pytest.raises(ValueError, match=message):
+        main(["fit", "--config", write(callbacks=[entry])])
+
+
+def test_an_unknown_rule(write, complaint):
+    entry = {"class_path": "AdaptiveUpdateRatio", "init_args": {"rule": "loss"}}
+    assert "loss_change" in complaint("fit", "--config", write(callbacks=[entry]))

@@ -290,7 +290,9 @@ def test_approximate_penalties_on_a_linear_critic(approximate, exact):
 def test_approximate_penalties_use_the_same_network_twice(penalty, kind):
     """A direction of length 0 costs nothing, whatever the network draws or moves between two forward passes."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(2, 16), nn.Dropout(0.5), nn.Linear(16, 1))
+    network = nn.Sequential(nn.Linear(2, 16), nn.Dropout(0.5), nn.Linear(16, 16), nn.Linear(16, 1))
+    with torch.no_grad():  # singular values that are nearly the same: power iteration goes on for long
+        network[2].weight.copy_(torch.eye(16) + 0.01 * torch.randn(16, 16))
     gan = GANModule(MLP([4, 2]), network, 4)
     if kind == "augmentation":
 

@@ -323,8 +323,8 @@ CASES = {
     "Lookahead": {"make": small, "callbacks": lambda: [Lookahead(k=3), Lookahead(k=5, alpha=0.8)]},
     "GeneratorEMA": {"make": batch_norm, "callbacks": lambda: [GeneratorEMA(half_life=3, ramp_up=0.4)]},
     "GeneratorEMA, bf16-true": {
-        "make": lambda seed: small(seed, **players(MOMENTUM)),
-        "callbacks": lambda: [GeneratorEMA(decay=0.99)],
+        "make": lambda seed: small(seed, g_optimizer=sgd(0.5), d_optimizer=sgd(0.5)),
+        "callbacks": lambda: [GeneratorEMA(decay=0.9)],
         "data": lambda: stream(dtype=torch.bfloat16),
         "precision": "bf16-true",
     },
@@ -386,6 +386,13 @@ def test_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(case):
     module, _ = check_resume(**CASES[case])
     if case.startswith("BEGAN"):
         assert 0 < module.loss.k < 1
+
+
+@pytest.mark.parametrize("at", range(1, STEPS))
+@pytest.mark.parametrize("case", ["UpdateRatio", "AdaptiveUpdateRatio, accuracy", "AdaptiveUpdateRatio, loss_change"])
+def test_balance_is_resumed_at_any_batch(case, at):
+    """Who rests, and for how long already, is another thing after every batch."""
+    check_resume(**CASES[case], at=at)
 
 
 @pytest.mark.parametrize("at", [1, LENGTH - 1, LENGTH + 1, STEPS - 1])

@@ -141,6 +141,22 @@ def test_extragradient_steps_schedules_once_and_counts_one_step():
     assert [o.param_groups[0]["lr"] for o in run.optimizers] == [0.05 / 2**STEPS] * 2
 
 
+def test_extragradient_takes_both_gradients_from_the_same_latents():
+    module, latents = small(), []
+    play = module.play
+
+    def spy(player, batch):
+        seen = play(player, batch)
+        latents.append((player, seen.latents[0, 0].item()))
+        return seen
+
+    module.play = spy
+    fit(module, points(2), callbacks=[Extragradient()])
+    for i in (0, 4):
+        assert latents[i : i + 2] == latents[i + 2 : i + 4]
+    assert len(set(latents)) == 4  # of two players in two steps
+
+
 def test_extragradient_projects_both_half_steps():
     limit = 0.1
     module = gan(EXTRA["SGD"], Wasserstein())
