@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_gan_stability.callbacks.base import Player, Regularizer
 from lightning_gan_stability.clock import PLAYERS, Clockwork
@@ -205,12 +206,13 @@ class Primitives(Clockwork):
 
     @contextmanager
     def _precise(self, eager: bool = True) -> Iterator[None]:
-        """Full precision, because second derivatives lose it; eager, because compiled graphs have none."""
+        """Full precision, because second derivatives lose it; compiled graphs and fused attention have none at all."""
         if eager and self._now.compiled is None:
             layers = chain(self.generator.modules(), self.discriminator.modules())
             self._now.compiled = any(hasattr(x, "_orig_mod") or x._compiled_call_impl is not None for x in layers)
         stance = torch.compiler.set_stance("force_eager") if eager and self._now.compiled else nullcontext()
-        with torch.autocast(self.device.type, enabled=False), stance:
+        attention = sdpa_kernel(SDPBackend.MATH) if eager else nullcontext()
+        with torch.autocast(self.device.type, enabled=False), stance, attention:
             yield
 
 

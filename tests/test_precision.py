@@ -16,6 +16,7 @@ from lightning_gan_stability import (
     AdversarialLoss,
     ApproximateR1Penalty,
     ApproximateR2Penalty,
+    ConsensusOptimization,
     DRAGANPenalty,
     GANModule,
     GradientPenalty,
@@ -23,6 +24,7 @@ from lightning_gan_stability import (
     R1Penalty,
     R2Penalty,
     Simultaneous,
+    Unrolling,
 )
 
 pytestmark = [
@@ -427,3 +429,45 @@ def test_both_networks_compiled_in_mixed_precision(dynamo):
         fit(m, points(4), callbacks=[R1Penalty(0.5, every=2)], precision="bf16-mixed")
     assert len(runs) > 8
     assert (weights(module) - weights(plain)).abs().max() <= 1e-5
+
+
+# ---------- attention
+
+
+class Attention(torch.nn.Module):
+    """A discriminator whose fused attention has no second derivative."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = torch.nn.Linear(1, 8), torch.nn.Linear(8, 1)
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.embed(x[..., None])
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize(
+    "callback", [R1Penalty(0.1), GradientPenalty(0.1), Unrolling(2), ConsensusOptimization(0.1), ApproximateR1Penalty()]
+)
+def test_attention(callback):
+    module = GANModule(MLP([4, 2]), Attention(), 4)
+    fit(module, points(2), callbacks=[callback])
+    assert weights(module).isfinite().all()
+
+
+def test_fused_attention_has_no_second_derivative():
+    """Why it is switched off then."""
+    x = points(1)[0].requires_grad_()
+    (gradient,) = torch.autograd.grad(Attention()(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        torch.autograd.grad(gradient.square().sum(), x)
+
+
+@pytest.mark.parametrize("rule", [Unrolling(2), ConsensusOptimization(0.1)])
+def test_sync_batch_norm_is_refused_by_rules_with_second_derivatives(rule):
+    network = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.SyncBatchNorm(4), torch.nn.Linear(4, 1))
+    expected = rf"^{type(rule).__name__} differentiates gradients, which SyncBatchNorm cannot"
+    with pytest.raises(MisconfigurationException, match=expected):
+        fit(GANModule(MLP([4, 2]), network, 4), points(1), callbacks=[rule])

@@ -190,8 +190,10 @@ class UpdateRule(Callback, abc.ABC):
     holds_gradients: bool = False
     #: Every batch moves both players, once each.
     joint: ClassVar[bool] = False
-    #: Gradients are differentiated, for which the graph of the whole batch is needed at once.
+    #: Gradients are taken inside of the step, for which the graph of the whole batch is needed at once.
     whole_batch: ClassVar[bool] = False
+    #: These gradients are differentiated again.
+    second_order: bool = True
 
     @abc.abstractmethod
     def __call__(self, module: GANModule, batch: Any) -> None:
@@ -211,11 +213,22 @@ class UpdateRule(Callback, abc.ABC):
                 f"{name} moves both players on every batch, but the plan is {module.plan}: remove {name} or what sets "
                 "`module.plan`."
             )
+        if self.whole_batch and self.second_order and _has_sync_batch_norm(module):
+            raise MisconfigurationException(
+                f"{name} differentiates gradients, which SyncBatchNorm cannot: set sync_batchnorm=False, replace the "
+                f"layer, or remove {name}."
+            )
         if self.whole_batch and module.accumulate > 1:
             raise MisconfigurationException(
                 f"{name} differentiates gradients of the whole batch, which accumulate={module.accumulate} would take "
                 f"apart: use accumulate=1 and smaller batches, or remove {name}."
             )
+
+
+def _has_sync_batch_norm(module: GANModule) -> bool:
+    return any(
+        isinstance(m, nn.SyncBatchNorm) for net in (module.generator, module.discriminator) for m in net.modules()
+    )
 
 
 def check_once(rule: UpdateRule, module: GANModule) -> None:
