@@ -17,12 +17,20 @@ from lightning_gan_stability.cli import main
 CONFIGS = Path(__file__).parents[1] / "configs"
 SAMPLES = {
     "began": (1, 8, 8),
+    "consensus": (2,),
     "dcgan": (3, 64, 64),
     "digits": (1, 8, 8),
     "digits_wandb": (1, 8, 8),
+    "extragradient": (2,),
     "grid": (2,),
+    "lookahead": (1, 8, 8),
     "r3gan": (1, 8, 8),
     "ring": (2,),
+    "ring_pacgan": (2,),
+    "ring_unrolled": (2,),
+    "sngan": (1, 8, 8),
+    "ttur": (1, 8, 8),
+    "wgan": (1, 8, 8),
     "wgan_gp": (2,),
 }
 SHORT = ["--trainer.max_steps=3", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
@@ -134,3 +142,31 @@ def test_wandb_config_runs_without_network_or_login(tmp_path):
     assert list(run.glob("*.wandb"))
     (checkpoint,) = Path("runs").rglob("last.ckpt")
     assert torch.load(checkpoint, weights_only=True)["gan"]["iteration"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "callback"),
+    [
+        ("ring_unrolled", "Unrolling"),
+        ("wgan", "WeightClipping"),
+        ("wgan", "UpdateRatio"),
+        ("sngan", "SpectralNorm"),
+        ("extragradient", "Extragradient"),
+        ("consensus", "ConsensusOptimization"),
+        ("lookahead", "Lookahead"),
+        ("lookahead", "GeneratorEMA"),
+    ],
+)
+def test_config_shows_what_it_is_named_after(name, callback):
+    assert callback in [entry["class_path"] for entry in load(name)["trainer"]["callbacks"]]
+
+
+def test_two_time_scales_are_two_optimizers():
+    rates = [load("ttur")["model"][f"{player}_optimizer"]["init_args"]["lr"] for player in "dg"]
+    assert rates[0] == 4 * rates[1]
+
+
+def test_packed_networks_fit_their_packs():
+    packed = load("ring_pacgan")["model"]["discriminator"]
+    assert packed["class_path"] == "Packed"
+    assert packed["init_args"]["discriminator"]["init_args"]["sizes"][0] == 2 * packed["init_args"]["m"]
