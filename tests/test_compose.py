@@ -8,8 +8,9 @@ from itertools import count, product
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
-from toys import fit, points, sgd, weights
+from toys import fit, points, sgd, trainer, weights
 
 import lightning_gan_stability
 from lightning_gan_stability import (
@@ -45,6 +46,7 @@ from lightning_gan_stability import (
     Regularizer,
     Relativistic,
     RelativisticAverage,
+    SampleGrid,
     Simultaneous,
     SpectralNorm,
     Unrolling,
@@ -189,6 +191,30 @@ def test_optimistic_steps_under_other_rules(rule):
     module = gan("NonSaturating", rule)
     module._make_optimizer = dict.fromkeys("dg", lambda p: OptimisticAdam(p, lr=1e-3))
     check(module, [*RULES[rule](), R1Penalty(0.1), GeneratorEMA()], None)
+
+
+OTHERS = {
+    "Lookahead": lambda: [Lookahead()],
+    "AdaptiveUpdateRatio": lambda: [AdaptiveUpdateRatio()],
+    "WeightClipping": lambda: [WeightClipping()],
+    "SampleGrid": lambda: [SampleGrid()],
+}
+ALL = RULES | REGULARIZERS | OTHERS | {name: make for name, make in EXTRAS.items() if name != "SpectralNorm"}
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "none"])
+def test_other_modules_are_refused(name):
+    """There a callback would do nothing, without a word."""
+    sentence = rf"^{name.split(',')[0]} acts on a GANModule, but the module is a BoringModel: subclass GANModule, or"
+    with pytest.raises(MisconfigurationException, match=sentence):
+        trainer(max_steps=1, callbacks=ALL[name]()).fit(BoringModel())
+
+
+def test_spectral_norm_takes_any_module():
+    module = BoringModel()
+    trainer(max_steps=1, callbacks=[SpectralNorm("layer", factor=2.0, n_power_iterations=20)]).fit(module)
+    module.train().layer.weight  # noqa: B018  # a look in train mode takes in what the last step changed
+    assert torch.linalg.matrix_norm(module.eval().layer.weight, 2).item() == pytest.approx(2.0, abs=1e-4)
 
 
 def test_nothing_is_left_out():

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_gan_stability.callbacks.base import check_number, check_positive_int
+from lightning_gan_stability.callbacks.base import GANCallback, check_number, check_positive_int
 
 if TYPE_CHECKING:
     from lightning_gan_stability import GANModule
 
 
 @final
-class GeneratorEMA(Callback):
+class GeneratorEMA(GANCallback):
     """Keeps an exponential moving average of the generator's weights, which draws better samples than the last ones.
 
     θ̄ ← β θ̄ + (1 − β) θ after every batch on which the generator stepped; buffers (BatchNorm's statistics, spectral
@@ -84,6 +84,7 @@ class GeneratorEMA(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make room for the average, before the checkpoint is read."""
+        super().setup(trainer, pl_module, stage)
         module: GANModule = pl_module  # type: ignore[assignment]
         if sum(isinstance(callback, GeneratorEMA) for callback in module._callbacks()) > 1:
             raise MisconfigurationException("A module has room for one GeneratorEMA: remove all but one.")
@@ -125,7 +126,7 @@ class GeneratorEMA(Callback):
 
 
 @final
-class Lookahead(Callback):
+class Lookahead(GANCallback):
     """Lets both players run k steps ahead and then pulls them back, part of the way, to where they started.
 
     Every k steps of the generator, s ← s + α (w − s) and w ← s, for the parameters of both players together; the

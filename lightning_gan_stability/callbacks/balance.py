@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, final, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_gan_stability.callbacks.base import Player, check_number, check_positive_int
+from lightning_gan_stability.callbacks.base import GANCallback, Player, check_number, check_positive_int
 
 if TYPE_CHECKING:
     from lightning_gan_stability import GANModule
@@ -20,7 +20,7 @@ Rule = Literal["accuracy", "loss_change", "logit_gap", "gradient_norm"]
 BOTH: tuple[Player, Player] = ("d", "g")
 
 
-class _Balance(Callback):
+class _Balance(GANCallback):
     """A callback that owns the plan during a fit, and leaves it as it was."""
 
     _moves_twice = False

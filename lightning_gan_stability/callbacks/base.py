@@ -84,7 +84,22 @@ def evaluation(module: nn.Module) -> Iterator[None]:
             m.training = True
 
 
-class Regularizer(Callback, abc.ABC):
+class GANCallback(Callback):
+    """A callback that acts on a ``GANModule``, and refuses other modules: there it would do nothing."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a module that is no ``GANModule``."""
+        from lightning_gan_stability.module import GANModule  # which imports this file
+
+        if not isinstance(pl_module, GANModule):
+            name = type(self).__name__
+            raise MisconfigurationException(
+                f"{name} acts on a GANModule, but the module is a {type(pl_module).__name__}: subclass GANModule, or "
+                f"remove {name}."
+            )
+
+
+class Regularizer(GANCallback, abc.ABC):
     """Adds ``weight · penalty`` to one player's loss every ``every``-th step, times ``every``.
 
     A lazy penalty joins the main step and is scaled by ``every``, so that its mean over steps does not depend on
@@ -171,7 +186,7 @@ def _refuse_batch_norm(regularizer: Regularizer, network: str, module: nn.Module
             )
 
 
-class UpdateRule(Callback, abc.ABC):
+class UpdateRule(GANCallback, abc.ABC):
     """How the players move on one batch; at most one in a run.
 
     Subclasses implement ``__call__`` from the two primitives ``module.compute_gradients(player, batch)`` and

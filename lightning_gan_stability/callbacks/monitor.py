@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from lightning_gan_stability.callbacks.base import check_positive_int, evaluation
+from lightning_gan_stability.callbacks.base import GANCallback, check_positive_int, evaluation
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,7 +23,7 @@ REAL, FAKE, FRAME = (160, 160, 160), (200, 30, 40), (90, 90, 90)
 
 
 @final
-class SampleGrid(Callback):
+class SampleGrid(GANCallback):
     """Draws a picture of the generator's samples every so many steps.
 
     Images become a grid, two-dimensional points a scatter plot (fake red over real grey). Pictures go to Weights &

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gan_stability.callbacks.base import check_number, check_positive_int
+from lightning_gan_stability.callbacks.base import GANCallback, check_number, check_positive_int
 from lightning_gan_stability.doors import has_spectral_norm, normalize_spectrum
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _refuse(name: str, layer: nn.Module, reason: str) -> None:
 
 
 @final
-class WeightClipping(Callback):
+class WeightClipping(GANCallback):
     """Clamps every parameter of a network to [−limit, limit] after each step of its optimizer.
 
     The constraint of "Wasserstein GAN", https://arxiv.org/abs/1701.07875, Algorithm 1: biases and the parameters of
