@@ -84,6 +84,8 @@ class Clockwork(LightningModule):
         self._make_optimizer = make_optimizer
         self._make_scheduler = make_scheduler
         self.iteration = 0
+        self._steps: dict[Player, int] = {"d": 0, "g": 0}  # batches on which a player has moved
+        self._identity = object()  # tells this module from every other; a copy has its own
         self._first_step = 0
         self._monitored = False
         self._now = Moment()
@@ -144,14 +146,20 @@ class Clockwork(LightningModule):
         now = self._now
         now.draw, now.rows, now.moved, now.in_step, now.shown = 0, None, set(), True, self._is_shown()
         now.compiled = None
-        self._rule()(self, batch)  # type: ignore[arg-type]
+        rule = self._rule()
+        rule.check_plan(self)  # type: ignore[arg-type]
+        try:
+            rule(self, batch)  # type: ignore[arg-type]
+        finally:
+            now.in_step, now.rows, now.differentiate = False, None, frozenset()
         if not now.moved:
             # one batch is one global_step, also when a rule leaves both players where they are
             progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
             progress.increment_ready()
             progress.increment_completed()
-        now.in_step = False
         self.iteration += 1
+        for player in now.moved:
+            self._steps[player] += 1
         if now.shown:
             self._log()
 
@@ -191,7 +199,7 @@ class Clockwork(LightningModule):
 
     def _due(self, player: Player) -> list[Regularizer]:
         regularizers = (callback for callback in self._callbacks() if isinstance(callback, Regularizer))
-        return [r for r in regularizers if r.player == player and self.iteration % r.every == 0]
+        return [r for r in regularizers if r.player == player and self._steps[player] % r.every == 0]
 
     def _callbacks(self) -> list[Callback]:
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -285,14 +293,16 @@ class Clockwork(LightningModule):
             if bad:
                 raise FloatingPointError(
                     f"Not finite in the {NETWORKS[player]}'s update at step {step}: {', '.join(bad)}. Lower the "
-                    f"learning rate of `{player}_optimizer`, set `clip_norm`, or add R1Penalty."
+                    f"learning rate of `{player}_optimizer`, or of the other player's, set `clip_norm`, or add "
+                    "R1Penalty."
                 )
 
     def on_train_start(self) -> None:
         """Find out which steps somebody will look at."""
+        self._now = Moment(draw=self._now.draw)  # without a trace of the fit before
         self._first_step = self.trainer.global_step
         monitors = [str(getattr(callback, "monitor", "")) for callback in self._callbacks()]
-        self._monitored = any(monitor.startswith(("d/", "g/")) for monitor in monitors)
+        self._monitored = any(monitor.startswith(("d/", "g/", "balance/")) for monitor in monitors)
 
     def _is_shown(self) -> bool:
         # logging costs as much as a small network's step, so it waits for a step that somebody looks at

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -201,7 +201,7 @@ def generator(*key: object, device: torch.device | None = None) -> torch.Generat
 
 
 class Substitution:
-    """Lets other tensors take the place of a network's parameters for a while, in which its buffers stay as they are.
+    """Lets other tensors take the place of a module's parameters for a while, in which its buffers stay as they are.
 
     BatchNorm in train mode goes on using the statistics of its batch, and forgets them; spectral norm's vectors are
     constants. Made once, used many times.
@@ -209,19 +209,20 @@ class Substitution:
     Args:
         module: where the parameters are, in it or below.
         parameters: those that are replaced.
-        still: the network whose buffers must not move.
+        still: the part of it whose buffers must not move; None: all of it.
 
     Raises:
         ValueError: if parameters of recurrent layers, which keep their own list of weights, are to be replaced.
 
     Example:
         >>> layer = nn.Linear(1, 1, bias=False)
-        >>> with Substitution(layer, [layer.weight], layer)([torch.tensor([[3.0]])]):
+        >>> with Substitution(layer, [layer.weight])([torch.tensor([[3.0]])]):
         ...     layer(torch.ones(1))
         tensor([3.])
     """
 
-    def __init__(self, module: nn.Module, parameters: Sequence[Tensor], still: nn.Module) -> None:
+    def __init__(self, module: nn.Module, parameters: Sequence[Tensor], still: nn.Module | None = None) -> None:
+        still = module if still is None else still
         number = {id(p): row for row, p in enumerate(parameters)}
         self.owners: list[tuple[dict[str, Any], str, int]] = [
             (m._parameters, name, number[id(p)])
@@ -233,8 +234,9 @@ class Substitution:
             (m._buffers, name) for m in still.modules() for name, b in m._buffers.items() if b is not None
         ]
         self.spectral = [m for m in still.modules() if has_spectral_norm(m)]
-        recurrent = next((m for m in still.modules() if isinstance(m, nn.RNNBase)), None)
-        if recurrent is not None and parameters:
+        layers = (m for m in module.modules() if isinstance(m, nn.RNNBase))
+        recurrent = next((m for m in layers if any(id(p) in number for p in m.parameters())), None)
+        if recurrent is not None:
             raise ValueError(f"{type(recurrent).__name__} keeps its own list of weights, which cannot be replaced.")
 
     @contextmanager
@@ -269,6 +271,29 @@ def has_spectral_norm(module: nn.Module) -> bool:
     return isinstance(module, parametrizations._SpectralNorm) or any(
         isinstance(hook, OldSpectralNorm) for hook in hooks
     )
+
+
+@torch.no_grad()
+def follow_spectrum(module: nn.Module) -> None:
+    """Let every spectral norm in a module catch up with its weight, by its power iterations, whatever its mode.
+
+    Example:
+        >>> layer = parametrizations.spectral_norm(nn.Linear(2, 2), n_power_iterations=50).eval()
+        >>> _ = layer.parametrizations.weight.original.data.copy_(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+        >>> follow_spectrum(layer)
+        >>> round(torch.linalg.matrix_norm(layer.weight, 2).item(), 3)
+        1.0
+    """
+    for layer in list(module.modules()):
+        for parts in getattr(layer, "parametrizations", {}).values():
+            spectral = [m for m in parts if isinstance(m, parametrizations._SpectralNorm)]
+            training = [m.training for m in spectral]
+            for m in spectral:
+                m.training = True
+            if spectral:
+                parts()
+            for m, mode in zip(spectral, training, strict=True):
+                m.training = mode
 
 
 class SpectralScale(nn.Module):
@@ -310,14 +335,37 @@ def normalize_spectrum(layer: nn.Module, name: str, factor: float = 1.0, n_power
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         parametrizations.spectral_norm(layer, name, n_power_iterations)
-    if (factor, n_power_iterations) != (1, 1):
+    rescale_spectrum(layer, name, factor, n_power_iterations)
+
+
+def rescale_spectrum(layer: nn.Module, name: str, factor: float, n_power_iterations: int) -> None:
+    """Set the factor and the iterations of a weight that has spectral norm.
+
+    Example:
+        >>> layer = nn.Linear(1, 8)
+        >>> normalize_spectrum(layer, "weight")
+        >>> rescale_spectrum(layer, "weight", 3.0, 2)
+        >>> round(torch.linalg.matrix_norm(layer.weight, 2).item(), 3)
+        3.0
+    """
+    parts = layer.parametrizations[name]  # type: ignore[index]
+    for m in (m for m in parts if isinstance(m, parametrizations._SpectralNorm)):
+        m.n_power_iterations = n_power_iterations
+    scale = next((m for m in parts if isinstance(m, SpectralScale)), None)
+    if scale is not None:
+        scale.factor, scale.n_power_iterations = factor, n_power_iterations
+    elif (factor, n_power_iterations) != (1, 1):
         parametrize.register_parametrization(layer, name, SpectralScale(factor, n_power_iterations))
 
 
-def restore_parametrizations(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+def restore_parametrizations(module: nn.Module, state: MutableMapping[str, Any]) -> None:
     """Register spectral norm wherever a state dict has it and the module does not.
 
-    A callback may have added it before the training that made the state dict.
+    A callback may have added it before the training that made the state dict. Where both have it, the module's factor
+    holds.
+
+    Raises:
+        ValueError: if the module has it and the state dict does not.
 
     Example:
         >>> trained, fresh = nn.Linear(2, 2), nn.Linear(2, 2)
@@ -331,6 +379,17 @@ def restore_parametrizations(module: nn.Module, state: Mapping[str, Tensor]) -> 
         if match := re.fullmatch(r"((?:(.+)\.)?parametrizations\.(\w+))\.(\d+)\._u", key):
             factor, iterations = state.get(f"{match[1]}.{int(match[4]) + 1}._extra_state", torch.ones(2)).tolist()
             normalize_spectrum(module.get_submodule(match[2] or ""), match[3], factor, int(iterations))
+    for key, value in module.state_dict().items():
+        if match := re.fullmatch(r"(?:(.+)\.)?parametrizations\.(\w+)\.\d+\.(_u|_extra_state)", key):
+            if key not in state and match[3] == "_u":
+                raise ValueError(
+                    f"The module has spectral norm on `{match[1]}`, but the checkpoint was trained without: remove "
+                    "SpectralNorm, or start a new run."
+                )
+            state.setdefault(key, value)
+    for key in [k for k in state.keys() - module.state_dict().keys() if k.endswith("._extra_state")]:
+        if re.search(r"parametrizations\.\w+\.\d+\._extra_state$", key):
+            del state[key]
 
 
 def recipe(module: nn.Module) -> dict[str, Any]:

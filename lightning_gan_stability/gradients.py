@@ -6,7 +6,7 @@ import abc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, count
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ from lightning_gan_stability.callbacks.base import Player, Regularizer
 from lightning_gan_stability.clock import PLAYERS, Clockwork
 from lightning_gan_stability.doors import Play, Substitution, join
 from lightning_gan_stability.losses import AdversarialLoss
+
+Terms: TypeAlias = dict[str, Tensor]
+# of a (micro-)batch and due penalties: what the player saw, its whole loss, and the loss's terms for the log
+Objective: TypeAlias = Callable[[Any, list[Regularizer]], tuple[Play, Tensor, Terms]]
 
 
 class Primitives(Clockwork):
@@ -46,7 +50,7 @@ class Primitives(Clockwork):
         Returns:
             What the player saw on the whole batch, without graphs.
         """
-        return self._compute(player, batch, lambda part: self._plain(player, part))
+        return self._compute(player, batch, lambda part, due: self._plain(player, part, due))
 
     def apply_gradients(self, player: Player) -> None:
         """Clip the player's gradient and step its optimizer and scheduler.
@@ -70,8 +74,8 @@ class Primitives(Clockwork):
 
     # ---------- what they are made of
 
-    def _compute(self, player: Player, batch: Any, objective: Callable[[Any], tuple[Play, Tensor]]) -> Play:
-        """Put the gradient of an objective of (micro-)batches, and of the player's penalties, into ``grad``."""
+    def _compute(self, player: Player, batch: Any, objective: Objective) -> Play:
+        """Put the gradient of an objective of (micro-)batches and of due penalties into the player's ``grad``."""
         optimizer, due = self._optimizer(player), self._due(player)
         self._now.differentiate = _differentiated(due)
         self._now.terms[player] = {}
@@ -84,21 +88,13 @@ class Primitives(Clockwork):
         self._record(player, play)
         return play
 
-    def _plain(self, player: Player, part: Any) -> tuple[Play, Tensor]:
+    def _plain(self, player: Player, part: Any, due: list[Regularizer]) -> tuple[Play, Tensor, Terms]:
         with self._precise() if self._now.differentiate else nullcontext():
             play = self.play(player, part)
-        return play, self._adversarial(player, play)
+        return play, *self._total(player, play, self._adversarial(player, play), due)
 
-    def _backward(
-        self,
-        player: Player,
-        part: Any,
-        share: float,
-        due: list[Regularizer],
-        objective: Callable[[Any], tuple[Play, Tensor]],
-    ) -> Play:
-        play, adversarial = objective(part)
-        total, terms = self._total(player, play, adversarial, due)
+    def _backward(self, player: Player, part: Any, share: float, due: list[Regularizer], objective: Objective) -> Play:
+        play, total, terms = objective(part, due)
         autocast = torch.is_autocast_enabled(self.device.type)
         # backward repeats the types of the forward pass; under autocast it would lower those of the penalties
         with torch.autocast(self.device.type, enabled=False) if autocast else nullcontext():
@@ -107,17 +103,21 @@ class Primitives(Clockwork):
         self._now.terms[player] = {k: v if share == 1 else seen.get(k, 0) + share * v for k, v in terms.items()}
         return play
 
-    def _total(
-        self, player: Player, play: Play, adversarial: Tensor, due: list[Regularizer]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _total(self, player: Player, play: Play, adversarial: Tensor, due: list[Regularizer]) -> tuple[Tensor, Terms]:
         """A player's whole loss, and its terms by their names in the log."""
         total, terms = adversarial, {f"{player}/adversarial": adversarial.detach()}
+        if due and torch.is_autocast_enabled(self.device.type):
+            # networks ran in half precision, penalties do not
+            play = play._replace(real=self._widened(play.real), fake=self._widened(play.fake))
         for regularizer in due:
             with self._precise(eager=regularizer.second_order):
                 penalty = regularizer.weight_at(self.iteration) * regularizer.penalty(self, play).mean()  # type: ignore[arg-type]
             terms[_unused(f"{player}/{regularizer.name}", terms)] = penalty.detach()
             total = total + regularizer.every * penalty
         return total, terms
+
+    def _widened(self, samples: Tensor) -> Tensor:
+        return samples.to(next((p.dtype for p in self.discriminator.parameters()), samples.dtype))
 
     # ---------- for rules that differentiate gradients
 
@@ -184,7 +184,7 @@ class Primitives(Clockwork):
 
     def _still(self) -> AbstractContextManager[None]:
         """A look at the networks that leaves BatchNorm's statistics and spectral norm's vectors where they are."""
-        return Substitution(self, [], still=self)([])
+        return Substitution(self, [])([])
 
     def _randomness(self) -> tuple[int, Tensor, Tensor | None]:
         """Where all randomness stands: the module's own noise, and the global generators that dropout draws from."""
@@ -214,6 +214,18 @@ class Primitives(Clockwork):
         attention = sdpa_kernel(SDPBackend.MATH) if eager else nullcontext()
         with torch.autocast(self.device.type, enabled=False), stance, attention:
             yield
+
+
+def same(a: tuple[int, Tensor, Tensor | None], b: tuple[int, Tensor, Tensor | None]) -> bool:
+    """Whether nobody has drawn between two looks at where all randomness stands.
+
+    Example:
+        >>> start = 0, torch.get_rng_state(), None
+        >>> same(start, (1, torch.get_rng_state(), None))
+        False
+    """
+    states = zip(a[1:], b[1:], strict=True)
+    return a[0] == b[0] and all(x is y or torch.equal(x, y) for x, y in states)  # type: ignore[arg-type]
 
 
 def _differentiated(due: Iterable[Regularizer]) -> frozenset[str]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from copy import deepcopy
+import sys
+from collections.abc import Mapping, MutableMapping, Sequence
+from copy import copy, deepcopy
+from types import FrameType
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_gan_stability import doors
@@ -73,15 +77,21 @@ class GANModule(Primitives):
         if clip_norm is not None:
             check_number("clip_norm", clip_norm, positive=True)
         _check_type("noise_seed", noise_seed, int)
+        makers = {"g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
+        for name, make in (makers | {"g_scheduler": g_scheduler, "d_scheduler": d_scheduler}).items():
+            if make is not None and not callable(make):
+                what = "parameters" if name.endswith("optimizer") else "an optimizer"
+                raise ValueError(f"`{name}` must be a function that makes one from {what}, got {make!r}.")
         _check_type("generator", generator, nn.Module)
         _check_type("discriminator", discriminator, nn.Module)
         self.loss = NonSaturating() if loss is None else loss
         _check_type("loss", self.loss, AdversarialLoss)
-        self.save_hyperparameters()
+        self.save_hyperparameters(frame=_outermost(self))
         self.generator = generator
         self.discriminator = discriminator
         self.generator_ema: nn.Module | None
         self.register_module("generator_ema", None)
+        self._average_rests = False
         self.augment: nn.Module = nn.Identity()
         self.latent_dim = latent_dim
         self._loss_given = loss is not None
@@ -220,17 +230,44 @@ class GANModule(Primitives):
         except (RuntimeError, TypeError, IndexError, ValueError) as error:
             if self.iteration:
                 raise
-            raise ValueError(f"The {name} failed on an input of shape {tuple(inputs.shape)}: {error}") from error
+            dtype = next((p.dtype for p in network.parameters()), inputs.dtype)
+            hint = "" if dtype == inputs.dtype else f" (the input is {inputs.dtype}, the network {dtype})"
+            raise ValueError(f"The {name} failed on an input of shape {tuple(inputs.shape)}{hint}: {error}") from error
 
     # ---------- what the Trainer calls
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot work; let plain ``strategy: ddp`` work."""
         super().setup(stage)
+        if self.loss.judges_reconstructions and self._pack > 1:
+            raise MisconfigurationException(
+                f"{type(self.loss).__name__} judges each sample by its reconstruction, and Packed judges {self._pack} "
+                "together: use another loss, or the discriminator without Packed."
+            )
         if stage == "fit" and self.loss.couples_batch and self.accumulate > 1:
             raise MisconfigurationException(
                 f"{type(self.loss).__name__} compares each sample with the mean of its batch, which accumulate="
                 f"{self.accumulate} would take over micro-batches: use accumulate=1, or the pairwise Relativistic loss."
+            )
+
+    def on_fit_start(self) -> None:
+        """Refuse networks in eval mode, and an average that nothing moves."""
+        if not self.training:
+            raise MisconfigurationException(
+                "The module is in eval mode, in which BatchNorm, dropout and spectral norm do not train: call "
+                "`module.train()` before `fit`."
+            )
+        for player in self.plan:
+            if not self._moving(player):
+                name = "discriminator" if player == "d" else "generator"
+                raise MisconfigurationException(
+                    f"All parameters of the {name} are frozen, but it stands in `module.plan`: {self.plan}. Unfreeze "
+                    "it, or set `module.plan` to the other player."
+                )
+        if self._average_rests and self.generator_ema is not None:
+            rank_zero_warn(
+                "The module has an average of its generator from an earlier run, which `sample` draws from in eval "
+                "mode, but no GeneratorEMA moves it: add one, or set `module.generator_ema = None`."
             )
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -256,31 +293,56 @@ class GANModule(Primitives):
         real, labels = self.unpack(batch)
         return self.sample(len(real), labels)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights, and with them the average and the spectral norm that callbacks brought into the state."""
+        state = copy(state_dict)
+        self._make_room(state)  # type: ignore[arg-type]
+        return super().load_state_dict(state, strict, assign)
+
+    def _make_room(self, state: MutableMapping[str, Any]) -> None:
+        if self.generator_ema is None and _has_average(state):
+            self.generator_ema = deepcopy(self.generator).requires_grad_(False)
+            self._average_rests = True  # until GeneratorEMA sees it
+        doors.restore_parametrizations(self, state)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the iteration and the loss."""
         self._raise_unless_finite()
-        checkpoint["gan"] = {"iteration": self.iteration, "draw": self._now.draw, "loss": doors.recipe(self.loss)}
+        gan = {"iteration": self.iteration, "steps": dict(self._steps), "draw": self._now.draw}
+        checkpoint["gan"] = gan | {"loss": doors.recipe(self.loss)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the iteration and, as far as they are not there, the loss, the parametrizations and the average."""
         if "gan" not in checkpoint:
             raise ValueError("This is no checkpoint of a GANModule: it has no entry 'gan'.")
         gan, state = checkpoint["gan"], checkpoint["state_dict"]
-        self.iteration, self._now.draw = gan["iteration"], gan["draw"]
+        self.iteration, self._steps, self._now.draw = gan["iteration"], dict(gan["steps"]), gan["draw"]
         if self._trainer is None and not self._loss_given:
             self.loss = doors.cook(AdversarialLoss, gan["loss"])  # type: ignore[type-abstract]
         if type(self.loss).__qualname__ != gan["loss"]["name"]:
             for key in [k for k in state if k.startswith("loss.")]:
                 del state[key]  # a loss that is passed wins, with its own state
             state.update(self.loss.state_dict(prefix="loss."))
-        doors.restore_parametrizations(self, state)
-        if self.generator_ema is None and any(key.startswith("generator_ema.") for key in state):
-            self.generator_ema = deepcopy(self.generator).requires_grad_(False)
-        elif self.generator_ema is not None and not any(key.startswith("generator_ema.") for key in state):
+        if self.generator_ema is not None and not _has_average(state):
             # a run goes on with an average that it did not have before
             state |= {f"generator_ema.{k[10:]}": v.clone() for k, v in state.items() if k.startswith("generator.")}
+        self._make_room(state)
+        if self._trainer is not None and isinstance(self._trainer.precision_plugin, DoublePrecision):
+            self.double()  # Lightning does so after it has read the checkpoint, which would be rounded
         for key in [k for k in state if k.startswith("augment.") and k not in self.state_dict()]:
             del state[key]  # augmentation belongs to the callback that brought it, and acts in training alone
+
+
+def _has_average(state: Mapping[str, Any]) -> bool:
+    return any(key.startswith("generator_ema.") for key in state)
+
+
+def _outermost(module: GANModule) -> FrameType | None:
+    """The call of the most derived ``__init__``: its arguments make the module again, not those of its bases."""
+    frame = sys._getframe(1)
+    while (outer := frame.f_back) and outer.f_code.co_name == "__init__" and outer.f_locals.get("self") is module:
+        frame = outer
+    return frame
 
 
 def _check_type(name: str, value: object, kind: type) -> None:

@@ -16,13 +16,28 @@ Group: TypeAlias = dict[str, Any]
 State: TypeAlias = dict[str, Any]
 
 
-def _check(name: str, value: object, valid: bool, what: str) -> None:
-    if not (isinstance(value, int | float | Tensor) and not isinstance(value, bool) and valid):
+def _check(name: str, value: object, low: float, high: float, what: str) -> None:
+    """Raise ``ValueError`` unless low ≤ value < high, a number or a tensor of one, which torch takes for ``lr``."""
+    number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+    if not number or isinstance(value, bool) or not low <= float(value) < high:  # type: ignore[arg-type]
         raise ValueError(f"`{name}` must be {what}, got {value!r}.")
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
 
 
 class _PerParameter(Optimizer):
     """An optimizer that is written down by what it does to one parameter."""
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add parameters, with settings of their own where they are given, and check those."""
+        super().add_param_group(param_group)
+        self._check(self.param_groups[-1])
+
+    def _check(self, group: Group) -> None:
+        for name in ("lr", "weight_decay"):
+            _check(name, group[name], 0, math.inf, "a finite number that is not negative")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -70,8 +85,6 @@ class OptimisticSGD(_PerParameter):
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.0) -> None:
-        _check("lr", lr, lr >= 0, "not negative")
-        _check("weight_decay", weight_decay, weight_decay >= 0, "not negative")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     def _move(self, parameter: Tensor, gradient: Tensor, state: State, group: Group) -> None:
@@ -115,11 +128,14 @@ class OptimisticAdam(_PerParameter):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            _check(name, value, value >= 0, "not negative")
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"`betas` must be two numbers in [0, 1), got {betas!r}.")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def _check(self, group: Group) -> None:
+        super()._check(group)
+        _check("eps", group["eps"], 0, math.inf, "a finite number that is not negative")
+        betas = group["betas"]
+        if not isinstance(betas, Sequence) or len(betas) != 2 or not all(_is_share(beta) for beta in betas):
+            raise ValueError(f"`betas` must be two numbers in [0, 1), got {betas!r}.")
 
     def _move(self, parameter: Tensor, gradient: Tensor, state: State, group: Group) -> None:
         state.setdefault("exp_avg", torch.zeros_like(parameter))
@@ -165,10 +181,11 @@ class NegativeMomentum(_PerParameter):
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-3, momentum: float = -0.5, weight_decay: float = 0.0
     ) -> None:
-        _check("lr", lr, lr >= 0, "not negative")
-        _check("momentum", momentum, -1 < momentum < 1, "in (-1, 1)")
-        _check("weight_decay", weight_decay, weight_decay >= 0, "not negative")
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    def _check(self, group: Group) -> None:
+        super()._check(group)
+        _check("momentum", group["momentum"], math.nextafter(-1, 0), 1, "in (-1, 1)")
 
     def _move(self, parameter: Tensor, gradient: Tensor, state: State, group: Group) -> None:
         move = -group["lr"] * gradient

@@ -116,7 +116,8 @@ def test_buffers_are_copied():
     average, now = dict(module.generator_ema.named_buffers()), dict(module.generator.named_buffers())
     assert average.keys() == now.keys()
     assert {name.split(".")[-1] for name in now} >= {"running_mean", "num_batches_tracked", "_u", "_v"}
-    assert all(torch.equal(average[name], now[name]) for name in now)
+    vectors = [name for name in now if name.endswith(("_u", "_v"))]
+    assert all(torch.equal(average[name], now[name]) != (name in vectors) for name in now)
     assert not torch.equal(weights(module.generator_ema), weights(module.generator))
 
 
@@ -293,6 +294,40 @@ def test_lookahead_goes_on_in_a_second_fit_and_starts_anew_with_another_module()
     assert torch.equal(weights(whole), weights(parts))
     fit(again, batches, callbacks=[lookahead])
     assert torch.equal(weights(whole), weights(again))
+
+
+class Crash(Callback):
+    def on_train_batch_start(self, trainer, module, *_):
+        raise RuntimeError("crash")
+
+
+@pytest.mark.parametrize("make", [lambda: Lookahead(k=2), lambda: GeneratorEMA(decay=0.5), lambda: UpdateRatio(3)])
+def test_memory_of_a_module_of_the_same_age_is_forgotten(make):
+    """In a notebook the first fit crashes, the module is made again, and the same callbacks go on."""
+    callback, other = make(), make()
+    with pytest.raises(RuntimeError, match="crash"):
+        fit(moving(), points(4, dtype=torch.float64), callbacks=[callback, Crash()])
+    trained, fresh = moving(seed=1), moving(seed=1)
+    for n in (4, 2):
+        fit(trained, points(n, dtype=torch.float64), callbacks=[callback])
+        fit(fresh, points(n, dtype=torch.float64), callbacks=[other])
+    assert torch.equal(weights(trained), weights(fresh))
+    fit(moving(seed=2), points(6, dtype=torch.float64), callbacks=[callback])  # as old as `trained`
+    again, twin = moving(seed=3), moving(seed=3)
+    again.iteration = twin.iteration = 6
+    fit(again, points(4, dtype=torch.float64), callbacks=[callback])
+    fit(twin, points(4, dtype=torch.float64), callbacks=[make()])
+    assert torch.equal(weights(again), weights(twin))
+
+
+def test_steps_in_between_without_the_callback_are_not_averaged():
+    module, ema = moving(), GeneratorEMA(decay=0.9)
+    fit(module, points(3, dtype=torch.float64), callbacks=[ema])
+    module.generator_ema, average = None, module.generator_ema
+    fit(module, points(3, dtype=torch.float64))
+    module.generator_ema, start = average, weights(module.generator)
+    record = train(module, [ema], n=1)
+    torch.testing.assert_close(record.average[0], 0.9 * start + 0.1 * record.now[0])
 
 
 def test_slow_and_super_slow():

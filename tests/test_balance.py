@@ -1,12 +1,14 @@
 """Who moves on which batch: fixed ratios, the Wasserstein GAN's warm-up, and rules that look at statistics."""
 
 import math
+import pickle
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from toys import fit, points, sgd, small, weights
 
 from lightning_gan_stability import (
@@ -16,6 +18,7 @@ from lightning_gan_stability import (
     Extragradient,
     GANModule,
     Minimax,
+    Regularizer,
     SampleGrid,
     Simultaneous,
     Unrolling,
@@ -119,6 +122,89 @@ def test_the_plan_is_given_back_after_an_error():
     assert module.plan == ("d", "g")
 
 
+def test_a_refused_fit_leaves_the_plan():
+    module = small()
+    module.plan = ("g", "d")
+    with pytest.raises(MisconfigurationException, match=r"sets `module.plan`, but it is \('g', 'd'\) already"):
+        fit(module, points(1), callbacks=[UpdateRatio(2)])
+    assert module.plan == ("g", "d")
+
+
+class Due(Regularizer):
+    """Counts the steps on which it is due, and their scale."""
+
+    def __init__(self, player, every):
+        super().__init__(1.0, every)
+        self.player, self.due = player, []
+
+    def penalty(self, module, play):
+        self.due.append(module.iteration)
+        return 0 * play.fake.sum()
+
+
+@pytest.mark.parametrize("every", [2, 3, 4])
+@pytest.mark.parametrize("d_steps", [1, 2, 3, 4, 5])
+def test_lazy_penalties_count_their_players_steps(d_steps, every):
+    """Under UpdateRatio(4) the generator moves on batches 3, 7, 11, ..., none of which 4 divides."""
+    d, g, watch = Due("d", every), Due("g", every), Moves()
+    fit(small(), points(40), callbacks=[UpdateRatio(d_steps), d, g, watch])
+    moved = {player: [i for i, who in enumerate(watch.batches) if player in who] for player in "dg"}
+    assert d.due == moved["d"][::every]
+    assert g.due == moved["g"][::every]
+
+
+@pytest.mark.parametrize("rest", [1, 2, 3])
+def test_lazy_penalties_of_a_player_that_rests(rest):
+    d, watch = Due("d", rest + 1), Moves()
+    # the discriminator rests whenever it may
+    fit(small(), points(24), callbacks=[AdaptiveUpdateRatio("logit_gap", -9, -9, max_rest=rest), d, watch])
+    moved = [i for i, who in enumerate(watch.batches) if "d" in who]
+    assert len(moved) < 16
+    assert d.due == moved[:: rest + 1]
+
+
+def test_an_overflowing_gradient_is_no_norm():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    ratio = AdaptiveUpdateRatio("gradient_norm")
+    fit(small(), points(6), callbacks=[ratio], plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    assert all(math.isfinite(norm) for norm in ratio.state_dict()["norms"].values())
+
+
+class Draw(Callback):
+    def on_train_batch_end(self, trainer, module, *_):
+        module.randn(3, 4)
+
+
+def test_noise_that_others_draw_between_batches_changes_nothing():
+    found = []
+    for more in ([], [Draw()]):
+        ratio = AdaptiveUpdateRatio("logit_gap", -9, -9, max_rest=2)
+        module = small()
+        fit(module, points(8), callbacks=[ratio, *more])
+        found.append((ratio.state_dict(), weights(module)))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_adaptive_ratio_can_be_sent_to_another_process(rule):
+    assert pickle.loads(pickle.dumps(AdaptiveUpdateRatio(rule))).low == AdaptiveUpdateRatio(rule).low
+
+
+def test_what_a_callback_monitors_is_logged_on_every_batch():
+    class Seen(Callback):
+        def __init__(self):
+            self.values = []
+
+        def on_train_batch_end(self, trainer, module, *_):
+            self.values.append(trainer.callback_metrics["balance/logit_gap"].item())
+
+    stop = EarlyStopping("balance/logit_gap", check_on_train_epoch_end=True)
+    seen = Seen()
+    fit(small(), points(6), callbacks=[AdaptiveUpdateRatio("logit_gap"), seen, stop], log_every_n_steps=50)
+    assert len(set(seen.values)) == 6
+
+
 def test_schedules_step_with_their_player():
     schedule = lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5)  # noqa: E731
     module = small(d_optimizer=sgd(1.0), g_optimizer=sgd(1.0), d_scheduler=schedule, g_scheduler=schedule)
@@ -160,6 +246,7 @@ def test_two_owners_of_the_plan_are_refused():
     [
         ({"d_steps": 0}, "`d_steps` must be a positive integer, got 0."),
         ({"d_steps": -1}, "`d_steps` must be a positive integer, got -1."),
+        ({"warm_up": "no"}, "`warm_up` must be True or False, got 'no'."),
         ({"g_steps": 1.5}, "`g_steps` must be a positive integer, got 1.5."),
         ({"d_steps": 200, "warm_up": True}, "`warm_up` means 100 discriminator steps at first, but `d_steps` is 200."),
     ],

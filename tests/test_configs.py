@@ -17,6 +17,8 @@ from lightning_gan_stability.cli import main
 CONFIGS = Path(__file__).parents[1] / "configs"
 SAMPLES = {
     "began": (1, 8, 8),
+    "best_grid": (2,),
+    "best_ring": (2,),
     "consensus": (2,),
     "dcgan": (3, 64, 64),
     "digits": (1, 8, 8),
@@ -102,7 +104,8 @@ def test_numbers_that_belong_together_agree(name):
     config = load(name)
     model, data, trainer = config["model"], config["data"], config["trainer"]
     for scheduler in (model[key] for key in ("g_scheduler", "d_scheduler") if key in model):
-        assert scheduler["init_args"]["total_iters"] == trainer["max_steps"]
+        length = "T_max" if scheduler["class_path"] == "CosineAnnealingLR" else "total_iters"
+        assert scheduler["init_args"][length] == trainer["max_steps"]
     generator = model["generator"]["init_args"]
     assert model["latent_dim"] == generator.get("latent_dim", generator.get("sizes", [None])[0])
     if data["class_path"] == "Images":

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_gan_stability import Ring
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # what an example prints last, as far as it is the same in every run
@@ -72,6 +74,24 @@ def test_ring_benchmark_smoke(run, monkeypatch):
     table = benchmark(run, monkeypatch, "ring").split("\n\n")[1].splitlines()
     assert len(table) == 2 + 7 * 3  # methods and marks
     assert all(line.count("|") == table[0].count("|") for line in table)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.timeout(200)
+def test_recipes_benchmark_smoke(run, monkeypatch):
+    table = benchmark(run, monkeypatch, "recipes").split("\n\n")[1].splitlines()
+    assert [line.split(" | ")[1] for line in table[2:]] == ["0", "mean", "worst"] * 2
+    assert all(line.count("|") == table[0].count("|") for line in table)
+
+
+def test_width_of_the_data_is_one(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
+    width = runpy.run_path(str(ROOT / "examples" / "benchmarks" / "recipes.py"))["width"]
+    ring = Ring(batch_size=20_000)
+    points = next(iter(ring.train_dataloader()))
+    assert width(points, ring.centers, ring.std) == pytest.approx(1, abs=0.02)
+    beside = ring.centers + torch.tensor([0.01, 0.0])  # half a standard deviation along one axis
+    assert width(beside, ring.centers, 0.02) == pytest.approx(0.5**0.5 * 0.5 / 0.9744)
 
 
 def test_coverage_of_known_samples(monkeypatch):

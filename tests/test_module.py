@@ -5,6 +5,7 @@ from datetime import timedelta
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
@@ -20,6 +21,7 @@ from lightning_gan_stability import (
     Hinge,
     LeastSquares,
     NonSaturating,
+    Packed,
     R1Penalty,
     Regularizer,
     UpdateRule,
@@ -40,6 +42,8 @@ from lightning_gan_stability import (
         ({"clip_norm": -1.0}, "`clip_norm` must be a positive finite number, got -1.0."),
         ({"noise_seed": 1.5}, "`noise_seed` must be of type int, got 1.5."),
         ({"noise_seed": True}, "`noise_seed` must be of type int, got True."),
+        ({"g_optimizer": "Adam"}, "`g_optimizer` must be a function that makes one from parameters, got 'Adam'."),
+        ({"d_scheduler": "x"}, "`d_scheduler` must be a function that makes one from an optimizer, got 'x'."),
         ({"loss": "hinge"}, "`loss` must be of type AdversarialLoss, got 'hinge'."),
         ({"generator": None}, "`generator` must be of type Module, got None."),
         ({"discriminator": lambda x: x}, "`discriminator` must be of type Module, got <function"),
@@ -480,6 +484,23 @@ def test_hyperparameters_hold_plain_values_alone():
     assert dict(gan.hparams_initial) == dict(gan.hparams)
 
 
+def test_arguments_that_a_subclass_passes_on_come_back(tmp_path):
+    class Mine(GANModule):
+        def __init__(self, width=8, **more):
+            super().__init__(MLP([4, width, 2]), MLP([2, width, 1]), latent_dim=4, **more)
+
+    class Deeper(Mine):
+        def __init__(self, clip_norm=2.0, **more):
+            super().__init__(clip_norm=clip_norm, **more)
+
+    for gan in (Mine(width=6, noise_seed=3), Deeper(width=6, noise_seed=3)):
+        run = fit(gan, points(2), callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True)
+        loaded = type(gan).load_from_checkpoint(run.checkpoint_callback.best_model_path, weights_only=True)
+        assert loaded.noise_seed == 3
+        assert loaded.clip_norm == gan.clip_norm
+        assert torch.equal(weights(loaded), weights(gan))
+
+
 def test_a_subclass_that_builds_its_networks_loads_without_arguments(tmp_path):
     class Own(GANModule):
         def __init__(self, width: int = 8) -> None:
@@ -529,3 +550,58 @@ def test_a_foreign_checkpoint_is_refused(tmp_path):
     torch.save(checkpoint, tmp_path / "foreign.ckpt")
     with pytest.raises(ValueError, match="This is no checkpoint of a GANModule"):
         GANModule.load_from_checkpoint(tmp_path / "foreign.ckpt", generator=MLP([4, 2]), discriminator=MLP([2, 1]))
+
+
+# ---------- one fit after another
+
+
+def test_a_module_in_eval_mode_is_refused():
+    gan = small().eval()
+    with pytest.raises(
+        MisconfigurationException, match="is in eval mode, in which BatchNorm, dropout and spectral norm"
+    ):
+        fit(gan, points(1))
+    fit(gan.train(), points(1))
+
+
+def test_a_second_fit_logs_nothing_of_the_first():
+    gan = small()
+    assert "d/r1" in fit(gan, points(2), callbacks=[R1Penalty()]).callback_metrics
+    assert "d/r1" not in fit(gan, points(2)).callback_metrics
+
+
+class Breaks(Regularizer):
+    """Breaks in a micro-batch."""
+
+    differentiates = ("real",)
+
+    def penalty(self, module, play):
+        raise RuntimeError("broken")
+
+
+def test_an_error_inside_of_a_step_leaves_nothing_behind():
+    gan, twin = (small(accumulate=2) for _ in range(2))
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(gan, points(2), callbacks=[Breaks()])
+    gan._now.draw = 0
+    assert torch.equal(gan.randn(4, 2), twin.randn(4, 2))
+    assert not gan.play("d", points(1)[0]).real.requires_grad
+
+
+def test_a_frozen_player_that_is_to_move_is_refused():
+    gan = small()
+    gan.generator.requires_grad_(False)
+    with pytest.raises(
+        MisconfigurationException, match=r"All parameters of the generator are frozen, but it stands in"
+    ):
+        fit(gan, points(1))
+    gan.plan = ("d",)
+    fit(gan, points(1))
+
+
+def test_reconstructions_of_packs_are_refused():
+    gan = GANModule(MLP([4, 2]), Packed(MLP([4, 4]), 2), 4, loss=BoundaryEquilibrium())
+    with pytest.raises(
+        MisconfigurationException, match="BoundaryEquilibrium judges each sample by its reconstruction,"
+    ):
+        fit(gan, points(1))

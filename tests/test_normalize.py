@@ -15,6 +15,8 @@ from lightning_gan_stability import (
     DCGANDiscriminator,
     Extragradient,
     GANModule,
+    GeneratorEMA,
+    Lookahead,
     R1Penalty,
     ResNetDiscriminator,
     SpectralNorm,
@@ -211,6 +213,70 @@ def test_a_checkpoint_needs_no_callback(factor, iterations):
         assert torch.equal(module.discriminate(points(1)[0]), loaded.discriminate(points(1)[0]))
 
 
+def test_a_checkpoint_with_a_normalized_average_needs_no_callback():
+    module = small()
+    callbacks = [SpectralNorm(["generator", "discriminator"], 2.0), GeneratorEMA(decay=0.5)]
+    fit(module, points(3), callbacks=callbacks, enable_checkpointing=True).save_checkpoint("model.ckpt")
+    networks = {"generator": MLP([4, 16, 2]), "discriminator": MLP([2, 16, 1])}
+    loaded = GANModule.load_from_checkpoint("model.ckpt", weights_only=True, **networks).eval()
+    z = torch.randn(3, 4)
+    assert torch.equal(loaded.sample(3, latents=z), module.eval().sample(3, latents=z))
+    other = small(seed=1)
+    other.load_state_dict(module.state_dict())  # as Lightning does after processes that it spawned
+    assert torch.equal(other.eval().sample(3, latents=z), module.sample(3, latents=z))
+
+
+def test_the_average_is_as_normal_as_the_generator():
+    torch.manual_seed(0)
+    adam = lambda p: torch.optim.Adam(p, lr=5e-3)  # noqa: E731
+    module = GANModule(MLP([8, 32, 32, 2]), MLP([2, 16, 1]), 8, g_optimizer=adam, d_optimizer=adam)
+    fit(module, points(200, 16), callbacks=[SpectralNorm(["generator"], 2.0), GeneratorEMA(decay=0.98)])
+    torch.testing.assert_close(largest(module.generator_ema), torch.full((3,), 2.0), rtol=0.03, atol=0)
+
+
+def test_another_factor_in_a_second_fit_holds():
+    module = applied(small(), SpectralNorm(), n=3)
+    fit(module, points(50), callbacks=[SpectralNorm(factor=3.0, n_power_iterations=2)])
+    torch.testing.assert_close(largest(module.discriminator), torch.full((2,), 3.0), rtol=1e-3, atol=0)
+    fit(module.train(), points(50), callbacks=[SpectralNorm()])
+    torch.testing.assert_close(largest(module.discriminator), torch.full((2,), 1.0), rtol=1e-3, atol=0)
+
+
+def saved(callbacks):
+    run = fit(small(), points(3), callbacks=callbacks, enable_checkpointing=True)
+    run.save_checkpoint("model.ckpt")
+    return "model.ckpt"
+
+
+def test_resuming_a_run_that_was_not_normalized_is_an_error():
+    sentence = (
+        "The module has spectral norm on `discriminator.layers.0`, but the checkpoint was trained without: remove"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        fit(small(), points(6), callbacks=[SpectralNorm()], ckpt_path=saved([]), max_epochs=2)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
+@pytest.mark.parametrize(("before", "after"), [(1.0, 2.0), (2.0, 1.0)])
+def test_a_factor_that_is_given_holds_in_a_resumed_run(before, after):
+    module, path = small(), saved([SpectralNorm(factor=before)])
+    fit(module, points(3), callbacks=[SpectralNorm(factor=after, n_power_iterations=9)], ckpt_path=path, max_epochs=9)
+    torch.testing.assert_close(largest(module.discriminator), torch.full((2,), after), rtol=1e-2, atol=0)
+
+
+def test_older_spectral_norm():
+    module = small()
+    nn.utils.spectral_norm(module.discriminator.layers[0])
+    applied(module, SpectralNorm())  # leaves it alone
+    with pytest.raises(MisconfigurationException, match=r"has torch.nn.utils.spectral_norm: use torch"):
+        applied(module, SpectralNorm(factor=2.0))
+    module.discriminate(points(1)[0])
+    logits = module.eval().discriminate(points(1)[0])
+    SpectralNorm.remove(module)
+    assert torch.equal(module.discriminate(points(1)[0]), logits)
+    assert sorted(module.state_dict()) == sorted(small().state_dict())
+
+
 def test_factor_keeps_its_digits_in_a_cast_checkpoint():
     module = small().double()
     fit(module, points(1, dtype=torch.float64), callbacks=[SpectralNorm(factor=1 / 3)])
@@ -248,6 +314,8 @@ def test_only_training_normalizes(stage):
     [
         ({"networks": []}, r"`networks` must be the name of a network or several, got \[\]."),
         ({"networks": ""}, "`networks` must be the name of a network or several, got ''."),
+        ({"networks": None}, "`networks` must be the name of a network or several, got None."),
+        ({"networks": True}, "`networks` must be the name of a network or several, got True."),
         (
             {"networks": ["generator", 3]},
             r"`networks` must be the name of a network or several, got \['generator', 3\].",
@@ -278,7 +346,8 @@ def test_nothing_to_normalize():
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (nn.LSTM(2, 2), "LSTM layer `discriminator.1`, which keeps its own list of weights"),
+        (nn.GRUCell(2, 2), "GRUCell layer `discriminator.1`, which is recurrent"),
+        (nn.LSTM(2, 2), "LSTM layer `discriminator.1`, which is recurrent"),
         (nn.LazyLinear(3), "LazyLinear layer `discriminator.1`, which has no weights before its first forward pass"),
         (nn.Embedding(3, 2, max_norm=1.0), "Embedding layer `discriminator.1`, which changes its weights in place"),
         (nn.Embedding(3, 2, sparse=True), "Embedding layer `discriminator.1`, which changes its weights in place"),
@@ -320,6 +389,22 @@ def test_weights_are_clipped_after_every_step(limit):
     assert len(largest.seen) == 8
     assert all(value == pytest.approx(limit, rel=1e-6) for value in largest.seen)
     assert weights(module.generator).abs().max() > limit
+
+
+def test_lookahead_stays_in_the_box():
+    module = small(loss=Wasserstein(), d_optimizer=sgd(0.1), g_optimizer=sgd(0.1))
+    for callbacks in ([WeightClipping(0.05), Lookahead(k=2)], [Lookahead(k=2), WeightClipping(0.05)]):
+        fit(module, points(2), callbacks=callbacks)
+        assert weights(module.discriminator).abs().max() <= 0.05
+
+
+def test_frozen_weights_are_not_clipped():
+    module = small(loss=Wasserstein(), d_optimizer=sgd(0.1), g_optimizer=sgd(0.1))
+    first, last = module.discriminator.layers[0], module.discriminator.layers[2]
+    before = weights(first.requires_grad_(False))
+    fit(module, points(2), callbacks=[WeightClipping(0.01)])
+    assert torch.equal(weights(first), before)
+    assert weights(last).abs().max() <= 0.01
 
 
 def test_biases_and_normalization_layers_are_clipped_too():

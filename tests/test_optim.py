@@ -142,10 +142,18 @@ def test_trains_a_gan_with_a_schedule(optimizer):
 @pytest.mark.parametrize(
     ("optimizer", "kwargs", "message"),
     [
-        (OptimisticSGD, {"lr": -0.1}, "`lr` must be not negative, got -0.1."),
-        (OptimisticSGD, {"weight_decay": -1}, "`weight_decay` must be not negative, got -1."),
-        (OptimisticAdam, {"lr": float("nan")}, "`lr` must be not negative, got nan."),
-        (OptimisticAdam, {"eps": -1e-8}, "`eps` must be not negative, got -1e-08."),
+        (OptimisticSGD, {"lr": -0.1}, "`lr` must be a finite number that is not negative, got -0.1."),
+        (OptimisticSGD, {"lr": "1e-3"}, "`lr` must be a finite number that is not negative, got '1e-3'."),
+        (OptimisticSGD, {"lr": None}, "`lr` must be a finite number that is not negative, got None."),
+        (OptimisticSGD, {"lr": float("inf")}, "`lr` must be a finite number that is not negative, got inf."),
+        (OptimisticAdam, {"lr": torch.ones(2)}, r"`lr` must be a finite number that is not negative, got tensor"),
+        (OptimisticAdam, {"betas": 0.5}, r"`betas` must be two numbers in \[0, 1\), got 0.5."),
+        (OptimisticAdam, {"betas": (False, 0.9)}, r"`betas` must be two numbers in \[0, 1\), got \(False, 0.9\)."),
+        (OptimisticAdam, {"betas": ("a", "b")}, r"`betas` must be two numbers in \[0, 1\), got \('a', 'b'\)."),
+        (NegativeMomentum, {"momentum": "x"}, r"`momentum` must be in \(-1, 1\), got 'x'."),
+        (OptimisticSGD, {"weight_decay": -1}, "`weight_decay` must be a finite number that is not negative, got -1."),
+        (OptimisticAdam, {"lr": float("nan")}, "`lr` must be a finite number that is not negative, got nan."),
+        (OptimisticAdam, {"eps": -1e-8}, "`eps` must be a finite number that is not negative, got -1e-08."),
         (OptimisticAdam, {"betas": (0.5, 1.0)}, r"`betas` must be two numbers in \[0, 1\), got \(0.5, 1.0\)."),
         (OptimisticAdam, {"betas": (0.5,)}, r"`betas` must be two numbers in \[0, 1\), got \(0.5,\)."),
         (NegativeMomentum, {"momentum": -1.0}, r"`momentum` must be in \(-1, 1\), got -1.0."),
@@ -155,3 +163,11 @@ def test_trains_a_gan_with_a_schedule(optimizer):
 def test_bad_arguments(optimizer, kwargs, message):
     with pytest.raises(ValueError, match=message):
         optimizer([nn.Parameter(torch.ones(1))], **kwargs)
+
+
+@pytest.mark.parametrize("optimizer", [OptimisticSGD, OptimisticAdam, NegativeMomentum])
+def test_groups_are_checked_too(optimizer):
+    weights = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"`lr` must be a finite number that is not negative, got -1.0"):
+        optimizer([{"params": weights[:1]}, {"params": weights[1:], "lr": -1.0}], lr=0.1)
+    assert optimizer(weights, lr=torch.tensor(0.1)).param_groups[0]["lr"] == torch.tensor(0.1)

@@ -17,12 +17,14 @@ from lightning_gan_stability import (
     ApproximateR1Penalty,
     ApproximateR2Penalty,
     ConsensusOptimization,
+    ConsistencyPenalty,
     DRAGANPenalty,
     GANModule,
     GradientPenalty,
     NonSaturating,
     R1Penalty,
     R2Penalty,
+    Regularizer,
     Simultaneous,
     Unrolling,
 )
@@ -128,6 +130,42 @@ def test_penalty_gradient_of_a_deep_network_loses_nothing(penalty, precision):
     low, exact = (penalty_gradient(PENALTIES[penalty](), p, **deep) for p in (precision, "32-true"))
     print(penalty, precision, relative(low, exact))
     assert relative(low, exact) <= 1e-6
+
+
+class Judged(Regularizer):
+    """A user's penalty that judges the samples of the play once more."""
+
+    differentiates = ()
+
+    def penalty(self, module, play):
+        return (module.discriminate(play.fake) - play.fake_logits).square()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "float16"])
+@pytest.mark.parametrize(
+    "penalty", [ApproximateR2Penalty, lambda: ConsistencyPenalty("balanced", transform=torch.nn.Identity()), Judged]
+)
+def test_penalties_on_samples_that_a_generator_made_in_low_precision(penalty, precision):
+    """The last layer of a generator is linear, and autocast has it in half precision."""
+    module = small()
+    fit(module, points(2), callbacks=[penalty()], **run_in(precision))
+    assert weights(module).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
+def test_a_resumed_run_in_double_precision_is_not_rounded():
+    data, module = points(6), small()
+    fit(module, data, precision="64-true")
+    first, again = small(), small(seed=1)
+    fit(first, data[:3], precision="64-true", enable_checkpointing=True).save_checkpoint("model.ckpt")
+    fit(again, data[3:], ckpt_path="model.ckpt", precision="64-true", max_epochs=2)
+    assert again.iteration == 6
+    assert torch.equal(weights(module), weights(again))
+
+
+def test_data_of_another_type_are_explained():
+    with pytest.raises(ValueError, match=r"\(the input is torch.float64, the network torch.float32\)"):
+        fit(small(), points(1, dtype=torch.float64))
 
 
 class NoAutocastSwitch(torch.autocast):

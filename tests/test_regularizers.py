@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from torch import nn
-from toys import fit, points, sgd, small, weights
+from toys import Point, fit, points, sgd, small, weights
 
 from lightning_gan_stability import (
     MLP,
@@ -21,6 +22,7 @@ from lightning_gan_stability import (
     LogitDrift,
     ModeSeeking,
     OrthogonalPenalty,
+    Packed,
     PathLengthPenalty,
     R1Penalty,
     R2Penalty,
@@ -341,8 +343,8 @@ def test_lecam_against_the_authors_recursion():
             expected = 0.7 * ((real - means[1]).relu().square() + (means[0] - fake).relu().square()).mean().item()
         assert record.logged("d/le_cam")[step] == pytest.approx(expected, rel=1e-5, abs=1e-9)
         now = torch.stack([real.mean(), fake.mean()])
-        # the mean moves after the step; up to `start` it is that of the last batch
-        means = now if means is None or step + 1 < 2 else 0.9 * means + 0.1 * now
+        # the mean moves after the step; before step `start` it is that of the last batch
+        means = now if step < 2 else 0.9 * means + 0.1 * now
     torch.testing.assert_close(lecam.state_dict()["means"].double(), means, rtol=1e-5, atol=1e-6)
 
 
@@ -532,7 +534,14 @@ def test_mode_seeking_of_a_scaled_identity(scale):
         (lambda: ApproximateR1Penalty(sigma=0.0), "`sigma` must be a positive finite number, got 0.0."),
         (lambda: ApproximateR2Penalty(weight=-1), "`weight` must be a finite number that is not negative, got -1."),
         (lambda: LeCam(decay=1.5), r"`decay` must be in \[0, 1\], got 1.5."),
-        (lambda: LeCam(start=-1), "`start` must be a finite number that is not negative, got -1."),
+        (lambda: LeCam(start=2.5), "`start` must be an integer that is not negative, got 2.5."),
+        (lambda: GradientPenalty(one_sided="false"), "`one_sided` must be True or False, got 'false'."),
+        (lambda: OrthogonalPenalty(off_diagonal=None), "`off_diagonal` must be True or False, got None."),
+        (
+            lambda: ConsistencyPenalty(transform="flip"),
+            "`transform` must be a module from samples to samples, or None,",
+        ),
+        (lambda: LeCam(start=-1), "`start` must be an integer that is not negative, got -1."),
         (lambda: PathLengthPenalty(decay=-0.1), "`decay` must be a finite number that is not negative, got -0.1."),
         (lambda: OrthogonalPenalty(player="x"), "`player` must be 'd' or 'g', got 'x'."),
         (lambda: LogitDrift(weight=float("nan")), "`weight` must be a finite number that is not negative, got nan."),
@@ -552,3 +561,85 @@ def test_micro_batches_give_the_penalty_of_the_batch(make):
         fit(gan, points(3, dtype=torch.float64), callbacks=[make()])
         found.append(weights(gan))
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
+
+
+class Norms(nn.Module):
+    """The same weights three times: spectral norm new and old, weight norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.new = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 4))
+        self.old = nn.utils.spectral_norm(nn.Linear(2, 4))
+        self.norm = nn.utils.parametrizations.weight_norm(nn.Linear(2, 4))
+        self.last = nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.last(self.new(x) + self.old(x) + self.norm(x))
+
+
+def test_orthogonal_penalty_sees_normalized_layers():
+    torch.manual_seed(0)
+    module = GANModule(MLP([4, 8, 2]), Norms(), 4, d_optimizer=sgd(0.0), g_optimizer=sgd(0.0))
+    d, record = module.discriminator, Record()
+    layers = [d.new.parametrizations.weight.original, d.old.weight_orig, d.norm.weight, d.last.weight]
+    off = [w @ w.T * (1 - torch.eye(len(w))) for w in layers]
+    expected = sum(x.square().sum().item() for x in off)
+    fit(module, points(1), callbacks=[OrthogonalPenalty(1.0, player="d"), record], log_every_n_steps=1)
+    assert record.logged("d/orthogonal")[0] == pytest.approx(expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_orthogonal_penalty_refuses_what_it_cannot_see():
+    module = small()
+    module.discriminator = nn.utils.weight_norm(nn.Linear(2, 1))
+    with pytest.raises(MisconfigurationException, match=r"cannot see the weight of a Linear layer with torch"):
+        fit(module, points(1), callbacks=[OrthogonalPenalty(player="d")])
+    module = GANModule(Point(dtype=torch.float32), MLP([1, 8, 1]), 1)
+    with pytest.raises(MisconfigurationException, match="the generator has no `weight` of two or more dimensions: rem"):
+        fit(module, [torch.zeros(2, 1)], callbacks=[OrthogonalPenalty()])
+
+
+def test_a_pack_is_perturbed_by_one_share():
+    """With packs of two and std(x) = 1, both samples of a pack are moved by the same α."""
+    seen = []
+
+    class Packs(GANModule):
+        def discriminate(self, samples, labels=None):
+            seen.append(samples.detach())
+            return super().discriminate(samples, labels)
+
+        def rand(self, n, *shape):
+            return torch.ones(n, *shape) if shape else super().rand(n)
+
+    gan = Packs(MLP([2, 4, 1]), Packed(MLP([2, 4, 1]), 2), 2)
+    gan.plan = ("d",)
+    real = torch.tensor([[-1.0], [1.0]] * 4)
+    fit(gan, [real], callbacks=[DRAGANPenalty()])
+    alpha = (seen[-1] - real).reshape(4, 2)
+    torch.testing.assert_close(alpha[:, 0], alpha[:, 1])
+    assert len(alpha[:, 0].unique()) == 4
+
+
+def test_running_means_in_low_precision_move():
+    path = PathLengthPenalty(decay=0.999, every=1)
+    path._means = torch.tensor(1.0)
+    module = small()
+    module._identity, path._owner = path, path
+    fit(module, points(4, dtype=torch.bfloat16), callbacks=[path], precision="bf16-true")
+    assert path.state_dict()["means"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("make", "weight", "every"),
+    [
+        (GradientPenalty, 10.0, 1),
+        (DRAGANPenalty, 10.0, 1),
+        (ApproximateR1Penalty, 100.0, 1),
+        (LeCam, 0.3, 1),
+        (PathLengthPenalty, 2.0, 4),
+        (OrthogonalPenalty, 1e-4, 1),
+    ],
+)
+def test_none_is_the_default_that_is_documented(make, weight, every):
+    assert (make(weight=None, every=None).weight, make(weight=None, every=None).every) == (weight, every)
+    assert (make().weight, make().every) == (weight, every)

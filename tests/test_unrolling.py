@@ -19,12 +19,14 @@ from lightning_gan_stability import (
     MLP,
     AdversarialLoss,
     BoundaryEquilibrium,
+    ConsistencyPenalty,
     GANModule,
     GradientPenalty,
     NonSaturating,
     OptimisticAdam,
     R1Penalty,
     R2Penalty,
+    Regularizer,
     Relativistic,
     SpectralNorm,
     Unrolling,
@@ -285,6 +287,148 @@ def test_weight_clipping_acts_in_the_inner_steps():
     look = last_step(gan(OPTIMIZERS["SGD"]), Unrolling(3), [WeightClipping(limit)])
     assert Reference(look, OPTIMIZERS["SGD"], 3, plain_d, plain_g, limit=limit).error() < 1e-6
     assert Reference(look, OPTIMIZERS["SGD"], 3, plain_d, plain_g).error() > 1e-4
+
+
+class Noisy(nn.Module):
+    """A discriminator that drops units by a function or by a layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 8), nn.Linear(8, 1)
+        self.drop = nn.Dropout(0.4) if layer else None
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        return self.last(nn.functional.dropout(h, 0.4, self.training) if self.drop is None else self.drop(h))
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_discriminator_that_draws_draws_the_same_in_every_inner_step(checkpoint):
+    found = []
+    for layer, rule in ((True, Unrolling(3, checkpoint=True)), (False, Unrolling(3, checkpoint=checkpoint))):
+        torch.manual_seed(3)
+        module = gan(sgd(0.3), Noisy(layer))
+        torch.manual_seed(5)
+        found.append(last_step(module, rule).gradient)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+
+
+class Sometimes(nn.Module):
+    """Stochastic depth: some passes leave a layer out."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(2, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        return self.last(h + self.middle(h).tanh() if torch.rand(()) < 0.5 else h)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_stochastic_depth(seed):
+    module = gan(sgd(0.3), Sometimes())
+    torch.manual_seed(seed)
+    assert last_step(module, Unrolling(3)).gradient.isfinite().all()
+
+
+class Looks(Regularizer):
+    """Differentiates the logits of the generator's samples, and adds nothing."""
+
+    player = "g"
+    differentiates = ("latents",)
+
+    def penalty(self, module, play):
+        (slope,) = torch.autograd.grad(play.fake_logits.sum(), play.latents, retain_graph=True)
+        return 0 * slope.sum(1)
+
+
+def test_a_look_through_checkpointed_steps_changes_nothing():
+    found = [
+        last_step(gan(OPTIMIZERS["Adam"]), Unrolling(3, checkpoint=checkpoint), [Looks()]).gradient
+        for checkpoint in (False, True)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-14)
+
+
+class Slope(Looks):
+    def penalty(self, module, play):
+        return torch.autograd.grad(play.fake_logits.sum(), play.latents, create_graph=True)[0].square().sum(1)
+
+
+def test_second_derivatives_of_checkpointed_steps_are_an_error():
+    with pytest.raises(RuntimeError, match="trying to differentiate twice a function that was marked with @once_diff"):
+        last_step(gan(OPTIMIZERS["Adam"]), Unrolling(3, checkpoint=True), [Slope()])
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_penalties_with_samples_of_their_own(name):
+    """zCR asks the generator again, so that the steps depend on its parameters not through the batch alone."""
+    found = [
+        last_step(gan(OPTIMIZERS[name]), rule, [ConsistencyPenalty("latent", weight=2.0, radius=0.5)]).gradient
+        for rule in (Unrolling(3), Unrolling(3, checkpoint=True), Unrolling(3, second_order=False))
+    ]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-14)
+    assert (found[0] - found[2]).norm() > 1e-3 * found[0].norm()
+
+
+def test_the_generators_statistics_move_once():
+    module = gan(sgd(0.1))
+    module.generator = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)).double()
+    fit(module, points(2, 16, dtype=torch.float64), callbacks=[Unrolling(5), ConsistencyPenalty("latent")])
+    once = gan(sgd(0.1))
+    once.generator = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)).double()
+    fit(once, points(2, 16, dtype=torch.float64), callbacks=[ConsistencyPenalty("latent")])
+    assert module.generator[1].num_batches_tracked == once.generator[1].num_batches_tracked
+
+
+class Judges(Regularizer):
+    """Judges the generator's samples once more."""
+
+    player = "g"
+    differentiates = ()
+
+    def penalty(self, module, play):
+        self.difference = (module.discriminate(play.fake) - play.fake_logits).abs().max()
+        return play.fake_logits
+
+
+def test_the_generators_penalties_see_the_unrolled_discriminator():
+    judges = Judges()
+    last_step(gan(OPTIMIZERS["Adam"]), Unrolling(3), [judges])
+    assert judges.difference < 1e-12
+
+
+class Encoding(GANModule):
+    """Real pairs come from an encoder that trains with the generator, as in BiGAN."""
+
+    def unpack(self, batch):
+        return self.generator.encoder(batch), None
+
+
+def test_samples_that_the_generator_makes_of_the_data():
+    found = []
+    for rule in (None, Unrolling(1), Unrolling(1, checkpoint=True)):
+        torch.manual_seed(0)
+        generator = MLP([3, 6, 2], nn.Tanh)
+        generator.encoder = nn.Linear(2, 2)
+        options = {"g_optimizer": sgd(0.1), "d_optimizer": sgd(0.0)}  # without steps, unrolling changes nothing
+        module = Encoding(generator, MLP([2, 8, 1], nn.SiLU), 3, Relativistic(), **options).double()
+        fit(module, points(1, 8, dtype=torch.float64), callbacks=[rule] if rule else [])
+        found.append(weights(module.generator))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
+    torch.testing.assert_close(found[0], found[2], rtol=1e-12, atol=0)
+
+
+def test_a_frozen_discriminator_does_not_answer():
+    found = []
+    for callbacks in ([], [Unrolling(3)]):
+        module = gan(sgd(0.1))
+        module.discriminator.requires_grad_(False)
+        module.plan = ("g",)
+        fit(module, points(2, 8, dtype=torch.float64), callbacks=callbacks)
+        found.append(weights(module))
+    assert torch.equal(*found)
 
 
 def test_relativistic_loss_sees_real_samples():
@@ -591,6 +735,9 @@ def test_with_a_compiled_discriminator(checkpoint):
         ({"steps": 0}, "`steps` must be a positive integer, got 0."),
         ({"steps": -1}, "`steps` must be a positive integer, got -1."),
         ({"steps": 2.0}, "`steps` must be a positive integer, got 2.0."),
+        ({"second_order": "false"}, "`second_order` must be True or False, got 'false'."),
+        ({"checkpoint": 1}, "`checkpoint` must be True or False, got 1."),
+        ({"simultaneous": None}, "`simultaneous` must be True or False, got None."),
         ({"objective": "minimax"}, "`objective` must be one of generator, saddle, got 'minimax'."),
         ({"checkpoint": True, "second_order": False}, "`checkpoint` saves nothing with `second_order=False`"),
     ],

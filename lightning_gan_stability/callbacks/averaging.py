@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, final
 
@@ -11,14 +12,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_gan_stability.callbacks.base import GANCallback, check_number, check_positive_int
+from lightning_gan_stability.callbacks.base import Remembering, check_number, check_positive_int
+from lightning_gan_stability.callbacks.normalize import WeightClipping
+from lightning_gan_stability.doors import follow_spectrum
 
 if TYPE_CHECKING:
     from lightning_gan_stability import GANModule
 
 
 @final
-class GeneratorEMA(GANCallback):
+class GeneratorEMA(Remembering):
     """Keeps an exponential moving average of the generator's weights, which draws better samples than the last ones.
 
     θ̄ ← β θ̄ + (1 − β) θ after every batch on which the generator stepped; buffers (BatchNorm's statistics, spectral
@@ -63,7 +66,6 @@ class GeneratorEMA(GANCallback):
         self.decay = decay
         self.ramp_up = ramp_up
         self._updates = 0
-        self._iteration = 0
         self._precise: dict[str, Tensor] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -72,6 +74,7 @@ class GeneratorEMA(GANCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint; the average itself is in the module's state."""
+        super().load_state_dict(state_dict)
         self._updates, self._iteration = state_dict["updates"], state_dict["iteration"]
         self._precise = dict(state_dict["precise"])
 
@@ -88,16 +91,16 @@ class GeneratorEMA(GANCallback):
         module: GANModule = pl_module  # type: ignore[assignment]
         if sum(isinstance(callback, GeneratorEMA) for callback in module._callbacks()) > 1:
             raise MisconfigurationException("A module has room for one GeneratorEMA: remove all but one.")
-        if stage == "fit" and module.generator_ema is None:
-            module.generator_ema = deepcopy(module.generator).requires_grad_(False)
+        if stage == "fit":
+            module._average_rests = False
+            if module.generator_ema is None:
+                module.generator_ema = deepcopy(module.generator).requires_grad_(False)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from a copy of the generator, unless this is the module that was averaged last."""
-        module: GANModule = pl_module  # type: ignore[assignment]
+    def _forget(self, module: GANModule) -> None:
+        """Start from a copy of the generator."""
         assert module.generator_ema is not None
-        if self._updates == 0 or self._iteration != module.iteration:
-            module.generator_ema.load_state_dict(module.generator.state_dict())
-            self._updates, self._precise = 0, {}
+        module.generator_ema.load_state_dict(module.generator.state_dict())
+        self._updates, self._precise = 0, {}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -121,22 +124,26 @@ class GeneratorEMA(GANCallback):
         torch._foreach_lerp_(list(means.values()), [now[name].to(means[name].dtype) for name in means], 1 - decay)
         for name, p in low.items():
             p.copy_(means[name])
-        for mine, theirs in zip(average.buffers(), generator.buffers(), strict=True):
-            mine.copy_(theirs)
+        buffers = dict(generator.named_buffers())
+        for name, buffer in average.named_buffers():
+            # the singular vectors of an average are not the generator's
+            if not re.fullmatch(r".*parametrizations\.\w+\.\d+\._[uv]", name):
+                buffer.copy_(buffers[name])
+        follow_spectrum(average)
 
 
 @final
-class Lookahead(GANCallback):
+class Lookahead(Remembering):
     """Lets both players run k steps ahead and then pulls them back, part of the way, to where they started.
 
-    Every k steps of the generator, s ← s + α (w − s) and w ← s, for the parameters of both players together; the
+    Every k batches on which the generator steps, s ← s + α (w − s) and w ← s, for the parameters of both players; the
     optimizers' moments stay. "Taming GANs with Lookahead-Minmax", https://arxiv.org/abs/2006.14567. Of a rotation it
     keeps the chord: on min max xy with simultaneous steps η = 0.1, k = 5 and α = ½ shrink the distance by 0.981 in a
     cycle. Checkpoints and pictures of a multiple of k steps show the slow weights s; put GeneratorEMA behind Lookahead
     in the list of callbacks to average them. Costs one copy of the parameters and no pass.
 
     Args:
-        k: steps between pulls: 5 in the paper.
+        k: batches on which the generator steps, from one pull to the next: 5 in the paper.
         alpha: α in (0, 1], how far the slow weights follow.
 
     Raises:
@@ -156,7 +163,6 @@ class Lookahead(GANCallback):
         self.k = k
         self.alpha = alpha
         self._steps = 0
-        self._iteration = 0
         self._slow: list[Tensor] = []
 
     @property
@@ -170,22 +176,26 @@ class Lookahead(GANCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
+        super().load_state_dict(state_dict)
         self._steps, self._iteration = state_dict["steps"], state_dict["iteration"]
         self._slow = list(state_dict["slow"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the slow weights from the networks, unless this is the module whose slow weights they are."""
-        module: GANModule = pl_module  # type: ignore[assignment]
+        super().on_train_start(trainer, pl_module)
         weights = _weights(trainer)
-        if not self._slow or self._iteration != module.iteration:
-            self._steps, self._slow = 0, [p.detach().clone() for p in weights]
+        if not self._slow:
+            self._slow = [p.detach().clone() for p in weights]
         self._slow = [slow.to(p.device) for slow, p in zip(self._slow, weights, strict=True)]
+
+    def _forget(self, module: GANModule) -> None:
+        self._steps, self._slow = 0, []
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Pull every k steps of the generator."""
+        """Pull every k batches on which the generator stepped; weights that are clipped stay so."""
         module: GANModule = pl_module  # type: ignore[assignment]
         self._iteration = module.iteration
         if "g" not in module.moved:
@@ -195,6 +205,10 @@ class Lookahead(GANCallback):
             weights = _weights(trainer)
             torch._foreach_lerp_(self._slow, weights, self.alpha)
             torch._foreach_copy_(weights, self._slow)
+            for callback in module._callbacks():
+                if isinstance(callback, WeightClipping):
+                    callback.clip()
+            torch._foreach_copy_(self._slow, weights)
 
 
 def _weights(trainer: Trainer) -> list[Tensor]:

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_gan_stability.callbacks.base import GANCallback, Player, check_number, check_positive_int
+from lightning_gan_stability.callbacks.base import Player, Remembering, check_bool, check_number, check_positive_int
 
 if TYPE_CHECKING:
     from lightning_gan_stability import GANModule
@@ -20,14 +20,11 @@ Rule = Literal["accuracy", "loss_change", "logit_gap", "gradient_norm"]
 BOTH: tuple[Player, Player] = ("d", "g")
 
 
-class _Balance(GANCallback):
+class _Balance(Remembering):
     """A callback that owns the plan during a fit, and leaves it as it was."""
 
     _moves_twice = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._iteration = 0
+    _owns = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse another owner of the plan, and rules that need every player on every batch."""
@@ -45,14 +42,19 @@ class _Balance(GANCallback):
                 f"{type(rule).__name__} moves both players once on every batch, which {name} would change: remove one "
                 "of them."
             )
+        self._owns = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the plan back."""
-        _gan(pl_module).plan = BOTH
+        self._give_back(_gan(pl_module))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the plan back."""
-        _gan(pl_module).plan = BOTH
+        self._give_back(_gan(pl_module))
+
+    def _give_back(self, module: GANModule) -> None:
+        if self._owns:
+            module.plan, self._owns = BOTH, False
 
 
 @final
@@ -83,6 +85,7 @@ class UpdateRatio(_Balance):
         super().__init__()
         check_positive_int("d_steps", d_steps)
         check_positive_int("g_steps", g_steps)
+        check_bool("warm_up", warm_up)
         if warm_up and d_steps > 100:
             raise ValueError(f"`warm_up` means 100 discriminator steps at first, but `d_steps` is {d_steps}.")
         self.d_steps = d_steps
@@ -98,6 +101,7 @@ class UpdateRatio(_Balance):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
+        super().load_state_dict(state_dict)
         self._cycle, self._step = state_dict["cycle"], state_dict["step"]
         self._iteration = state_dict["iteration"]
 
@@ -108,10 +112,8 @@ class UpdateRatio(_Balance):
         generator: list[Player] = ["g"] * self.g_steps
         return ("d", *generator) if last else ("d",)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with the first cycle, unless this is the module whose cycle it is."""
-        if self._iteration != _gan(pl_module).iteration:
-            self._cycle = self._step = 0
+    def _forget(self, module: GANModule) -> None:
+        self._cycle = self._step = 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Say who moves."""
@@ -206,7 +208,7 @@ class AdaptiveUpdateRatio(_Balance):
     come back by ``hysteresis``, or after ``max_rest`` batches, whatever the rule says, so that nobody starves. The log
     has the rule's value, ``balance/<rule>``, and ``balance/d_share`` and ``balance/g_share``, the shares of batches so
     far on which a player moved. Statistics cost one exchange between ranks per batch, and one forward pass on a batch
-    on which the discriminator rests.
+    on which the discriminator rests (on the whole batch at once, also with ``accumulate``).
 
     Args:
         rule: what to look at.
@@ -237,7 +239,7 @@ class AdaptiveUpdateRatio(_Balance):
         if rule not in get_args(Rule):
             raise ValueError(f"`rule` must be one of {', '.join(get_args(Rule))}, got {rule!r}.")
         self.rule: Rule = rule
-        self._value, *defaults = RULES[rule]
+        _, *defaults = RULES[rule]
         given = zip((low, high, hysteresis), defaults, strict=True)
         self.low, self.high, self.hysteresis = (default if value is None else value for value, default in given)
         for name, value in (("low", self.low), ("high", self.high)):
@@ -270,16 +272,17 @@ class AdaptiveUpdateRatio(_Balance):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
+        super().load_state_dict(state_dict)
         self._resting, self._rested = state_dict["resting"], state_dict["rested"]
         self._batches, self._moves = state_dict["batches"], dict(state_dict["moves"])
         self._before, self._norms = dict(state_dict["before"]), dict(state_dict["norms"])
         self._iteration = state_dict["iteration"]
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with both players, unless this is the module that was balanced last."""
-        if self._iteration != _gan(pl_module).iteration:
-            self._resting, self._rested, self._before = None, 0, {}
-            self._batches, self._moves = 0, {"d": 0, "g": 0}
+    def _forget(self, module: GANModule) -> None:
+        """Begin with both players."""
+        self._resting, self._rested, self._before = None, 0, {}
+        self._batches, self._moves = 0, {"d": 0, "g": 0}
+        self._norms = {"d_norm": 0.0, "g_norm": 0.0}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Say who moves; judge the batch if the discriminator will not."""
@@ -287,6 +290,7 @@ class AdaptiveUpdateRatio(_Balance):
         module.plan = tuple(player for player in BOTH if player != self._resting)
         self._seen = None
         if self._resting == "d":
+            module._now.draw = 0  # whatever was drawn since the last batch
             with torch.no_grad(), module._still():
                 self._seen = module.play("d", batch).both_logits
 
@@ -296,7 +300,7 @@ class AdaptiveUpdateRatio(_Balance):
         """Decide who rests on the next batch."""
         module = _gan(pl_module)
         now = self._statistics(module)
-        value = self._value(now, self._before)
+        value = RULES[self.rule][0](now, self._before)
         self._batches += 1
         for player in module.moved:
             self._moves[player] += 1
@@ -324,6 +328,8 @@ class AdaptiveUpdateRatio(_Balance):
             }
         for player in module.moved:
             size = sum(p.numel() for p in module._moving(player))
-            self._norms[f"{player}_norm"] = float(module._now.logs[f"{player}/grad_norm"]) / math.sqrt(size)
+            norm = float(module._now.logs[f"{player}/grad_norm"]) / math.sqrt(size)
+            if math.isfinite(norm):  # a gradient scaler skips steps whose gradient overflows
+                self._norms[f"{player}_norm"] = norm
         reduced = module.trainer.strategy.reduce(torch.stack(list(values.values())), reduce_op="mean")
         return dict(zip(values, reduced.tolist(), strict=True)) | self._norms

@@ -47,6 +47,18 @@ def check_number(name: str, value: object, *, positive: bool = False) -> None:
         raise ValueError(f"`{name}` must be {kind}, got {value!r}.")
 
 
+def check_bool(name: str, value: object) -> None:
+    """Raise ``ValueError`` unless the value is True or False.
+
+    Example:
+        >>> check_bool("adaptive", "false")
+        Traceback (most recent call last):
+        ValueError: `adaptive` must be True or False, got 'false'.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+
+
 def check_schedule(name: str, final: object, steps: object) -> None:
     """Raise ``ValueError`` unless a final value and the steps until then are both given, and good, or both None.
 
@@ -89,9 +101,7 @@ class GANCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a module that is no ``GANModule``."""
-        from lightning_gan_stability.module import GANModule  # which imports this file
-
-        if not isinstance(pl_module, GANModule):
+        if not hasattr(pl_module, "compute_gradients"):
             name = type(self).__name__
             raise MisconfigurationException(
                 f"{name} acts on a GANModule, but the module is a {type(pl_module).__name__}: subclass GANModule, or "
@@ -99,15 +109,47 @@ class GANCallback(Callback):
             )
 
 
+class Remembering(GANCallback):
+    """A callback whose memory belongs to one module: with another one, or after steps without it, it begins anew.
+
+    A checkpoint's memory is taken over. Subclasses implement :meth:`_forget`, and say at the end of each batch that
+    they were there: ``self._iteration = module.iteration``.
+    """
+
+    _iteration = 0
+    _owner: object = None
+    _loaded = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Before the checkpoint is read, nothing is."""
+        super().setup(trainer, pl_module, stage)
+        self._loaded = False
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._loaded = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what belongs to another module."""
+        module: GANModule = pl_module  # type: ignore[assignment]
+        if not self._loaded and (self._owner is not module._identity or self._iteration != module.iteration):
+            self._forget(module)
+        self._owner, self._loaded, self._iteration = module._identity, False, module.iteration
+
+    def _forget(self, module: GANModule) -> None:
+        raise NotImplementedError
+
+
 class Regularizer(GANCallback, abc.ABC):
     """Adds ``weight · penalty`` to one player's loss every ``every``-th step, times ``every``.
 
     A lazy penalty joins the main step and is scaled by ``every``, so that its mean over steps does not depend on
-    ``every``. Subclasses implement :meth:`penalty`.
+    ``every``. Steps are the batches on which its player moves, whatever ``module.plan`` says of the others. Subclasses
+    implement :meth:`penalty`.
 
     Args:
         weight: coefficient of the penalty, not negative.
-        every: the penalty is due on the steps that this number divides, the first one (step 0) included.
+        every: the penalty is due on every so many steps of its player, the first one included.
         final_weight: what the weight becomes along half a cosine over ``steps`` steps, and then stays. None: constant.
         steps: how many steps that takes.
 
@@ -218,32 +260,42 @@ class UpdateRule(GANCallback, abc.ABC):
         """Refuse a gradient scaler, a plan or micro-batches where they would be wrong."""
         module: GANModule = pl_module  # type: ignore[assignment]
         name = type(self).__name__
+        self.check_plan(module)
         if self.holds_gradients and getattr(trainer.precision_plugin, "scaler", None) is not None:
             raise MisconfigurationException(
                 f"{name} takes both gradients before either step, but precision='16-mixed' changes its "
                 "gradient scale at each step: use precision='bf16-mixed' or '32-true', or remove the rule."
             )
-        if self.joint and sorted(module.plan) != ["d", "g"]:
-            raise MisconfigurationException(
-                f"{name} moves both players on every batch, but the plan is {module.plan}: remove {name} or what sets "
-                "`module.plan`."
-            )
-        if self.whole_batch and self.second_order and _has_sync_batch_norm(module):
-            raise MisconfigurationException(
-                f"{name} differentiates gradients, which SyncBatchNorm cannot: set sync_batchnorm=False, replace the "
-                f"layer, or remove {name}."
-            )
+        if self.whole_batch and self.second_order:
+            _refuse_layers(name, module)
         if self.whole_batch and module.accumulate > 1:
             raise MisconfigurationException(
                 f"{name} differentiates gradients of the whole batch, which accumulate={module.accumulate} would take "
                 f"apart: use accumulate=1 and smaller batches, or remove {name}."
             )
 
+    def check_plan(self, module: GANModule) -> None:
+        """Refuse a plan that the rule does not follow; before the fit and before every batch, for plans may change."""
+        if self.joint and sorted(module.plan) != ["d", "g"]:
+            name = type(self).__name__
+            raise MisconfigurationException(
+                f"{name} moves both players on every batch, but the plan is {module.plan}: remove {name} or what sets "
+                "`module.plan`."
+            )
 
-def _has_sync_batch_norm(module: GANModule) -> bool:
-    return any(
-        isinstance(m, nn.SyncBatchNorm) for net in (module.generator, module.discriminator) for m in net.modules()
-    )
+
+def _refuse_layers(rule: str, module: GANModule) -> None:
+    layers = [m for network in (module.generator, module.discriminator) for m in network.modules()]
+    if any(isinstance(m, nn.SyncBatchNorm) for m in layers):
+        raise MisconfigurationException(
+            f"{rule} differentiates gradients, which SyncBatchNorm cannot: set sync_batchnorm=False, replace the "
+            f"layer, or remove {rule}."
+        )
+    if any(isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse for m in layers):
+        raise MisconfigurationException(
+            f"{rule} differentiates gradients, which an embedding with sparse=True cannot: use sparse=False, or remove "
+            f"{rule}."
+        )
 
 
 def check_once(rule: UpdateRule, module: GANModule) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, final
 from torch import Tensor
 
 from lightning_gan_stability import penalties
-from lightning_gan_stability.callbacks.base import Regularizer, check_number, check_schedule
+from lightning_gan_stability.callbacks.base import Regularizer, check_bool, check_number, check_schedule
 
 if TYPE_CHECKING:
     from lightning_gan_stability import GANModule, Play
@@ -113,10 +113,12 @@ class GradientPenalty(Regularizer):
 
     differentiates = ()
     per_sample = True
+    weight = 10.0
 
     def __init__(self, weight: float = 10.0, target: float = 1.0, one_sided: bool = False, every: int = 1) -> None:
         super().__init__(weight, every)
         check_number("target", target)
+        check_bool("one_sided", one_sided)
         self.target = target
         self.one_sided = one_sided
 
@@ -127,9 +129,7 @@ class GradientPenalty(Regularizer):
 
     def penalty(self, module: GANModule, play: Play) -> Tensor:
         """(‖∇ₓD(x̂)‖ − target)² of each pair, (n,)."""
-        alpha = module.rand(len(play.real))
-        alpha = alpha[:: module._pack].repeat_interleave(module._pack)  # a pack counts as one sample
-        points = penalties.interpolate(play.real, play.fake, alpha)
+        points = penalties.interpolate(play.real, play.fake, _shares(module, play))
         return penalties.centered(points, module.discriminate(points, play.labels), self.target, self.one_sided)
 
 
@@ -157,6 +157,7 @@ class DRAGANPenalty(Regularizer):
 
     differentiates = ()
     per_sample = True
+    weight = 10.0
 
     def __init__(self, weight: float = 10.0, target: float = 1.0, every: int = 1) -> None:
         super().__init__(weight, every)
@@ -165,8 +166,13 @@ class DRAGANPenalty(Regularizer):
 
     def penalty(self, module: GANModule, play: Play) -> Tensor:
         """(‖∇ₓD(x̂)‖ − target)² of each real sample, (n,)."""
-        points = penalties.perturb(play.real, module.rand(len(play.real)), module.rand(*play.real.shape))
+        points = penalties.perturb(play.real, _shares(module, play), module.rand(*play.real.shape))
         return penalties.centered(points, module.discriminate(points, play.labels), self.target)
+
+
+def _shares(module: GANModule, play: Play) -> Tensor:
+    """α ~ U[0, 1) for each sample; a pack counts as one."""
+    return module.rand(len(play.real))[:: module._pack].repeat_interleave(module._pack)
 
 
 class _FiniteDifference(Regularizer):
@@ -175,6 +181,7 @@ class _FiniteDifference(Regularizer):
     differentiates = ()
     per_sample = True
     second_order = False
+    weight = 100.0
 
     def __init__(self, weight: float = 100.0, sigma: float = 0.01, every: int = 1) -> None:
         super().__init__(weight, every)

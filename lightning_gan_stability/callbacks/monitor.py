@@ -66,7 +66,7 @@ class SampleGrid(GANCallback):
 
     def _sample(self, module: GANModule, labels: Tensor | None) -> Tensor:
         latents = torch.randn(self.n, module.latent_dim, generator=torch.Generator().manual_seed(0))
-        latents = latents.to(module.randn(1).dtype)
+        latents = latents.to(next((p.dtype for p in module.parameters()), latents.dtype))
         if labels is not None:
             labels = labels[torch.arange(self.n, device=labels.device) % len(labels)]
         with evaluation(module):

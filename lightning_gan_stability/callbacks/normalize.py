@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal, final
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, parametrize
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gan_stability.callbacks.base import GANCallback, check_number, check_positive_int
-from lightning_gan_stability.doors import has_spectral_norm, normalize_spectrum
+from lightning_gan_stability.callbacks.base import GANCallback, Player, check_number, check_positive_int
+from lightning_gan_stability.doors import has_spectral_norm, normalize_spectrum, rescale_spectrum
 
 if TYPE_CHECKING:
     from lightning_gan_stability import GANModule
@@ -29,7 +28,8 @@ class SpectralNorm(Callback):
     Normalization for Generative Adversarial Networks", https://arxiv.org/abs/1802.05957; torch's own parametrization,
     on every parameter of two or more dimensions whose name ends in ``weight``: linear, convolutional, embedding and
     attention layers, and layers of your own. A kernel is the matrix (out, in · height · width), whose σ is not that of
-    the convolution (up to √(height · width) times more). Layers that have a spectral norm already keep it.
+    the convolution (up to √(height · width) times more). Layers that have torch's parametrization already keep its
+    vectors, and take on what is given here.
 
     The checkpoint remembers the normalization: ``GANModule.load_from_checkpoint`` needs no callback. For export,
     ``SpectralNorm.remove(module)`` turns it into plain weights.
@@ -55,6 +55,8 @@ class SpectralNorm(Callback):
         self, networks: str | Sequence[str] = "discriminator", factor: float = 1.0, n_power_iterations: int = 1
     ) -> None:
         super().__init__()
+        if not isinstance(networks, Sequence):
+            raise ValueError(f"`networks` must be the name of a network or several, got {networks!r}.")
         self.networks = (networks,) if isinstance(networks, str) else tuple(networks)
         if not self.networks or not all(isinstance(name, str) and name for name in self.networks):
             raise ValueError(f"`networks` must be the name of a network or several, got {networks!r}.")
@@ -86,7 +88,9 @@ class SpectralNorm(Callback):
             _refuse_layer(name, layer)
             for weight in _weights(layer):
                 found = True
-                if not _is_normalized(layer, weight):
+                if _is_normalized(layer, weight):
+                    self._adjust(name, layer, weight)
+                else:
                     if not getattr(layer, weight).any():
                         _refuse(name, layer, "has weights that are all zero, and so no norm: initialize it otherwise")
                     normalize_spectrum(layer, weight, self.factor, self.n_power_iterations)
@@ -95,6 +99,12 @@ class SpectralNorm(Callback):
                 f"SpectralNorm: `{network}` has no weight of two or more dimensions: name another network, or remove "
                 "SpectralNorm."
             )
+
+    def _adjust(self, name: str, layer: nn.Module, weight: str) -> None:
+        if weight in getattr(layer, "parametrizations", {}):
+            rescale_spectrum(layer, weight, self.factor, self.n_power_iterations)
+        elif (self.factor, self.n_power_iterations) != (1, 1):
+            _refuse(name, layer, "has torch.nn.utils.spectral_norm: use torch.nn.utils.parametrizations.spectral_norm")
 
     @staticmethod
     def remove(module: nn.Module) -> None:
@@ -115,6 +125,8 @@ class SpectralNorm(Callback):
         for layer in list(module.modules()):
             for name in [n for n in getattr(layer, "parametrizations", {}) if _is_normalized(layer, n)]:
                 parametrize.remove_parametrizations(layer, name)
+            if has_spectral_norm(layer) and not isinstance(layer, parametrizations._SpectralNorm):
+                nn.utils.remove_spectral_norm(layer)
         for m in training:
             m.training = True
 
@@ -143,8 +155,8 @@ def _is_normalized(layer: nn.Module, name: str) -> bool:
 
 
 def _refuse_layer(name: str, layer: nn.Module) -> None:
-    if isinstance(layer, nn.RNNBase):
-        _refuse(name, layer, "keeps its own list of weights: replace it")
+    if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+        _refuse(name, layer, "is recurrent and has names of its own for its weights: replace it")
     if any(is_lazy(p) for p in layer.parameters(recurse=False)):
         _refuse(name, layer, "has no weights before its first forward pass: run one before training")
     if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and (layer.max_norm is not None or layer.sparse):
@@ -159,7 +171,7 @@ def _refuse(name: str, layer: nn.Module, reason: str) -> None:
 
 @final
 class WeightClipping(GANCallback):
-    """Clamps every parameter of a network to [−limit, limit] after each step of its optimizer.
+    """Clamps every parameter of a network that is not frozen to [−limit, limit] after each step of its optimizer.
 
     The constraint of "Wasserstein GAN", https://arxiv.org/abs/1701.07875, Algorithm 1: biases and the parameters of
     normalization layers included, after the step, so that the next player sees a clipped critic. Costs no pass.
@@ -183,19 +195,22 @@ class WeightClipping(GANCallback):
             raise ValueError(f"`network` must be 'discriminator' or 'generator', got {network!r}.")
         self.limit = limit
         self.network = network
+        self._parameters: list[nn.Parameter] = []
         self._handle: RemovableHandle | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the optimizer clip after each of its steps."""
         module: GANModule = pl_module  # type: ignore[assignment]
-        optimizer = module._optimizer("d" if self.network == "discriminator" else "g").optimizer
-        self._handle = optimizer.register_step_post_hook(self._clip)
+        player: Player = "d" if self.network == "discriminator" else "g"
+        self._parameters = module._moving(player)
+        self._handle = module._optimizer(player).optimizer.register_step_post_hook(lambda *_: self.clip())
 
     @torch.no_grad()
-    def _clip(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
-        torch._foreach_clamp_min_(parameters, -self.limit)
-        torch._foreach_clamp_max_(parameters, self.limit)
+    def clip(self) -> None:
+        """Clamp now."""
+        if self._parameters:
+            torch._foreach_clamp_min_(self._parameters, -self.limit)  # type: ignore[arg-type]
+            torch._foreach_clamp_max_(self._parameters, self.limit)  # type: ignore[arg-type]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the optimizer alone again."""
@@ -208,4 +223,4 @@ class WeightClipping(GANCallback):
     def _release(self) -> None:
         if self._handle is not None:
             self._handle.remove()
-            self._handle = None
+            self._handle, self._parameters = None, []

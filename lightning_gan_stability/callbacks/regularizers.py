@@ -5,19 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, final, get_args
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_gan_stability import penalties
-from lightning_gan_stability.callbacks.base import Player, Regularizer, check_number
+from lightning_gan_stability.callbacks.base import (
+    Player,
+    Regularizer,
+    Remembering,
+    check_bool,
+    check_number,
+)
 from lightning_gan_stability.doors import mean_over_ranks
 
 if TYPE_CHECKING:
     from lightning_gan_stability import GANModule, Play
 
 
-class _Running(Regularizer):
+class _Running(Regularizer, Remembering):
     """A penalty that compares with running means, which move once per batch, by means over it and all ranks."""
 
     def __init__(self, weight: float, every: int, decay: float) -> None:
@@ -27,7 +34,6 @@ class _Running(Regularizer):
             raise ValueError(f"`decay` must be in [0, 1], got {decay!r}.")
         self.decay = decay
         self._means: Tensor | None = None
-        self._iteration = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The running means, and the module's iteration when they moved last."""
@@ -35,13 +41,16 @@ class _Running(Regularizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
+        super().load_state_dict(state_dict)
         self._means, self._iteration = state_dict["means"], state_dict["iteration"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the means of another module."""
-        if self._iteration != pl_module.iteration:
-            self._means = None
+        super().on_train_start(trainer, pl_module)
         self._means = None if self._means is None else self._means.to(pl_module.device)
+
+    def _forget(self, module: GANModule) -> None:
+        self._means = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -51,7 +60,7 @@ class _Running(Regularizer):
         if self.player in module.moved and (seen := self._seen(module)) is not None:
             now = trainer.strategy.reduce(seen, reduce_op="mean")
             start = self._start(now) if self._means is None else self._means
-            self._means = torch.lerp(now, start, self._decay_at(module.iteration))
+            self._means = torch.lerp(now, start, self._decay_at(module.iteration - 1))
         self._iteration = module.iteration
 
     def _seen(self, module: GANModule) -> Tensor | None:
@@ -88,10 +97,12 @@ class LeCam(_Running):
 
     differentiates = ()
     second_order = False
+    weight = 0.3
 
     def __init__(self, weight: float = 0.3, decay: float = 0.99, start: int = 1000, every: int = 1) -> None:
         super().__init__(weight, every, decay)
-        check_number("start", start)
+        if not isinstance(start, int) or isinstance(start, bool) or start < 0:
+            raise ValueError(f"`start` must be an integer that is not negative, got {start!r}.")
         self.start = start
 
     def penalty(self, module: GANModule, play: Play) -> Tensor:
@@ -103,7 +114,7 @@ class LeCam(_Running):
 
     def _seen(self, module: GANModule) -> Tensor | None:
         judged = module._now.judged
-        return None if judged is None else module.loss._direction * torch.stack([x.float().mean() for x in judged])
+        return None if judged is None else module.loss._direction * torch.stack([_precise(x).mean() for x in judged])
 
     def _decay_at(self, iteration: int) -> float:
         return self.decay if iteration >= self.start else 0.0
@@ -135,6 +146,8 @@ class PathLengthPenalty(_Running):
     player = "g"
     differentiates = ("latents",)
     per_sample = True
+    weight = 2.0
+    every = 4
 
     def __init__(self, weight: float = 2.0, decay: float = 0.99, every: int = 4) -> None:
         super().__init__(weight, every, decay)
@@ -149,10 +162,19 @@ class PathLengthPenalty(_Running):
 
     def _seen(self, module: GANModule) -> Tensor | None:
         lengths, self._lengths = self._lengths, []
-        return torch.cat(lengths).mean() if lengths else None
+        return _precise(torch.cat(lengths)).mean() if lengths else None
 
     def _start(self, now: Tensor) -> Tensor:
         return torch.zeros_like(now)
+
+    def _forget(self, module: GANModule) -> None:
+        super()._forget(module)
+        self._lengths = []
+
+
+def _precise(x: Tensor) -> Tensor:
+    """At least float32: in less a running mean does not move."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 Consistency = Literal["real", "balanced", "latent"]
@@ -208,6 +230,8 @@ class ConsistencyPenalty(Regularizer):
             raise ValueError(f"`player` must be 'd', or 'g' with kind='latent', got {player!r} and {kind!r}.")
         if (latent and transform is not None) or (not latent and radius is not None):
             raise ValueError(f"`{'transform' if latent else 'radius'}` is of no use with kind={kind!r}.")
+        if transform is not None and not isinstance(transform, nn.Module):
+            raise ValueError(f"`transform` must be a module from samples to samples, or None, got {transform!r}.")
         super().__init__(
             weight if weight is not None else 10.0 if not latent else 20.0 if player == "d" else 0.5, every
         )
@@ -271,26 +295,47 @@ class OrthogonalPenalty(Regularizer):
 
     differentiates = ()
     second_order = False
+    weight = 1e-4
 
     def __init__(self, weight: float = 1e-4, off_diagonal: bool = True, player: Player = "g", every: int = 1) -> None:
         super().__init__(weight, every)
+        check_bool("off_diagonal", off_diagonal)
         if player not in ("d", "g"):
             raise ValueError(f"`player` must be 'd' or 'g', got {player!r}.")
         self.off_diagonal = off_diagonal
         self.player = player
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a network without matrices."""
+        super().on_fit_start(trainer, pl_module)
+        if not _matrices(self._network(pl_module)):  # type: ignore[arg-type]
+            name = "discriminator" if self.player == "d" else "generator"
+            raise MisconfigurationException(
+                f"OrthogonalPenalty: the {name} has no `weight` of two or more dimensions: remove OrthogonalPenalty."
+            )
+
     def penalty(self, module: GANModule, play: Play) -> Tensor:
         """The sum over the network's weights, a scalar."""
-        network = module.discriminator if self.player == "d" else module.generator
-        return torch.stack([penalties.orthogonality(w, self.off_diagonal) for w in _matrices(network)]).sum()
+        matrices = _matrices(self._network(module))
+        return torch.stack([penalties.orthogonality(w, self.off_diagonal) for w in matrices]).sum()
+
+    def _network(self, module: GANModule) -> nn.Module:
+        return module.discriminator if self.player == "d" else module.generator
 
 
 def _matrices(network: nn.Module) -> list[Tensor]:
     matrices = []
     for layer in network.modules():
-        weight = layer._parameters.get("weight")
+        weight = layer._parameters.get("weight", layer._parameters.get("weight_orig"))
+        if "weight_v" in layer._parameters:
+            raise MisconfigurationException(
+                f"OrthogonalPenalty cannot see the weight of a {type(layer).__name__} layer with "
+                "torch.nn.utils.weight_norm: use torch.nn.utils.parametrizations.weight_norm."
+            )
         if "weight" in getattr(layer, "parametrizations", {}):
+            # weight norm has no single weight before it, but length and direction
             weight = getattr(layer.parametrizations.weight, "original", None)  # type: ignore[union-attr]
+            weight = layer.weight if weight is None else weight  # type: ignore[assignment]
         if weight is not None and weight.dim() > 1 and not isinstance(layer, nn.Embedding | nn.EmbeddingBag):
             matrices.append(weight.transpose(0, 1) if isinstance(layer, _ConvTransposeNd) else weight)
     return matrices

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal, final, get_args
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from lightning_gan_stability.callbacks.base import UpdateRule, check_once, check_positive_int
+from lightning_gan_stability.callbacks.base import Regularizer, UpdateRule, check_bool, check_once, check_positive_int
 from lightning_gan_stability.callbacks.normalize import WeightClipping
 from lightning_gan_stability.doors import Play, Substitution
+from lightning_gan_stability.gradients import Terms, same
 from lightning_gan_stability.optim import Differentiable, Part
 
 if TYPE_CHECKING:
@@ -67,6 +69,8 @@ class Unrolling(UpdateRule):
         simultaneous: bool = False,
     ) -> None:
         check_positive_int("steps", steps)
+        for name, value in (("second_order", second_order), ("checkpoint", checkpoint), ("simultaneous", simultaneous)):
+            check_bool(name, value)
         if objective not in get_args(Objective):
             raise ValueError(f"`objective` must be one of {', '.join(get_args(Objective))}, got {objective!r}.")
         if checkpoint and not second_order:
@@ -74,6 +78,25 @@ class Unrolling(UpdateRule):
         self.steps, self.second_order, self.objective = steps, second_order, objective
         self.checkpoint, self.simultaneous = checkpoint, simultaneous
         self.holds_gradients = simultaneous
+        self._random = True
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Until the discriminator has shown that it draws no noise of its own, it counts as one that does."""
+        super().setup(trainer, pl_module, stage)
+        self._random = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the discriminator draws noise: two ways to the same gradient, which differ by rounding."""
+        return {"random": self._random}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._random = state_dict["random"]
+
+    def check_plan(self, module: GANModule) -> None:
+        """With ``simultaneous``, refuse a plan in which a player stands twice."""
+        if self.simultaneous:
+            check_once(self, module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be unrolled."""
@@ -88,13 +111,11 @@ class Unrolling(UpdateRule):
 
     def __call__(self, module: GANModule, batch: Any) -> None:
         """Move the players on one batch."""
-        if self.simultaneous:
-            check_once(self, module)
         for player in module.plan:
-            if player == "d":
-                module.compute_gradients("d", batch)
-            else:
-                module._compute("g", batch, _Inner(self, module))
+            if player == "g" and (inner := _Inner(self, module)).parameters:
+                module._compute("g", batch, inner)
+            else:  # a discriminator whose parameters are all frozen will not answer
+                module.compute_gradients(player, batch)
             if not self.simultaneous:
                 module.apply_gradients(player)
         if self.simultaneous:
@@ -108,30 +129,34 @@ class _Inner:
     def __init__(self, rule: Unrolling, module: GANModule) -> None:
         self.rule, self.module = rule, module
         self.parameters = module._moving("d")  # asked for here, because the generator's turn freezes them
+        self.generator = module._moving("g")
         limits = [
             c.limit for c in module._callbacks() if isinstance(c, WeightClipping) and c.network == "discriminator"
         ]
         optimizer = module._optimizer("d").optimizer
         self.step = Differentiable(optimizer, self.parameters, module.clip_norm, min(limits, default=None))
-        self.substitute = Substitution(module, self.parameters, still=module.discriminator)
-        # else the first step would see other noise than the rest
-        dropout = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in module.discriminator.modules())
-        self.repeats = isinstance(module.augment, nn.Identity) and not dropout
+        self.substitute = Substitution(module, self.parameters)
+        self.meet = Substitution(
+            module, self.parameters, still=module.discriminator
+        )  # the generator's own forward pass
 
-    def __call__(self, batch: Any) -> tuple[Play, Tensor]:
+    def __call__(self, batch: Any, due: list[Regularizer]) -> tuple[Play, Tensor, Terms]:
         module, rule = self.module, self.rule
         self.due = module._due("d")
         module._now.differentiate = module._now.differentiate.union(*(r.differentiates for r in self.due))
         weights = [p.detach().requires_grad_() for p in self.parameters]
-        with module._precise(), self.substitute(weights):
+        with module._precise(), self.meet(weights):
             play = module._judge(module.play("g", batch), only_missing=True)
         self.start = module._randomness()
         if rule.checkpoint:
-            return self._objective(play, _Checkpointed.apply(self, play, weights, play.fake))
-        parts = None
-        for k in range(rule.steps):
-            weights, parts = self.advance(play, weights, parts, rule.second_order, judged=k == 0 and self.repeats)
-        return self._objective(play, weights)
+            weights = _Checkpointed.apply(self, play, weights, play.real, play.fake, *self.generator)
+        else:
+            parts = None
+            for k in range(rule.steps):
+                # a discriminator that draws (dropout) must draw the same in every step, also in the first
+                judged = k == 0 and not rule._random
+                weights, parts = self.advance(play, weights, parts, rule.second_order, judged)
+        return self._objective(play, weights, due)
 
     def advance(
         self, play: Play, weights: Sequence[Tensor], parts: list[Part] | None, graph: bool, judged: bool = False
@@ -146,7 +171,8 @@ class _Inner:
             moved, parts = self.step(weights, gradients, parts)
         return moved if graph else [w.detach().requires_grad_() for w in moved], parts
 
-    def _objective(self, play: Play, weights: Sequence[Tensor]) -> tuple[Play, Tensor]:
+    def _objective(self, play: Play, weights: Sequence[Tensor], due: list[Regularizer]) -> tuple[Play, Tensor, Terms]:
+        """The generator's whole loss, its penalties included, at given weights of the discriminator."""
         module, saddle = self.module, self.rule.objective == "saddle"
         with module._precise(), self.substitute(weights), module._rewound(self.start):
             play = _apart(play, graph=True)
@@ -154,19 +180,24 @@ class _Inner:
                 play = module._judge(play)
             else:
                 play = play._replace(real_logits=None, fake_logits=module.discriminate(play.fake, play.labels))
-            return play, -module._adversarial("d", play) if saddle else module._adversarial("g", play)
+            self.rule._random = not same(module._randomness(), self.start)
+            loss = -module._adversarial("d", play) if saddle else module._adversarial("g", play)
+        with self.meet(weights):
+            return play, *module._total("g", play, loss, due)
 
 
 class _Checkpointed(torch.autograd.Function):
-    """The discriminator's weights after all inner steps, as a function of the generated samples.
+    """The discriminator's weights after all inner steps, as a function of samples and of the generator's parameters.
 
-    Forward keeps the weights and moments before every step; backward takes the steps again, from the last to the first,
-    each with its graph. (torch.utils.checkpoint would start over at every gradient that is taken inside of a step.)
+    Of the parameters, because a penalty of the discriminator may ask for samples of its own. Forward keeps the weights
+    and moments before every step; backward takes the steps again, from the last to the first, each with its graph.
+    (torch.utils.checkpoint would start over at every gradient that is taken inside of a step.)
     """
 
     @staticmethod
-    def forward(ctx: Any, inner: _Inner, play: Play, weights: list[Tensor], fake: Tensor) -> tuple[Tensor, ...]:
-        ctx.inner, ctx.play, ctx.kept = inner, play._replace(fake=fake.detach()), []
+    def forward(ctx: Any, inner: _Inner, play: Play, weights: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+        real, fake = (x.detach().requires_grad_(x.requires_grad) for x in inputs[:2])
+        ctx.inner, ctx.play, ctx.kept = inner, play._replace(real=real, fake=fake), []
         parts: list[Part] | None = None
         with torch.enable_grad():
             for _ in range(inner.rule.steps):
@@ -175,20 +206,23 @@ class _Checkpointed(torch.autograd.Function):
         return tuple(w.detach() for w in weights)
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[None, None, None, Tensor]:
+    @once_differentiable
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         back: list[Tensor | None] = list(slopes)
-        total = torch.zeros_like(ctx.play.fake)
-        while ctx.kept:
-            fake = ctx.play.fake.requires_grad_()
-            weights, parts = ctx.kept.pop()
+        sources = [ctx.play.real, ctx.play.fake, *ctx.inner.generator]
+        wanted = [x for x in sources if x.requires_grad]
+        totals = [torch.zeros_like(x) for x in wanted]
+        for weights, parts in reversed(ctx.kept):
             weights, parts = [w.detach().requires_grad_() for w in weights], parts and [p.as_leaves() for p in parts]
             with torch.enable_grad():
-                moved, after = ctx.inner.advance(ctx.play._replace(fake=fake), weights, parts, graph=True)
-            outputs, inputs = [*moved, *_tensors(after)], [fake, *weights, *_tensors(parts or [])]
+                moved, after = ctx.inner.advance(ctx.play, weights, parts, graph=True)
+            outputs, inputs = [*moved, *_tensors(after)], [*wanted, *weights, *_tensors(parts or [])]
             pairs = [(o, b) for o, b in zip(outputs, back, strict=False) if b is not None and o.requires_grad]
             found = torch.autograd.grad([o for o, _ in pairs], inputs, [b for _, b in pairs], allow_unused=True)
-            total, back = total if found[0] is None else total + found[0], list(found[1:])
-        return None, None, None, total
+            totals = [t if g is None else t + g for t, g in zip(totals, found, strict=False)]
+            back = list(found[len(wanted) :])
+        slope = iter(totals)
+        return None, None, None, *(next(slope) if x.requires_grad else None for x in sources)
 
 
 def _tensors(parts: list[Part]) -> list[Tensor]:
@@ -201,6 +235,7 @@ def _apart(play: Play, graph: bool) -> Play:
     A penalty's gradient with respect to samples is partial: not through the weights, which earlier steps have made
     from the same samples.
     """
+    if graph:
+        return play._replace(real=play.real.view_as(play.real), fake=play.fake.view_as(play.fake))
     real = play.real.detach().requires_grad_(play.real.requires_grad)
-    fake = play.fake.view_as(play.fake) if graph else play.fake.detach().requires_grad_()
-    return play._replace(real=real, fake=fake)
+    return play._replace(real=real, fake=play.fake.detach().requires_grad_())

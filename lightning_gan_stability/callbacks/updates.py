@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_gan_stability.callbacks.base import (
     Alternating,
     Player,
     UpdateRule,
+    check_bool,
     check_number,
     check_once,
     check_positive_int,
@@ -45,9 +48,12 @@ class Simultaneous(UpdateRule):
 
     holds_gradients = True
 
+    def check_plan(self, module: GANModule) -> None:
+        """Refuse a plan in which a player stands twice."""
+        check_once(self, module)
+
     def __call__(self, module: GANModule, batch: Any) -> None:
         """Move the players on one batch."""
-        check_once(self, module)
         for player in module.plan:
             module.compute_gradients(player, batch)
         for player in module.plan:
@@ -63,7 +69,8 @@ class Extragradient(UpdateRule):
     Adversarial Networks", https://arxiv.org/abs/1802.10551. Both gradients are of the same batch and latents, as
     "Revisiting Stochastic Extragradient", https://arxiv.org/abs/1905.11373, recommends; learning rate schedules step
     once. On min max xy it converges for η < 1, by √(1 − η² + η⁴) per step. Costs twice the forward and backward passes
-    of a plain step and one copy of the parameters. Decoupled weight decay (AdamW) shrinks w, not w½.
+    of a plain step and two copies of the parameters. Weight decay and what else an optimizer does with the parameters
+    themselves is part of u, and at w½ the second time; weights are clipped after both steps.
 
     Raises:
         MisconfigurationException: with a gradient scaler (``precision="16-mixed"``), or if ``module.plan`` does not
@@ -79,30 +86,51 @@ class Extragradient(UpdateRule):
 
     def __call__(self, module: GANModule, batch: Any) -> None:
         """Move the players on one batch."""
-        kept = {player: [p.detach().clone() for p in module._moving(player)] for player in module.plan}
+        moving = {player: module._moving(player) for player in module.plan}
+        away = {player: [p.detach().clone() for p in parameters] for player, parameters in moving.items()}
         draw = module._now.draw
-        for player in module.plan:
-            module.compute_gradients(player, batch)
-        for player in module.plan:
-            module._step(player, schedule=False)
-        module._now.draw = draw
-        for player in module.plan:
-            module.compute_gradients(player, batch)
-        for player in module.plan:
-            _return(module, player, kept[player])
-            module.apply_gradients(player)
+        try:
+            for player in module.plan:
+                module.compute_gradients(player, batch)
+            for player in module.plan:
+                module._step(player, schedule=False)
+            module._now.draw = draw
+            for player in module.plan:
+                module.compute_gradients(player, batch)
+            for player in module.plan:
+                with _from(module._optimizer(player).optimizer, moving[player], away[player]):
+                    module.apply_gradients(player)
+                del away[player]
+        except BaseException:
+            # a gradient that is not finite stops the run where it stood before the batch
+            for player, start in away.items():
+                _put(moving[player], start)
+            raise
+
+
+@contextmanager
+def _from(optimizer: Optimizer, parameters: list[nn.Parameter], start: list[Tensor]) -> Iterator[None]:
+    """Let the step that an optimizer takes from where its parameters are lead on from where they were."""
+    with torch.no_grad():
+        shift = torch._foreach_sub(start, parameters)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def back(*_: Any) -> None:
+        torch._foreach_add_(parameters, shift)  # type: ignore[arg-type]
+
+    handle = optimizer.register_step_post_hook(back)
+    hooks = optimizer._optimizer_step_post_hooks
+    for key in [key for key in hooks if key != handle.id]:
+        hooks[key] = hooks.pop(key)  # weights are clipped after that
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()
-def _return(module: GANModule, player: Player, kept: Sequence[Tensor]) -> None:
-    """Put the parameters back, and into their gradients what weight decay owes to the point where it was taken."""
-    old = {id(p): before for p, before in zip(module._moving(player), kept, strict=True)}
-    for group in module._optimizer(player).param_groups:
-        decay = 0 if group.get("decoupled_weight_decay") else group.get("weight_decay", 0)
-        for p in (p for p in group["params"] if id(p) in old):
-            if decay and p.grad is not None:
-                p.grad.add_(p - old[id(p)], alpha=-decay if group.get("maximize") else decay)
-            p.copy_(old[id(p)])
+def _put(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+    torch._foreach_copy_(parameters, values)  # type: ignore[arg-type]
 
 
 @final
@@ -158,9 +186,9 @@ def _gradients(loss: Tensor, parameters: Sequence[Tensor], create_graph: bool = 
 
 
 def _add(g: Tensor | None, h: Tensor | None, factor: float) -> Tensor | None:
-    if g is None or h is None:
-        return h if g is None else g
-    return g + factor * h
+    if h is None:
+        return g
+    return factor * h if g is None else g + factor * h
 
 
 @final
@@ -206,6 +234,7 @@ class CompetitiveGradientDescent(UpdateRule):
         tolerance: float = 1e-10,
         max_iterations: int = 100,
     ) -> None:
+        check_bool("adaptive", adaptive)
         check_number("beta", beta)
         check_number("eps", eps, positive=True)
         check_number("tolerance", tolerance)
@@ -237,12 +266,13 @@ class CompetitiveGradientDescent(UpdateRule):
                 "Minimax, Wasserstein or FDivergence(saturating=True), or remove CompetitiveGradientDescent."
             )
         for optimizer in trainer.optimizers:
-            plain = all(not group.get("momentum", 1) and not group["weight_decay"] for group in optimizer.param_groups)
-            if type(optimizer) is not torch.optim.SGD or not plain or optimizer.param_groups[0]["maximize"]:
+            unplain = ("momentum", "weight_decay", "maximize")
+            plain = not any(group.get(name) for group in optimizer.param_groups for name in unplain)
+            if type(optimizer) is not torch.optim.SGD or not plain:
                 raise MisconfigurationException(
-                    "CompetitiveGradientDescent takes its step sizes from plain SGD without momentum and weight decay, "
-                    f"but found {type(optimizer).__name__}: set g_optimizer and d_optimizer to torch.optim.SGD, or "
-                    "remove CompetitiveGradientDescent."
+                    "CompetitiveGradientDescent takes its step sizes from plain SGD without momentum, weight decay "
+                    f"and maximize, but found {type(optimizer).__name__}: set g_optimizer and d_optimizer to "
+                    "torch.optim.SGD, or remove CompetitiveGradientDescent."
                 )
 
     def __call__(self, module: GANModule, batch: Any) -> None:
