@@ -26,7 +26,7 @@ class Play(NamedTuple):
         real_logits: (n,) or (n, patches), (n / m,) of packs of m; None for a generator whose loss does not need them.
         fake_logits: as ``real_logits``.
         latents: (n, latent_dim).
-        labels: what the batch gave as labels, or None.
+        labels: what the batch gave as labels, of real and of fake samples, or None.
     """
 
     real: Tensor

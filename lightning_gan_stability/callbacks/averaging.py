@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 class GeneratorEMA(Remembering):
     """Keeps an exponential moving average of the generator's weights, which draws better samples than the last ones.
 
-    θ̄ ← β θ̄ + (1 − β) θ after every batch on which the generator stepped; buffers (BatchNorm's statistics, spectral
-    norm's vectors) are copied. "The Unusual Effectiveness of Averaging in GAN Training",
+    θ̄ ← β θ̄ + (1 − β) θ after every batch on which the generator stepped; buffers (BatchNorm's statistics) are copied,
+    and spectral norm's vectors follow the averaged weights. "The Unusual Effectiveness of Averaging in GAN Training",
     https://arxiv.org/abs/1806.04498. β = ½^(1/h) with the half-life h in such steps; ``ramp_up`` is StyleGAN's, h ←
     min(h, ramp_up · n) after n steps, so that the average of a young generator is young too. The average is the
     module's ``generator_ema``: ``sample()`` draws from it in eval mode, in validation, and after
-    ``load_from_checkpoint``, also without this callback. It starts as a copy and costs the memory of a second generator
-    (of a third in pure bfloat16 or float16, whose rounding would swallow steps of 1 − β), and no forward pass.
+    ``load_from_checkpoint``, also without this callback. It starts as a copy, in a later run with a new callback again,
+    and costs the memory of a second generator (of a third in pure bfloat16 or float16, whose rounding would swallow
+    steps of 1 − β), and no forward pass.
 
     Args:
         half_life: h, not negative: the steps after which a weight's share in the average is one half. 0: a copy.

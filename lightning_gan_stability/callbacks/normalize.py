@@ -174,7 +174,8 @@ class WeightClipping(GANCallback):
     """Clamps every parameter of a network that is not frozen to [−limit, limit] after each step of its optimizer.
 
     The constraint of "Wasserstein GAN", https://arxiv.org/abs/1701.07875, Algorithm 1: biases and the parameters of
-    normalization layers included, after the step, so that the next player sees a clipped critic. Costs no pass.
+    normalization layers included, after the step, so that the next player sees a clipped critic. Of a spectrally
+    normalized weight it clips the one before normalization. Costs no pass.
 
     Args:
         limit: c, positive: 0.01 in the paper.
