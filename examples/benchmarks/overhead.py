@@ -7,6 +7,7 @@ Times are CPU seconds of one thread, so that other work on the machine disturbs 
 
 import argparse
 import logging
+import math
 import statistics
 import tempfile
 import time
@@ -119,7 +120,7 @@ def compare(title: str, rounds: int, goal: float, ours: Callable[[], float], the
     ratio = statistics.median(ratios)
     print(
         f"{title:<52} {ours_ms:9.2f} ms {theirs_ms:9.2f} ms  {ratio:.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        f"  goal <= {goal:g}"
+        + (f"  goal <= {goal:g}" if math.isfinite(goal) else "")
     )
     return ratio
 

@@ -36,7 +36,8 @@ class Unrolling(UpdateRule):
     precision and uncompiled.
 
     Costs K forward and backward passes of the discriminator on real and fake samples, and their differentiation, for
-    each step of the generator: about four times a plain step with K = 5. Memory grows linearly in K.
+    each step of the generator: three (small MLPs) to seven times (DCGAN) a plain step with K = 5. Memory grows linearly
+    in K.
 
     Args:
         steps: K. 5 to 10 in the paper; with a high learning rate of the discriminator too many diverge.
