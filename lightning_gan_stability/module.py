@@ -20,6 +20,7 @@ from lightning_gan_stability.clock import LRSchedulerCallable, OptimizerCallable
 from lightning_gan_stability.doors import Play
 from lightning_gan_stability.gradients import Primitives
 from lightning_gan_stability.losses import AdversarialLoss, NonSaturating
+from lightning_gan_stability.spectral import restore_parametrizations
 
 
 class GANModule(Primitives):
@@ -303,7 +304,7 @@ class GANModule(Primitives):
         if self.generator_ema is None and _has_average(state):
             self.generator_ema = deepcopy(self.generator).requires_grad_(False)
             self._average_rests = True  # until GeneratorEMA sees it
-        doors.restore_parametrizations(self, state)
+        restore_parametrizations(self, state)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the iteration and the loss."""

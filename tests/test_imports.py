@@ -10,7 +10,7 @@ import pytest
 import lightning_gan_stability
 
 PACKAGE = Path(lightning_gan_stability.__file__).parent
-PURE = ("losses", "penalties", "nets", "packing", "optim", "doors", "batches")
+PURE = ("losses", "penalties", "nets", "packing", "optim", "doors", "spectral", "batches")
 LAYERS = [set(PURE), {"callbacks.base"}, {"clock"}, {"gradients"}, {"module"}]
 
 

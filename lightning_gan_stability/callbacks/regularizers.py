@@ -11,13 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_gan_stability import penalties
-from lightning_gan_stability.callbacks.base import (
-    Player,
-    Regularizer,
-    Remembering,
-    check_bool,
-    check_number,
-)
+from lightning_gan_stability.callbacks.base import Player, Regularizer, Remembering, check_bool, check_number
 from lightning_gan_stability.doors import mean_over_ranks
 
 if TYPE_CHECKING:

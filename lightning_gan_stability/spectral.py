@@ -1,0 +1,142 @@
+"""Spectral norm on single weights: torch's parametrization, with a factor, in and out of checkpoints; plain torch."""
+
+import re
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm as OldSpectralNorm
+
+
+def has_spectral_norm(module: nn.Module) -> bool:
+    """Whether a module is torch's spectral norm, or a layer that has the older one.
+
+    Example:
+        >>> has_spectral_norm(nn.utils.spectral_norm(nn.Linear(2, 2)))
+        True
+    """
+    hooks = module._forward_pre_hooks.values()
+    return isinstance(module, parametrizations._SpectralNorm) or any(
+        isinstance(hook, OldSpectralNorm) for hook in hooks
+    )
+
+
+@torch.no_grad()
+def follow_spectrum(module: nn.Module) -> None:
+    """Let every spectral norm in a module catch up with its weight, by its power iterations, whatever its mode.
+
+    Example:
+        >>> layer = parametrizations.spectral_norm(nn.Linear(2, 2), n_power_iterations=50).eval()
+        >>> _ = layer.parametrizations.weight.original.data.copy_(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+        >>> follow_spectrum(layer)
+        >>> round(torch.linalg.matrix_norm(layer.weight, 2).item(), 3)
+        1.0
+    """
+    for layer in list(module.modules()):
+        for parts in getattr(layer, "parametrizations", {}).values():
+            spectral = [m for m in parts if isinstance(m, parametrizations._SpectralNorm)]
+            training = [m.training for m in spectral]
+            for m in spectral:
+                m.training = True
+            if spectral:
+                parts()
+            for m, mode in zip(spectral, training, strict=True):
+                m.training = mode
+
+
+class SpectralScale(nn.Module):
+    """What torch's spectral norm cannot keep: a factor for the normalized weight, and its own number of iterations.
+
+    Both are in the state dict, as one tensor, so that a checkpoint holds all that the parametrization needs.
+
+    Example:
+        >>> SpectralScale(0.5, 1)(torch.ones(2)), SpectralScale(0.5, 1).get_extra_state()
+        (tensor([0.5000, 0.5000]), tensor([0.5000, 1.0000], dtype=torch.float64))
+    """
+
+    def __init__(self, factor: float, n_power_iterations: int) -> None:
+        super().__init__()
+        self.factor, self.n_power_iterations = factor, n_power_iterations
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight times the factor."""
+        return weight * self.factor
+
+    def get_extra_state(self) -> Tensor:
+        """Factor and iterations; no buffer, which would be rounded when a module is cast."""
+        return torch.tensor([self.factor, self.n_power_iterations], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Keep the own numbers: what made this parametrization took them from the state or from the user."""
+
+
+def normalize_spectrum(layer: nn.Module, name: str, factor: float = 1.0, n_power_iterations: int = 1) -> None:
+    """Register torch's spectral norm on one weight of a layer; the global random state stays as it is.
+
+    Example:
+        >>> layer = nn.Linear(1, 8)
+        >>> normalize_spectrum(layer, "weight", factor=2.0)
+        >>> round(torch.linalg.matrix_norm(layer.weight, 2).item(), 3)
+        2.0
+    """
+    device = getattr(layer, name).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        parametrizations.spectral_norm(layer, name, n_power_iterations)
+    rescale_spectrum(layer, name, factor, n_power_iterations)
+
+
+def rescale_spectrum(layer: nn.Module, name: str, factor: float, n_power_iterations: int) -> None:
+    """Set the factor and the iterations of a weight that has spectral norm.
+
+    Example:
+        >>> layer = nn.Linear(1, 8)
+        >>> normalize_spectrum(layer, "weight")
+        >>> rescale_spectrum(layer, "weight", 3.0, 2)
+        >>> round(torch.linalg.matrix_norm(layer.weight, 2).item(), 3)
+        3.0
+    """
+    parts = layer.parametrizations[name]  # type: ignore[index]
+    for m in (m for m in parts if isinstance(m, parametrizations._SpectralNorm)):
+        m.n_power_iterations = n_power_iterations
+    scale = next((m for m in parts if isinstance(m, SpectralScale)), None)
+    if scale is not None:
+        scale.factor, scale.n_power_iterations = factor, n_power_iterations
+    elif (factor, n_power_iterations) != (1, 1):
+        parametrize.register_parametrization(layer, name, SpectralScale(factor, n_power_iterations))
+
+
+def restore_parametrizations(module: nn.Module, state: MutableMapping[str, Any]) -> None:
+    """Register spectral norm wherever a state dict has it and the module does not.
+
+    A callback may have added it before the training that made the state dict. Where both have it, the module's factor
+    holds.
+
+    Raises:
+        ValueError: if the module has it and the state dict does not.
+
+    Example:
+        >>> trained, fresh = nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> normalize_spectrum(trained, "weight", factor=2.0)
+        >>> restore_parametrizations(fresh, trained.state_dict())
+        >>> fresh.load_state_dict(trained.state_dict())
+        <All keys matched successfully>
+    """
+    present = module.state_dict().keys()
+    for key in state.keys() - present:
+        if match := re.fullmatch(r"((?:(.+)\.)?parametrizations\.(\w+))\.(\d+)\._u", key):
+            factor, iterations = state.get(f"{match[1]}.{int(match[4]) + 1}._extra_state", torch.ones(2)).tolist()
+            normalize_spectrum(module.get_submodule(match[2] or ""), match[3], factor, int(iterations))
+    for key, value in module.state_dict().items():
+        if match := re.fullmatch(r"(?:(.+)\.)?parametrizations\.(\w+)\.\d+\.(_u|_extra_state)", key):
+            if key not in state and match[3] == "_u":
+                raise ValueError(
+                    f"The module has spectral norm on `{match[1]}`, but the checkpoint was trained without: remove "
+                    "SpectralNorm, or start a new run."
+                )
+            state.setdefault(key, value)
+    for key in [k for k in state.keys() - module.state_dict().keys() if k.endswith("._extra_state")]:
+        if re.search(r"parametrizations\.\w+\.\d+\._extra_state$", key):
+            del state[key]
