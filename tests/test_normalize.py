@@ -162,6 +162,7 @@ def test_normalized_layers_keep_their_norm():
     fit(module, points(2), callbacks=[SpectralNorm()])
     assert before == [True, False, True, False, False, False]
     assert len(network[0].parametrizations.weight) == 1
+    assert network[0].parametrizations.weight[0].n_power_iterations == 2
     assert not parametrize.is_parametrized(network[1])
     assert len(network[2].parametrizations.weight) == 2  # on top of weight normalization
     assert len(network[3].parametrizations.weight) == 1

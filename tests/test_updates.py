@@ -346,6 +346,17 @@ def test_competitive_against_the_dense_solution(loss, adaptive, r1):
     close(module, generator, discriminator)
 
 
+def test_memory_of_a_module_of_the_same_age_is_forgotten():
+    rule, found = CompetitiveGradientDescent(adaptive=True), []
+    fit(gan(sgd(0.1), Minimax()), batches(), callbacks=[rule])
+    for callback in (rule, CompetitiveGradientDescent(adaptive=True)):
+        module = gan(sgd(0.1), Minimax())
+        module.iteration = STEPS
+        fit(module, batches(), callbacks=[callback])
+        found.append(weights(module))
+    assert torch.equal(*found)
+
+
 def test_a_player_without_a_rate_rests():
     module = gan(sgd(0.0), Minimax(), d_optimizer=sgd(0.3))
     before = weights(module.generator)

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gan_stability.callbacks.base import GANCallback, Player, check_number, check_positive_int
-from lightning_gan_stability.spectral import has_spectral_norm, normalize_spectrum, rescale_spectrum
+from lightning_gan_stability.spectral import SpectralScale, has_spectral_norm, normalize_spectrum, rescale_spectrum
 
 if TYPE_CHECKING:
     from lightning_gan_stability import GANModule
@@ -28,8 +28,8 @@ class SpectralNorm(Callback):
     Normalization for Generative Adversarial Networks", https://arxiv.org/abs/1802.05957; torch's own parametrization,
     on every parameter of two or more dimensions whose name ends in ``weight``: linear, convolutional, embedding and
     attention layers, and layers of your own. A kernel is the matrix (out, in · height · width), whose σ is not that of
-    the convolution (up to √(height · width) times more). Layers that have torch's parametrization already keep its
-    vectors, and take on what is given here.
+    the convolution (up to √(height · width) times more). Layers that are normalized already stay as they are, but for a
+    ``factor`` or ``n_power_iterations`` that is given here.
 
     The checkpoint remembers the normalization: ``GANModule.load_from_checkpoint`` needs no callback. For export,
     ``SpectralNorm.remove(module)`` turns it into plain weights.
@@ -101,9 +101,11 @@ class SpectralNorm(Callback):
             )
 
     def _adjust(self, name: str, layer: nn.Module, weight: str) -> None:
-        if weight in getattr(layer, "parametrizations", {}):
+        parts = _parts(layer, weight)
+        given = (self.factor, self.n_power_iterations) != (1, 1)
+        if parts and (given or any(isinstance(part, SpectralScale) for part in parts)):
             rescale_spectrum(layer, weight, self.factor, self.n_power_iterations)
-        elif (self.factor, self.n_power_iterations) != (1, 1):
+        elif given:
             _refuse(name, layer, "has torch.nn.utils.spectral_norm: use torch.nn.utils.parametrizations.spectral_norm")
 
     @staticmethod
@@ -149,9 +151,13 @@ def _weights(layer: nn.Module) -> list[str]:
 
 
 def _is_normalized(layer: nn.Module, name: str) -> bool:
-    lists = getattr(layer, "parametrizations", {})
-    parts = lists[name] if name in lists else ()  # noqa: SIM401  # a ModuleDict has no `get`
+    parts = _parts(layer, name)
     return has_spectral_norm(layer) or any(isinstance(part, parametrizations._SpectralNorm) for part in parts)
+
+
+def _parts(layer: nn.Module, name: str) -> Sequence[nn.Module]:
+    lists = getattr(layer, "parametrizations", {})
+    return list(lists[name]) if name in lists else []
 
 
 def _refuse_layer(name: str, layer: nn.Module) -> None:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_gan_stability.callbacks.base import (
     Alternating,
     Player,
+    Remembering,
     UpdateRule,
     check_bool,
     check_number,
@@ -192,7 +193,7 @@ def _add(g: Tensor | None, h: Tensor | None, factor: float) -> Tensor | None:
 
 
 @final
-class CompetitiveGradientDescent(UpdateRule):
+class CompetitiveGradientDescent(UpdateRule, Remembering):
     """Each player's step is the Nash equilibrium of a local game in which the other one moves too.
 
     (I + η_g η_d D_θψ D_ψθ) dθ = ∇_θ L_G − η_d D_θψ ∇_ψ L_D, dψ = ∇_ψ L_D + η_g D_ψθ dθ, with the mixed second
@@ -244,7 +245,6 @@ class CompetitiveGradientDescent(UpdateRule):
         self.adaptive, self.beta, self.eps = adaptive, beta, eps
         self.tolerance, self.max_iterations = tolerance, max_iterations
         self._steps = 0
-        self._iteration = 0
         self._squares: dict[Player, Tensor] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -253,6 +253,7 @@ class CompetitiveGradientDescent(UpdateRule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
+        super().load_state_dict(state_dict)
         self._steps, self._iteration = state_dict["steps"], state_dict["iteration"]
         self._squares = dict(state_dict["squares"])
 
@@ -283,7 +284,7 @@ class CompetitiveGradientDescent(UpdateRule):
             total = {p: _flat(_gradients(losses[p], moving[p]), moving[p]).detach() for p in module.plan}
             total = {player: mean_over_ranks(g) for player, g in total.items()}
             cross = {p: _flat(_gradients(adversarial["g"], moving[p]), moving[p]) for p in module.plan}
-            scales = self._scales(module, total)
+            scales = self._scales(total)
             rates = {player: scale * _rate(module, player) for player, scale in scales.items()}
 
             def product(player: Player, vector: Tensor) -> Tensor:
@@ -299,6 +300,10 @@ class CompetitiveGradientDescent(UpdateRule):
         module._deposit("d", _pieces(scales["d"] * d_d, moving["d"]))
         for player in module.plan:
             module.apply_gradients(player)
+        self._iteration = module.iteration + 1
+
+    def _forget(self, module: GANModule) -> None:
+        self._steps, self._squares = 0, {}
 
     def _solve(
         self, v: dict[Player, Tensor], rate: dict[Player, Tensor], product: Callable[[Player, Tensor], Tensor]
@@ -313,13 +318,11 @@ class CompetitiveGradientDescent(UpdateRule):
         d_d = v["d"] + product("d", step)
         return v["g"] - product("g", rate["d"] * d_d), d_d
 
-    def _scales(self, module: GANModule, v: dict[Player, Tensor]) -> dict[Player, Tensor]:
+    def _scales(self, v: dict[Player, Tensor]) -> dict[Player, Tensor]:
         """What each parameter's learning rate is multiplied by."""
         if not self.adaptive:
             return {player: torch.ones_like(g) for player, g in v.items()}
-        if module.iteration != self._iteration:  # another module's
-            self._steps, self._squares = 0, {}
-        self._steps, self._iteration = self._steps + 1, module.iteration + 1
+        self._steps += 1
         for player, g in v.items():
             square = self._squares.get(player, torch.zeros_like(g)).to(g.device)
             self._squares[player] = self.beta * square + (1 - self.beta) * g.square()
