@@ -21,14 +21,20 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_gan_stability import doors
-from lightning_gan_stability.callbacks.base import Alternating, Player, Regularizer, UpdateRule, check_positive_int
+from lightning_gan_stability.callbacks.base import (
+    NETWORKS,
+    Alternating,
+    Player,
+    Regularizer,
+    UpdateRule,
+    check_positive_int,
+)
 
 # as in lightning.pytorch.cli, which takes long to import
 OptimizerCallable = Callable[[Iterable], Optimizer]  # type: ignore[type-arg]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 
 PLAYERS: tuple[Player, ...] = ("d", "g")
-NETWORKS: dict[Player, str] = {"d": "discriminator", "g": "generator"}
 
 
 @dataclass
@@ -143,11 +149,11 @@ class Clockwork(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One GAN step on one batch by the run's update rule; ``iteration`` and ``global_step`` rise by one."""
+        rule = self._rule()
+        rule.check_plan(self)  # type: ignore[arg-type]
         now = self._now
         now.draw, now.rows, now.moved, now.in_step, now.shown = 0, None, set(), True, self._is_shown()
         now.compiled = None
-        rule = self._rule()
-        rule.check_plan(self)  # type: ignore[arg-type]
         try:
             rule(self, batch)  # type: ignore[arg-type]
         finally:
@@ -242,7 +248,7 @@ class Clockwork(LightningModule):
         check_positive_int("n", n)
         key = (self.noise_seed, self.global_rank, self.iteration, self._now.in_step, self._now.draw)
         self._now.draw += 1
-        dtype = next((p.dtype for p in self.parameters()), torch.get_default_dtype())
+        dtype = doors.dtype_of(self, torch.get_default_dtype())
         start, stop, total = (
             self._now.rows if self._now.rows and self._now.rows[1] - self._now.rows[0] == n else (0, n, n)
         )

@@ -147,6 +147,16 @@ def _label_parameter(network: type[nn.Module]) -> tuple[bool, bool]:
     return default is inspect.Parameter.empty or default is None, default is inspect.Parameter.empty
 
 
+def dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The type of a module's first parameter, or the default if it has none.
+
+    Example:
+        >>> dtype_of(nn.Linear(1, 1).double(), torch.float32), dtype_of(nn.Identity(), torch.float32)
+        (torch.float64, torch.float32)
+    """
+    return next((p.dtype for p in module.parameters()), default)
+
+
 def mean_over_ranks(x: Tensor) -> Tensor:
     """The mean of a tensor over all processes; the tensor itself if there is one.
 

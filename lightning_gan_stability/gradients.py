@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_gan_stability.callbacks.base import Player, Regularizer
 from lightning_gan_stability.clock import PLAYERS, Clockwork
-from lightning_gan_stability.doors import Play, Substitution, join
+from lightning_gan_stability.doors import Play, Substitution, dtype_of, join
 from lightning_gan_stability.losses import AdversarialLoss
 
 Terms: TypeAlias = dict[str, Tensor]
@@ -117,7 +117,7 @@ class Primitives(Clockwork):
         return total, terms
 
     def _widened(self, samples: Tensor) -> Tensor:
-        return samples.to(next((p.dtype for p in self.discriminator.parameters()), samples.dtype))
+        return samples.to(dtype_of(self.discriminator, samples.dtype))
 
     # ---------- for rules that differentiate gradients
 

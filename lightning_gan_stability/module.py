@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_gan_stability import doors
-from lightning_gan_stability.callbacks.base import Player, check_number, check_positive_int
+from lightning_gan_stability.callbacks.base import NETWORKS, Player, check_number, check_positive_int
 from lightning_gan_stability.clock import LRSchedulerCallable, OptimizerCallable
 from lightning_gan_stability.doors import Play
 from lightning_gan_stability.gradients import Primitives
@@ -231,7 +231,7 @@ class GANModule(Primitives):
         except (RuntimeError, TypeError, IndexError, ValueError) as error:
             if self.iteration:
                 raise
-            dtype = next((p.dtype for p in network.parameters()), inputs.dtype)
+            dtype = doors.dtype_of(network, inputs.dtype)
             hint = "" if dtype == inputs.dtype else f" (the input is {inputs.dtype}, the network {dtype})"
             raise ValueError(f"The {name} failed on an input of shape {tuple(inputs.shape)}{hint}: {error}") from error
 
@@ -260,10 +260,9 @@ class GANModule(Primitives):
             )
         for player in self.plan:
             if not self._moving(player):
-                name = "discriminator" if player == "d" else "generator"
                 raise MisconfigurationException(
-                    f"All parameters of the {name} are frozen, but it stands in `module.plan`: {self.plan}. Unfreeze "
-                    "it, or set `module.plan` to the other player."
+                    f"All parameters of the {NETWORKS[player]} are frozen, but it stands in `module.plan`: "
+                    f"{self.plan}. Unfreeze it, or set `module.plan` to the other player."
                 )
         if self._average_rests and self.generator_ema is not None:
             rank_zero_warn(

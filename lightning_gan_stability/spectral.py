@@ -9,6 +9,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm as OldSpectralNorm
 
+# a parametrization's entry in a state dict that tells of spectral norm, or of its factor
+_ENTRY = re.compile(
+    r"(?P<list>((?P<layer>.+)\.)?parametrizations\.(?P<name>\w+))\.(?P<index>\d+)\.(?P<entry>_u|_extra_state)"
+)
+
 
 def has_spectral_norm(module: nn.Module) -> bool:
     """Whether a module is torch's spectral norm, or a layer that has the older one.
@@ -34,16 +39,15 @@ def follow_spectrum(module: nn.Module) -> None:
         >>> round(torch.linalg.matrix_norm(layer.weight, 2).item(), 3)
         1.0
     """
-    for layer in list(module.modules()):
-        for parts in getattr(layer, "parametrizations", {}).values():
-            spectral = [m for m in parts if isinstance(m, parametrizations._SpectralNorm)]
-            training = [m.training for m in spectral]
-            for m in spectral:
-                m.training = True
-            if spectral:
-                parts()
-            for m, mode in zip(spectral, training, strict=True):
-                m.training = mode
+    for parts in [m for m in module.modules() if isinstance(m, parametrize.ParametrizationList)]:
+        spectral = [m for m in parts if isinstance(m, parametrizations._SpectralNorm)]
+        training = [m.training for m in spectral]
+        for m in spectral:
+            m.training = True
+        if spectral:
+            parts()
+        for m, mode in zip(spectral, training, strict=True):
+            m.training = mode
 
 
 class SpectralScale(nn.Module):
@@ -124,19 +128,19 @@ def restore_parametrizations(module: nn.Module, state: MutableMapping[str, Any])
         >>> fresh.load_state_dict(trained.state_dict())
         <All keys matched successfully>
     """
-    present = module.state_dict().keys()
-    for key in state.keys() - present:
-        if match := re.fullmatch(r"((?:(.+)\.)?parametrizations\.(\w+))\.(\d+)\._u", key):
-            factor, iterations = state.get(f"{match[1]}.{int(match[4]) + 1}._extra_state", torch.ones(2)).tolist()
-            normalize_spectrum(module.get_submodule(match[2] or ""), match[3], factor, int(iterations))
-    for key, value in module.state_dict().items():
-        if match := re.fullmatch(r"(?:(.+)\.)?parametrizations\.(\w+)\.\d+\.(_u|_extra_state)", key):
-            if key not in state and match[3] == "_u":
-                raise ValueError(
-                    f"The module has spectral norm on `{match[1]}`, but the checkpoint was trained without: remove "
-                    "SpectralNorm, or start a new run."
-                )
-            state.setdefault(key, value)
-    for key in [k for k in state.keys() - module.state_dict().keys() if k.endswith("._extra_state")]:
-        if re.search(r"parametrizations\.\w+\.\d+\._extra_state$", key):
-            del state[key]
+    for key in state.keys() - module.state_dict().keys():
+        if (match := _ENTRY.fullmatch(key)) and match["entry"] == "_u":
+            scale = f"{match['list']}.{int(match['index']) + 1}._extra_state"
+            factor, iterations = state.get(scale, torch.ones(2)).tolist()
+            normalize_spectrum(module.get_submodule(match["layer"] or ""), match["name"], factor, int(iterations))
+    own = {key: value for key, value in module.state_dict().items() if _ENTRY.fullmatch(key)}
+    for key, value in own.items():
+        match = _ENTRY.fullmatch(key)
+        if match and match["entry"] == "_u" and key not in state:
+            raise ValueError(
+                f"The module has spectral norm on `{match['layer']}`, but the checkpoint was trained without: remove "
+                "SpectralNorm, or start a new run."
+            )
+        state.setdefault(key, value)
+    for key in [key for key in state.keys() - own.keys() if (m := _ENTRY.fullmatch(key)) and m["entry"] != "_u"]:
+        del state[key]

@@ -348,7 +348,7 @@ def test_nothing_to_normalize():
     ("layer", "reason"),
     [
         (nn.GRUCell(2, 2), "GRUCell layer `discriminator.1`, which is recurrent"),
-        (nn.LSTM(2, 2), "LSTM layer `discriminator.1`, which is recurrent"),
+        (nn.LSTM(2, 2), "LSTM layer `discriminator.1`, which is recurrent and has names of its own for its weights"),
         (nn.LazyLinear(3), "LazyLinear layer `discriminator.1`, which has no weights before its first forward pass"),
         (nn.Embedding(3, 2, max_norm=1.0), "Embedding layer `discriminator.1`, which changes its weights in place"),
         (nn.Embedding(3, 2, sparse=True), "Embedding layer `discriminator.1`, which changes its weights in place"),

@@ -479,7 +479,8 @@ def test_competitive_takes_a_loss_of_your_own_that_says_so():
 )
 def test_competitive_refuses_other_optimizers(optimizer):
     module = small(loss=Minimax(), d_optimizer=sgd(0.1), g_optimizer=optimizer)
-    with pytest.raises(MisconfigurationException, match="takes its step sizes from plain SGD without mom"):
+    sentence = "takes its step sizes from plain SGD without momentum, weight decay and maximize, but found"
+    with pytest.raises(MisconfigurationException, match=sentence):
         fit(module, points(1), callbacks=[CompetitiveGradientDescent()])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, final
 
@@ -11,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from lightning_gan_stability.callbacks.base import Remembering, check_number, check_positive_int
 from lightning_gan_stability.callbacks.normalize import WeightClipping
@@ -71,12 +71,12 @@ class GeneratorEMA(Remembering):
 
     def state_dict(self) -> dict[str, Any]:
         """Updates done, the module's iteration at the last batch, and the average in float32 if the module has less."""
-        return {"updates": self._updates, "iteration": self._iteration, "precise": self._precise}
+        return super().state_dict() | {"updates": self._updates, "precise": self._precise}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint; the average itself is in the module's state."""
         super().load_state_dict(state_dict)
-        self._updates, self._iteration = state_dict["updates"], state_dict["iteration"]
+        self._updates = state_dict["updates"]
         self._precise = dict(state_dict["precise"])
 
     def decay_at(self, n: int) -> float:
@@ -117,19 +117,18 @@ class GeneratorEMA(Remembering):
     @torch.no_grad()
     def _move(self, average: nn.Module, generator: nn.Module, decay: float) -> None:
         means: dict[str, Tensor] = dict(average.named_parameters())
-        now = dict(generator.named_parameters())
+        weights = dict(generator.named_parameters())
         low = {name: p for name, p in means.items() if p.dtype in (torch.float16, torch.bfloat16)}
         for name in low:
             start = self._precise.get(name, means[name]).to(means[name].device, torch.float32)
             self._precise[name] = means[name] = start
-        torch._foreach_lerp_(list(means.values()), [now[name].to(means[name].dtype) for name in means], 1 - decay)
+        torch._foreach_lerp_(list(means.values()), [weights[name].to(means[name].dtype) for name in means], 1 - decay)
         for name, p in low.items():
             p.copy_(means[name])
-        buffers = dict(generator.named_buffers())
-        for name, buffer in average.named_buffers():
-            # the singular vectors of an average are not the generator's
-            if not re.fullmatch(r".*parametrizations\.\w+\.\d+\._[uv]", name):
-                buffer.copy_(buffers[name])
+        for mine, theirs in zip(average.modules(), generator.modules(), strict=True):
+            if not isinstance(mine, parametrizations._SpectralNorm):  # an average has singular vectors of its own
+                for buffer, now in zip(mine.buffers(recurse=False), theirs.buffers(recurse=False), strict=True):
+                    buffer.copy_(now)
         follow_spectrum(average)
 
 
@@ -173,12 +172,12 @@ class Lookahead(Remembering):
 
     def state_dict(self) -> dict[str, Any]:
         """Steps done, the module's iteration at the last batch, and the slow weights."""
-        return {"steps": self._steps, "iteration": self._iteration, "slow": self._slow}
+        return super().state_dict() | {"steps": self._steps, "slow": self._slow}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         super().load_state_dict(state_dict)
-        self._steps, self._iteration = state_dict["steps"], state_dict["iteration"]
+        self._steps = state_dict["steps"]
         self._slow = list(state_dict["slow"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -206,10 +205,11 @@ class Lookahead(Remembering):
             weights = _weights(trainer)
             torch._foreach_lerp_(self._slow, weights, self.alpha)
             torch._foreach_copy_(weights, self._slow)
-            for callback in module._callbacks():
-                if isinstance(callback, WeightClipping):
-                    callback.clip()
-            torch._foreach_copy_(self._slow, weights)
+            clippings = [callback for callback in module._callbacks() if isinstance(callback, WeightClipping)]
+            for clipping in clippings:
+                clipping.clip()
+            if clippings:
+                torch._foreach_copy_(self._slow, weights)
 
 
 def _weights(trainer: Trainer) -> list[Tensor]:

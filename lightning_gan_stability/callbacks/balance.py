@@ -97,13 +97,12 @@ class UpdateRatio(_Balance):
 
     def state_dict(self) -> dict[str, Any]:
         """Where in which cycle the run is."""
-        return {"cycle": self._cycle, "step": self._step, "iteration": self._iteration}
+        return super().state_dict() | {"cycle": self._cycle, "step": self._step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         super().load_state_dict(state_dict)
         self._cycle, self._step = state_dict["cycle"], state_dict["step"]
-        self._iteration = state_dict["iteration"]
 
     def plan_at(self, cycle: int, step: int) -> tuple[Player, ...]:
         """Who moves on a batch of a cycle."""
@@ -260,14 +259,13 @@ class AdaptiveUpdateRatio(_Balance):
 
     def state_dict(self) -> dict[str, Any]:
         """Who rests and for how long, and the statistics of the last batch."""
-        return {
+        return super().state_dict() | {
             "resting": self._resting,
             "rested": self._rested,
             "batches": self._batches,
             "moves": self._moves,
             "before": self._before,
             "norms": self._norms,
-            "iteration": self._iteration,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -276,7 +274,6 @@ class AdaptiveUpdateRatio(_Balance):
         self._resting, self._rested = state_dict["resting"], state_dict["rested"]
         self._batches, self._moves = state_dict["batches"], dict(state_dict["moves"])
         self._before, self._norms = dict(state_dict["before"]), dict(state_dict["norms"])
-        self._iteration = state_dict["iteration"]
 
     def _forget(self, module: GANModule) -> None:
         """Begin with both players."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_gan_stability import GANModule, Play
 
 Player = Literal["d", "g"]
+NETWORKS: dict[Player, str] = {"d": "discriminator", "g": "generator"}
 
 
 def check_positive_int(name: str, value: object) -> None:
@@ -125,9 +126,13 @@ class Remembering(GANCallback):
         super().setup(trainer, pl_module, stage)
         self._loaded = False
 
+    def state_dict(self) -> dict[str, Any]:
+        """The module's iteration at the end of the last batch."""
+        return {"iteration": self._iteration}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self._loaded = True
+        self._iteration, self._loaded = state_dict["iteration"], True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what belongs to another module."""
@@ -214,7 +219,7 @@ class Regularizer(GANCallback, abc.ABC):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what the penalty cannot be right with."""
         if self.per_sample:
-            network = "discriminator" if self.player == "d" else "generator"
+            network = NETWORKS[self.player]
             _refuse_batch_norm(self, network, pl_module.get_submodule(network))
 
 

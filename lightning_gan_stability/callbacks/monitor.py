@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from lightning_gan_stability.callbacks.base import GANCallback, check_positive_int, evaluation
+from lightning_gan_stability.doors import dtype_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,7 +67,7 @@ class SampleGrid(GANCallback):
 
     def _sample(self, module: GANModule, labels: Tensor | None) -> Tensor:
         latents = torch.randn(self.n, module.latent_dim, generator=torch.Generator().manual_seed(0))
-        latents = latents.to(next((p.dtype for p in module.parameters()), latents.dtype))
+        latents = latents.to(dtype_of(module, latents.dtype))
         if labels is not None:
             labels = labels[torch.arange(self.n, device=labels.device) % len(labels)]
         with evaluation(module):

@@ -55,9 +55,8 @@ class SpectralNorm(Callback):
         self, networks: str | Sequence[str] = "discriminator", factor: float = 1.0, n_power_iterations: int = 1
     ) -> None:
         super().__init__()
-        if not isinstance(networks, Sequence):
-            raise ValueError(f"`networks` must be the name of a network or several, got {networks!r}.")
-        self.networks = (networks,) if isinstance(networks, str) else tuple(networks)
+        several = tuple(networks) if isinstance(networks, Sequence) else ()
+        self.networks = (networks,) if isinstance(networks, str) else several
         if not self.networks or not all(isinstance(name, str) and name for name in self.networks):
             raise ValueError(f"`networks` must be the name of a network or several, got {networks!r}.")
         check_number("factor", factor, positive=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_gan_stability import penalties
-from lightning_gan_stability.callbacks.base import Player, Regularizer, Remembering, check_bool, check_number
+from lightning_gan_stability.callbacks.base import NETWORKS, Player, Regularizer, Remembering, check_bool, check_number
 from lightning_gan_stability.doors import mean_over_ranks
 
 if TYPE_CHECKING:
@@ -31,12 +31,12 @@ class _Running(Regularizer, Remembering):
 
     def state_dict(self) -> dict[str, Any]:
         """The running means, and the module's iteration when they moved last."""
-        return {"means": self._means, "iteration": self._iteration}
+        return super().state_dict() | {"means": self._means}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         super().load_state_dict(state_dict)
-        self._means, self._iteration = state_dict["means"], state_dict["iteration"]
+        self._means = state_dict["means"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the means of another module."""
@@ -302,19 +302,16 @@ class OrthogonalPenalty(Regularizer):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a network without matrices."""
         super().on_fit_start(trainer, pl_module)
-        if not _matrices(self._network(pl_module)):  # type: ignore[arg-type]
-            name = "discriminator" if self.player == "d" else "generator"
+        name = NETWORKS[self.player]
+        if not _matrices(pl_module.get_submodule(name)):
             raise MisconfigurationException(
                 f"OrthogonalPenalty: the {name} has no `weight` of two or more dimensions: remove OrthogonalPenalty."
             )
 
     def penalty(self, module: GANModule, play: Play) -> Tensor:
         """The sum over the network's weights, a scalar."""
-        matrices = _matrices(self._network(module))
+        matrices = _matrices(module.get_submodule(NETWORKS[self.player]))
         return torch.stack([penalties.orthogonality(w, self.off_diagonal) for w in matrices]).sum()
-
-    def _network(self, module: GANModule) -> nn.Module:
-        return module.discriminator if self.player == "d" else module.generator
 
 
 def _matrices(network: nn.Module) -> list[Tensor]:

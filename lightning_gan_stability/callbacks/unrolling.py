@@ -137,9 +137,8 @@ class _Inner:
         optimizer = module._optimizer("d").optimizer
         self.step = Differentiable(optimizer, self.parameters, module.clip_norm, min(limits, default=None))
         self.substitute = Substitution(module, self.parameters)
-        self.meet = Substitution(
-            module, self.parameters, still=module.discriminator
-        )  # the generator's own forward pass
+        # in the generator's own forward pass its statistics move
+        self.meet = Substitution(module, self.parameters, still=module.discriminator)
 
     def __call__(self, batch: Any, due: list[Regularizer]) -> tuple[Play, Tensor, Terms]:
         module, rule = self.module, self.rule

@@ -104,8 +104,9 @@ class Extragradient(UpdateRule):
                 del away[player]
         except BaseException:
             # a gradient that is not finite stops the run where it stood before the batch
-            for player, start in away.items():
-                _put(moving[player], start)
+            with torch.no_grad():
+                for player, start in away.items():
+                    torch._foreach_copy_(moving[player], start)  # type: ignore[arg-type]
             raise
 
 
@@ -127,11 +128,6 @@ def _from(optimizer: Optimizer, parameters: list[nn.Parameter], start: list[Tens
         yield
     finally:
         handle.remove()
-
-
-@torch.no_grad()
-def _put(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
-    torch._foreach_copy_(parameters, values)  # type: ignore[arg-type]
 
 
 @final
@@ -249,12 +245,12 @@ class CompetitiveGradientDescent(UpdateRule, Remembering):
 
     def state_dict(self) -> dict[str, Any]:
         """The means of squared gradients, and the module's iteration that they belong to."""
-        return {"steps": self._steps, "iteration": self._iteration, "squares": self._squares}
+        return super().state_dict() | {"steps": self._steps, "squares": self._squares}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         super().load_state_dict(state_dict)
-        self._steps, self._iteration = state_dict["steps"], state_dict["iteration"]
+        self._steps = state_dict["steps"]
         self._squares = dict(state_dict["squares"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
