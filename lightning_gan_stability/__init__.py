@@ -5,6 +5,7 @@ from lightning_gan_stability.callbacks import (
     Alternating,
     ApproximateR1Penalty,
     ApproximateR2Penalty,
+    CollapseDetector,
     CompetitiveGradientDescent,
     ConsensusOptimization,
     ConsistencyPenalty,
@@ -18,6 +19,7 @@ from lightning_gan_stability.callbacks import (
     ModeSeeking,
     OrthogonalPenalty,
     PathLengthPenalty,
+    QualityMonitor,
     R1Penalty,
     R2Penalty,
     Regularizer,
@@ -29,8 +31,10 @@ from lightning_gan_stability.callbacks import (
     UpdateRule,
     WeightClipping,
 )
+from lightning_gan_stability.callbacks.rollback import ScaleLearningRate, ScalePenalty
 from lightning_gan_stability.data import Digits, Grid, Images, Ring
 from lightning_gan_stability.doors import Play
+from lightning_gan_stability.extractors import DigitClassifier, Inception
 from lightning_gan_stability.losses import (
     AdversarialLoss,
     BoundaryEquilibrium,
@@ -66,12 +70,14 @@ __all__ = [
     "ApproximateR2Penalty",
     "AutoEncoder",
     "BoundaryEquilibrium",
+    "CollapseDetector",
     "CompetitiveGradientDescent",
     "ConsensusOptimization",
     "ConsistencyPenalty",
     "DCGANDiscriminator",
     "DCGANGenerator",
     "DRAGANPenalty",
+    "DigitClassifier",
     "Digits",
     "Extragradient",
     "FDivergence",
@@ -81,6 +87,7 @@ __all__ = [
     "Grid",
     "Hinge",
     "Images",
+    "Inception",
     "LeCam",
     "LeastSquares",
     "LogitDrift",
@@ -95,6 +102,7 @@ __all__ = [
     "Packed",
     "PathLengthPenalty",
     "Play",
+    "QualityMonitor",
     "R1Penalty",
     "R2Penalty",
     "Regularizer",
@@ -104,6 +112,8 @@ __all__ = [
     "ResNetGenerator",
     "Ring",
     "SampleGrid",
+    "ScaleLearningRate",
+    "ScalePenalty",
     "Simultaneous",
     "SpectralNorm",
     "Unrolling",

@@ -4,6 +4,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as transforms
 
@@ -197,6 +198,46 @@ class Pixels:
 def _permutation(seed: int, epoch: int, n: int) -> Tensor:
     """Return the order of `n` rows in one epoch."""
     return torch.randperm(n, generator=generator(seed, "train", epoch))
+
+
+def from_start(loader: Any, n: int, rank: int, world: int) -> Iterator[Any]:
+    """Yield a loader's batches from its start, and leave it where it is.
+
+    Of a map-style data set it is a rank's share of n samples chosen at random, the same ones each time.
+
+    Args:
+        loader: Any iterable of batches.
+        n: Samples of all ranks.
+        rank: Whose share.
+        world: Number of ranks.
+    """
+    if isinstance(loader, Stream):
+        yield from map(loader.batch, range(len(loader)))
+    elif isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        # not by iterating over it: persistent workers have one iterator, which is in use
+        data, size = loader.dataset, len(loader.dataset)  # type: ignore[arg-type]
+        if loader.batch_size is None and loader.batch_sampler is None:
+            yield from (loader.collate_fn(data[row]) for row in range(rank, size, world))
+            return
+        rows = torch.randperm(size, generator=generator("real"))[:n][rank::world]
+        for part in rows.split(loader.batch_size or 64):  # type: ignore[no-untyped-call]
+            yield loader.collate_fn([data[row] for row in part.tolist()])
+    else:
+        state = deepcopy(loader.state_dict()) if hasattr(loader, "state_dict") else None
+        try:
+            yield from loader
+        finally:
+            if state is not None:
+                loader.load_state_dict(state)
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """Return the digits of scikit-learn: images (1797, 1, 8, 8) in [-1, 1] and labels (1797,) in 0 ... 9."""
+    from sklearn.datasets import load_digits  # slow to import
+
+    data = load_digits()
+    images = torch.as_tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
+    return images, torch.as_tensor(data.target, dtype=torch.int64)
 
 
 def stratified(labels: Tensor, source: torch.Generator) -> Tensor:

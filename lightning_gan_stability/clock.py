@@ -24,6 +24,7 @@ from lightning_gan_stability import doors
 from lightning_gan_stability.callbacks.base import (
     NETWORKS,
     Alternating,
+    GANCallback,
     Player,
     Regularizer,
     UpdateRule,
@@ -47,6 +48,7 @@ class Moment:
         rows: start, stop and size of the batch that a micro-batch is taken from.
         moved: the players whose optimizers have stepped on this batch.
         shown: somebody looks at this step's values.
+        guarded: a callback may put right what is not finite, so every step is looked at.
         compiled: a network is compiled; None: nobody has looked yet.
         differentiate: what of a play due penalties differentiate by.
         terms: the terms of each player's loss.
@@ -60,6 +62,7 @@ class Moment:
     rows: tuple[int, int, int] | None = None
     moved: set[Player] = field(default_factory=set)
     shown: bool = False
+    guarded: bool = False
     compiled: bool | None = None
     differentiate: frozenset[str] = frozenset()
     terms: dict[Player, dict[str, Tensor]] = field(default_factory=lambda: {"d": {}, "g": {}})
@@ -154,8 +157,13 @@ class Clockwork(LightningModule):
         now = self._now
         now.draw, now.rows, now.moved, now.in_step, now.shown = 0, None, set(), True, self._is_shown()
         now.compiled = None
+        rescued = False
         try:
             rule(self, batch)  # type: ignore[arg-type]
+        except FloatingPointError:
+            rescued = any(callback.rescue(self.trainer, self) for callback in self._gan_callbacks())  # type: ignore[arg-type]
+            if not rescued:
+                raise
         finally:
             now.in_step, now.rows, now.differentiate = False, None, frozenset()
         if not now.moved:
@@ -163,6 +171,9 @@ class Clockwork(LightningModule):
             progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
             progress.increment_ready()
             progress.increment_completed()
+        if rescued:
+            now.moved, now.unchecked, now.logs = set(), [], {}
+            return
         self.iteration += 1
         for player in now.moved:
             self._steps[player] += 1
@@ -206,6 +217,9 @@ class Clockwork(LightningModule):
     def _due(self, player: Player) -> list[Regularizer]:
         regularizers = (callback for callback in self._callbacks() if isinstance(callback, Regularizer))
         return [r for r in regularizers if r.player == player and self._steps[player] % r.every == 0]
+
+    def _gan_callbacks(self) -> list[GANCallback]:
+        return [callback for callback in self._callbacks() if isinstance(callback, GANCallback)]
 
     def _callbacks(self) -> list[Callback]:
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -286,7 +300,7 @@ class Clockwork(LightningModule):
         # a gradient scaler skips the steps whose gradient overflows, and is right to
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         self._now.unchecked.append((self.iteration, player, self._now.terms[player] | ({} if scaled else norm)))
-        if self._now.shown or self.device.type == "cpu":
+        if self._now.shown or self.device.type == "cpu" or self._now.guarded:
             # elsewhere a look costs a synchronization: values wait until they are logged or saved
             self._raise_unless_finite()
         if self.clip_norm is not None:
@@ -294,14 +308,23 @@ class Clockwork(LightningModule):
 
     def _raise_unless_finite(self) -> None:
         unchecked, self._now.unchecked = self._now.unchecked, []
-        for step, player, values in unchecked:
-            bad = [f"`{name}`" for name, value in values.items() if not math.isfinite(value.item())]
-            if bad:
-                raise FloatingPointError(
-                    f"Not finite in the {NETWORKS[player]}'s update at step {step}: {', '.join(bad)}. Lower the "
-                    f"learning rate of `{player}_optimizer`, or of the other player's, set `clip_norm`, or add "
-                    "R1Penalty."
-                )
+        bad = [
+            (step, player, f"`{name}`")
+            for step, player, values in unchecked
+            for name, value in values.items()
+            if not math.isfinite(value.item())
+        ]
+        if self._now.guarded:  # all ranks go back, or none
+            count = torch.tensor(float(len(bad)), device=self.device)
+            if self.trainer.strategy.reduce(count, reduce_op="sum") > 0 and not bad:
+                raise FloatingPointError("Not finite in another process's update.")
+        if bad:
+            step, player, _ = bad[0]
+            names = ", ".join(name for s, p, name in bad if (s, p) == (step, player))
+            raise FloatingPointError(
+                f"Not finite in the {NETWORKS[player]}'s update at step {step}: {names}. Lower the learning rate of "
+                f"`{player}_optimizer`, or of the other player's, set `clip_norm`, or add R1Penalty."
+            )
 
     def on_train_start(self) -> None:
         """Find out which steps somebody will look at."""

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from lightning_gan_stability.batches import Folder, Mixture, Pixels, Rows, Stream, check_integer, stratified
+from lightning_gan_stability.batches import Folder, Mixture, Pixels, Rows, Stream, check_integer, digits, stratified
 from lightning_gan_stability.doors import generator
 
 __all__ = ["Digits", "Grid", "Images", "Ring", "Stream"]
@@ -240,7 +240,6 @@ class Digits(_Pictures):
 
     Raises:
         ValueError: If an argument is out of its range, or one batch of all processes exceeds the training set.
-        ModuleNotFoundError: If scikit-learn is not installed.
 
     Example::
 
@@ -253,14 +252,7 @@ class Digits(_Pictures):
         super().__init__(batch_size, check_integer("holdout", holdout, least=0), seed)
 
     def _samples(self) -> tuple[TensorDataset, Tensor]:
-        try:
-            from sklearn.datasets import load_digits
-        except ModuleNotFoundError as error:
-            message = "`Digits` needs scikit-learn: pip install 'lightning-gan-stability[examples]'"
-            raise ModuleNotFoundError(message) from error
-        data = load_digits()
-        images = torch.as_tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
-        labels = torch.as_tensor(data.target, dtype=torch.int64)
+        images, labels = digits()
         return TensorDataset(images, labels), stratified(labels, generator(self.seed, "holdout"))
 
 

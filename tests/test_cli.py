@@ -264,12 +264,6 @@ def test_two_update_rules(write):
         main(["fit", "--config", write(callbacks=[{"class_path": "Simultaneous"}, {"class_path": "Alternating"}])])
 
 
-def test_digits_without_scikit_learn(write, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-gan-stability\[examples\]'"):
-        main(["fit", "--config", write(data="Digits")])
-
-
 # ---------- in their own processes
 
 
@@ -303,6 +297,7 @@ AdaptiveUpdateRatio: {rule: loss_change, max_rest: 3}
 Alternating: {}
 ApproximateR1Penalty: {weight: 100, sigma: 0.01, every: 2}
 ApproximateR2Penalty: {}
+CollapseDetector: {action: rollback, patience: 9, remedy: [{class_path: ScalePenalty, init_args: {factor: 2}}]}
 CompetitiveGradientDescent: {adaptive: true}
 ConsensusOptimization: {gamma: 0.1}
 ConsistencyPenalty: {kind: real, transform: {class_path: torch.nn.Identity}}
@@ -316,6 +311,7 @@ Lookahead: {k: 2, alpha: 0.5}
 ModeSeeking: {}
 OrthogonalPenalty: {player: d}
 PathLengthPenalty: {every: 1}
+QualityMonitor: {every: 1, n_samples: 50, metrics: [fid, recall]}
 R1Penalty: {gamma: 1, final_gamma: 0.1, steps: 100}
 R2Penalty: {}
 SampleGrid: {every: 2, n: 10}

@@ -20,6 +20,7 @@ from lightning_gan_stability import (
     ApproximateR1Penalty,
     ApproximateR2Penalty,
     BoundaryEquilibrium,
+    CollapseDetector,
     CompetitiveGradientDescent,
     ConsensusOptimization,
     ConsistencyPenalty,
@@ -41,6 +42,7 @@ from lightning_gan_stability import (
     OrthogonalPenalty,
     Packed,
     PathLengthPenalty,
+    QualityMonitor,
     R1Penalty,
     R2Penalty,
     Regularizer,
@@ -198,6 +200,8 @@ OTHERS = {
     "AdaptiveUpdateRatio": lambda: [AdaptiveUpdateRatio()],
     "WeightClipping": lambda: [WeightClipping()],
     "SampleGrid": lambda: [SampleGrid()],
+    "QualityMonitor": lambda: [QualityMonitor(n_samples=50, every=1)],
+    "CollapseDetector": lambda: [CollapseDetector("rollback"), QualityMonitor(n_samples=50, every=2)],
 }
 ALL = RULES | REGULARIZERS | OTHERS | {name: make for name, make in EXTRAS.items() if name != "SpectralNorm"}
 

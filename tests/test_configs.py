@@ -22,12 +22,14 @@ SAMPLES = {
     "consensus": (2,),
     "dcgan": (3, 64, 64),
     "digits": (1, 8, 8),
+    "digits_monitored": (1, 8, 8),
     "digits_wandb": (1, 8, 8),
     "extragradient": (2,),
     "grid": (2,),
     "lookahead": (1, 8, 8),
     "r3gan": (1, 8, 8),
     "ring": (2,),
+    "ring_collapse": (2,),
     "ring_pacgan": (2,),
     "ring_unrolled": (2,),
     "sngan": (1, 8, 8),
@@ -112,8 +114,16 @@ def test_numbers_that_belong_together_agree(name):
         assert {generator["size"], model["discriminator"]["init_args"]["size"], data["init_args"]["size"]} == {64}
 
 
-def test_wandb_config_is_digits_with_another_logger():
-    plain, wandb = load("digits"), load("digits_wandb")
+def test_other_digits_are_digits_with_more_callbacks():
+    plain, wandb, monitored = load("digits"), load("digits_wandb"), load("digits_monitored")
+    watching = {"QualityMonitor", "CollapseDetector", "GeneratorEMA", "HealthMonitor"}
+    for config in (wandb, monitored):
+        callbacks = config["trainer"]["callbacks"]
+        config["trainer"]["callbacks"] = [c for c in callbacks if c["class_path"] not in watching]
+        assert len(config["trainer"]["callbacks"]) < len(callbacks)
+    monitored["trainer"]["callbacks"][-1] = plain["trainer"]["callbacks"][-1]
+    monitored["trainer"]["logger"] = plain["trainer"]["logger"]
+    assert monitored == plain
     assert wandb["trainer"].pop("logger")["init_args"]["offline"] is True
     assert plain["trainer"].pop("logger")["class_path"] == "CSVLogger"
     assert wandb == plain

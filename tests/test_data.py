@@ -1,7 +1,6 @@
 import gc
 import math
 import random
-import sys
 from collections import Counter
 from types import SimpleNamespace
 from unittest import mock
@@ -318,14 +317,6 @@ def test_digits_without_holdout_predict_the_training_images_in_order():
 def test_digits_refuse_a_batch_larger_than_the_training_set(options, world, numbers):
     with pytest.raises(ValueError, match=rf"`batch_size` times processes must not exceed .*, got {numbers}\."):
         ready(Digits(**options), 0, world)
-
-
-def test_digits_without_scikit_learn(monkeypatch):
-    for name in ("sklearn", "sklearn.datasets"):
-        monkeypatch.setitem(sys.modules, name, None)
-    digits = Digits()
-    with pytest.raises(ModuleNotFoundError, match=r"`Digits` needs scikit-learn: pip install 'lightning-gan-stab"):
-        digits.setup()
 
 
 # ---------- Images

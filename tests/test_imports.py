@@ -10,7 +10,20 @@ import pytest
 import lightning_gan_stability
 
 PACKAGE = Path(lightning_gan_stability.__file__).parent
-PURE = ("losses", "penalties", "nets", "packing", "optim", "doors", "spectral", "batches")
+PURE = (
+    "losses",
+    "penalties",
+    "nets",
+    "packing",
+    "optim",
+    "doors",
+    "spectral",
+    "batches",
+    "extractors",
+    "features",
+    "metrics",
+    "statistics",
+)
 LAYERS = [set(PURE), {"callbacks.base"}, {"clock"}, {"gradients"}, {"module"}]
 
 

@@ -3,6 +3,7 @@
 from lightning_gan_stability.callbacks.averaging import GeneratorEMA, Lookahead
 from lightning_gan_stability.callbacks.balance import AdaptiveUpdateRatio, UpdateRatio
 from lightning_gan_stability.callbacks.base import Alternating, Regularizer, UpdateRule
+from lightning_gan_stability.callbacks.collapse import CollapseDetector
 from lightning_gan_stability.callbacks.gradient_penalties import (
     ApproximateR1Penalty,
     ApproximateR2Penalty,
@@ -13,6 +14,7 @@ from lightning_gan_stability.callbacks.gradient_penalties import (
 )
 from lightning_gan_stability.callbacks.monitor import SampleGrid
 from lightning_gan_stability.callbacks.normalize import SpectralNorm, WeightClipping
+from lightning_gan_stability.callbacks.quality import QualityMonitor
 from lightning_gan_stability.callbacks.regularizers import (
     ConsistencyPenalty,
     LeCam,
@@ -34,6 +36,7 @@ __all__ = [
     "Alternating",
     "ApproximateR1Penalty",
     "ApproximateR2Penalty",
+    "CollapseDetector",
     "CompetitiveGradientDescent",
     "ConsensusOptimization",
     "ConsistencyPenalty",
@@ -47,6 +50,7 @@ __all__ = [
     "ModeSeeking",
     "OrthogonalPenalty",
     "PathLengthPenalty",
+    "QualityMonitor",
     "R1Penalty",
     "R2Penalty",
     "Regularizer",

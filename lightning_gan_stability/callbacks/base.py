@@ -109,6 +109,13 @@ class GANCallback(Callback):
                 f"remove {name}."
             )
 
+    #: It may put right, in :meth:`rescue`, a step whose loss or gradient is not finite.
+    rescues: bool = False
+
+    def rescue(self, trainer: Trainer, module: GANModule) -> bool:
+        """Put the module back to where it was good; say whether that was done. Called on all ranks, or on none."""
+        return False
+
 
 class Remembering(GANCallback):
     """A callback whose memory belongs to one module: with another one, or after steps without it, it begins anew.
@@ -117,6 +124,8 @@ class Remembering(GANCallback):
     they were there: ``self._iteration = module.iteration``.
     """
 
+    #: It looks at a run without being part of it: a rollback leaves its memory alone.
+    watches: ClassVar[bool] = False
     _iteration = 0
     _owner: object = None
     _loaded = False

@@ -1,0 +1,431 @@
+"""What samples are worth: measured during training, without a trace in it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final, get_args
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from lightning_gan_stability.batches import from_start
+from lightning_gan_stability.callbacks.base import Remembering, check_positive_int, evaluation
+from lightning_gan_stability.doors import describe, dtype_of, generator
+from lightning_gan_stability.extractors import Inception
+from lightning_gan_stability.metrics import (
+    ModeCoverage,
+    bin_difference,
+    density_coverage,
+    frechet_distance,
+    kernel_distance,
+    mode_coverage,
+    pairwise_diversity,
+    precision_recall,
+)
+
+if TYPE_CHECKING:
+    from lightning_gan_stability import GANModule
+
+Split = Literal["train", "val"]
+Name = Literal["fid", "kid", "precision", "recall", "density", "coverage", "diversity", "modes", "ndb"]
+Values = dict[str, float]
+CELLS = 20  # K-means cells of the real features, where modes are not known
+HELD = 0.1  # a cell is missed if it has less than this share of what the real data have there
+BATCH = 256  # generated at once
+
+# what each function of (real, fake) features gives
+_VALUES: tuple[tuple[tuple[Name, ...], Callable[[Tensor, Tensor], Sequence[float]]], ...] = (
+    (("fid",), lambda real, fake: [frechet_distance(real, fake)]),
+    (("kid",), lambda real, fake: [kernel_distance(real, fake)]),
+    (("precision", "recall"), precision_recall),
+    (("density", "coverage"), density_coverage),
+    (("diversity",), lambda real, fake: [pairwise_diversity(fake) / max(pairwise_diversity(real), 1e-12)]),
+    (("ndb",), lambda real, fake: bin_difference(real, fake, bins=min(100, len(real) // 10))[:1]),
+)
+
+
+class Seen(NamedTuple):
+    """What is kept of samples: features (n, d), and what tells their modes: the samples (n, ...) or probabilities."""
+
+    features: Tensor
+    modes: Tensor
+
+
+class Cells:
+    """Where samples lie: in modes that are known, by centres or by a classifier, or in K-means cells of real features.
+
+    Args:
+        real: what was seen of real samples.
+        centers: (K, d) of known modes, with ``std``; or None.
+        std: standard deviation of a mode.
+        classified: ``Seen.modes`` is probabilities.
+    """
+
+    def __init__(self, real: Seen, centers: Tensor | None, std: float | None, classified: bool) -> None:
+        self.known = classified or centers is not None
+        self.centers = None if centers is None or classified else centers.to(real.modes)
+        self.std = std
+        if not self.known:
+            self.centers = _means(real.features)
+        self.shares = self.split(real)
+
+    def cover(self, modes: Tensor) -> ModeCoverage:
+        """The coverage of known modes."""
+        if self.centers is None:
+            return mode_coverage(modes, classes=modes.shape[1])
+        return mode_coverage(modes, self.centers, self.std)
+
+    def split(self, seen: Seen) -> list[float]:
+        """The share of samples in each mode or cell, by the nearest centre or the likeliest class."""
+        if self.centers is None:
+            nearest, k = seen.modes.argmax(1), seen.modes.shape[1]
+        else:
+            samples, k = seen.modes if self.known else seen.features, len(self.centers)
+            nearest = torch.cdist(samples.double(), self.centers.double()).argmin(1)
+        shares: list[float] = (torch.bincount(nearest, minlength=k) / len(nearest)).tolist()
+        return shares
+
+    def compare(self, seen: Seen) -> tuple[Values, list[float]]:
+        """What real data have and generated samples have not, and the generated shares."""
+        shares = self.split(seen)
+        missing = sum(p for p, q in zip(self.shares, shares, strict=True) if q < HELD * p)
+        return {"missing": missing, "imbalance": distance(shares, self.shares)}, shares
+
+
+def _means(features: Tensor) -> Tensor:
+    from sklearn.cluster import KMeans  # slow to import
+
+    k = min(CELLS, len(features) // 10)
+    means = KMeans(k, n_init=1, random_state=0).fit(features[:2500].double().cpu().numpy()).cluster_centers_
+    return torch.from_numpy(means).to(features.device)
+
+
+def distance(p: Sequence[float], q: Sequence[float]) -> float:
+    """Total variation distance ½ Σ |p − q| of two histograms.
+
+    Example:
+        >>> distance([1.0, 0.0], [0.5, 0.5])
+        0.5
+    """
+    return sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2
+
+
+@final
+class QualityMonitor(Remembering):
+    """Measures the samples' quality every so many steps: FID, KID, precision, recall, density, coverage, modes.
+
+    Losses of a GAN do not say how good its samples are; these do ("Are GANs Created Equal?",
+    https://arxiv.org/abs/1711.10337). Values go to the loggers and to ``trainer.callback_metrics`` as
+    ``quality/<name>``, so that ``ModelCheckpoint(monitor="quality/fid")`` and ``EarlyStopping(monitor=
+    "quality/recall", mode="max")`` work. The first measurement is that of the untrained generator. Besides ``metrics``:
+
+    * ``quality/missing``: the share of the real data in modes, or else in K-means cells of the features, that get less
+      than a tenth of that share of the generated samples (each counted for the nearest centre or likeliest class).
+    * ``quality/imbalance``: total variation ½ Σ |q − p| between generated and real shares of the modes or cells.
+    * ``quality/moved``: total variation between this measurement's generated shares and the last one's; near 1 if a
+      collapsed generator hops from mode to mode.
+    * ``quality/time_share``: the part of the run's time that measuring took.
+
+    Real features are extracted once. Fake samples have the same latents each time, networks are in eval mode, and the
+    generator's average is used if there is one. A run is the same with and without the monitor, bit for bit. All ranks
+    share the work and get the same values. The protocol (extractor, number of samples, split, and ``null``: what the
+    metrics give for one half of the real data against the other) is added to the loggers' hyperparameters, because
+    values under another protocol do not compare. Modes are known if the data module has ``centers`` and ``std``
+    (:class:`~lightning_gan_stability.data.Ring`), or the extractor has a method ``classify(samples)`` that gives
+    probabilities (:class:`~lightning_gan_stability.extractors.DigitClassifier`).
+
+    Args:
+        extractor: from samples to features (n, ...), which are flattened. None: vectors are their own features, images
+            (n, c, h, w) are seen by :class:`~lightning_gan_stability.extractors.Inception`.
+        metrics: which of ``fid``, ``kid``, ``precision``, ``recall``, ``density``, ``coverage``, ``diversity`` (mean
+            pairwise distance, relative to real), ``modes`` (with ``high_quality`` and ``reverse_kl``) and ``ndb``.
+            None: all but ``ndb``; ``modes`` if they are known.
+        n_samples: generated, and at most as many real ones. FIDs that are published have 50,000.
+        every: steps between measurements.
+        split: real samples of the ``"train"`` or the ``"val"`` loader. FID is mostly against training data.
+        cache: folder for real features, by a hash of data and extractor. None: they are extracted in each fit.
+
+    Attributes:
+        values: the last measurement, without ``quality/``.
+        null: what the metrics give for real data.
+
+    Raises:
+        ValueError: if an argument has a bad value, or features or data have.
+        MisconfigurationException: without data of the split, or with ``modes`` that are not known.
+        RuntimeError: if Inception's weights cannot be downloaded.
+
+    Example:
+        >>> QualityMonitor(every=500, metrics=["fid", "recall"]).n_samples
+        2500
+    """
+
+    watches = True
+
+    def __init__(
+        self,
+        extractor: nn.Module | None = None,
+        metrics: Sequence[Name] | None = None,
+        n_samples: int = 2500,
+        every: int = 1000,
+        split: Split = "train",
+        cache: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        if extractor is not None and not isinstance(extractor, nn.Module):
+            raise ValueError(f"`extractor` must be a module, got {extractor!r}.")
+        unknown = [] if metrics is None else [name for name in metrics if name not in get_args(Name)]
+        if unknown or metrics == []:
+            raise ValueError(f"`metrics` must be some of {', '.join(get_args(Name))}, got {metrics!r}.")
+        check_positive_int("n_samples", n_samples)
+        if n_samples < 50:
+            raise ValueError(f"`n_samples` must be at least 50, got {n_samples}.")
+        check_positive_int("every", every)
+        if split not in get_args(Split):
+            raise ValueError(f"`split` must be 'train' or 'val', got {split!r}.")
+        self.extractor = extractor
+        self.metrics = metrics
+        self.n_samples = n_samples
+        self.every = every
+        self.split: Split = split
+        self.cache = cache
+        self.values: Values = {}
+        self.null: Values = {}
+        self._shares: list[float] = []  # of generated samples in each cell
+        self._at = -1  # global step of the last measurement
+        self._spent = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last measurement."""
+        return super().state_dict() | {"values": self.values, "shares": self._shares, "at": self._at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        super().load_state_dict(state_dict)
+        self.values, self._shares = dict(state_dict["values"]), list(state_dict["shares"])
+        self._at = state_dict["at"]
+
+    def _forget(self, module: GANModule) -> None:
+        self.values, self._shares, self._at = {}, [], -1
+
+    # ---------- what the Trainer calls
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the real data, and at the untrained generator."""
+        super().on_train_start(trainer, pl_module)
+        module: GANModule = pl_module  # type: ignore[assignment]
+        self._started, self._spent = time.monotonic(), 0.0
+        with self._apart():
+            self._prepare(trainer, module)
+        if self._at < 0:
+            self._measure(trainer, module)
+        trainer.callback_metrics.update(_named(self.values))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure if this step is due."""
+        self.observe(trainer, pl_module)  # type: ignore[arg-type]
+
+    def observe(self, trainer: Trainer, module: GANModule) -> bool:
+        """Measure if this step is due and has not been measured; say whether there is a measurement of this step."""
+        self._iteration = module.iteration
+        if module.iteration % self.every:
+            return False
+        if self._at != trainer.global_step:
+            self._measure(trainer, module)
+        return True
+
+    # ---------- measuring
+
+    def _measure(self, trainer: Trainer, module: GANModule) -> None:
+        with self._apart():
+            # the same on all ranks, whose sums may differ by a rounding
+            self.values, shares = trainer.strategy.broadcast(self._evaluate(self._generate(trainer, module)))
+        self.values["moved"] = distance(shares, self._shares) if self._shares else 0.0
+        self._shares, self._at = shares, trainer.global_step
+        trainer.callback_metrics.update(_named(self.values))
+        time_share = self._spent / max(time.monotonic() - self._started, 1e-9)
+        for logger in trainer.loggers:
+            scalars = {f"quality/{name}": value for name, value in (self.values | {"time_share": time_share}).items()}
+            logger.log_metrics(scalars, step=trainer.global_step)
+
+    def _evaluate(self, fake: Seen) -> tuple[Values, list[float]]:
+        if not bool(fake.features.isfinite().all() and fake.modes.isfinite().all()):
+            gone = dict.fromkeys(self._wanted, math.nan) | {"missing": 1.0, "imbalance": 1.0}
+            return gone, [0.0] * len(self._cells.shares)
+        values = self._compare(self._real.features, fake.features)
+        if "modes" in self._wanted:
+            found = self._cells.cover(fake.modes)
+            values |= {"modes": float(found.modes), "high_quality": found.high_quality, "reverse_kl": found.reverse_kl}
+        cells, shares = self._cells.compare(fake)
+        return values | cells, shares
+
+    def _compare(self, real: Tensor, fake: Tensor) -> Values:
+        values: Values = {}
+        for names, function in _VALUES:
+            if self._wanted.intersection(names):
+                values |= dict(zip(names, map(float, function(real, fake)), strict=True))
+        return {name: value for name, value in values.items() if name in self._wanted}
+
+    def _generate(self, trainer: Trainer, module: GANModule) -> Seen:
+        latents = torch.randn(self.n_samples, module.latent_dim, generator=generator("quality"))
+        mine = torch.arange(trainer.global_rank, self.n_samples, trainer.world_size)
+        seen = []
+        for rows in mine.split(BATCH):  # type: ignore[no-untyped-call]
+            chosen = None if self._labels is None else self._labels[rows % len(self._labels)].to(module.device)
+            z = latents[rows].to(module.device, dtype_of(module, latents.dtype))
+            with evaluation(module):
+                seen.append(self._see(module.sample(len(rows), chosen, z)))
+        return _together(seen)
+
+    def _see(self, samples: Tensor) -> Seen:
+        assert self.extractor is not None
+        samples = samples.detach().float()
+        with evaluation(self.extractor), torch.autocast(samples.device.type, enabled=False):
+            features = self.extractor.to(samples.device)(samples)
+            modes = self.extractor.classify(samples) if self._classified else samples  # type: ignore[operator]
+        if not isinstance(features, Tensor) or len(features) != len(samples):
+            raise ValueError(f"`extractor` must give one row of features per sample, got {describe(features)}.")
+        return Seen(features.flatten(1), modes.flatten(1))
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Without a trace in random states, and with an eye on the clock."""
+        start = time.monotonic()
+        with isolate_rng():
+            yield
+        self._spent += time.monotonic() - start
+
+    # ---------- the real data
+
+    def _prepare(self, trainer: Trainer, module: GANModule) -> None:
+        data = getattr(trainer, "datamodule", None)
+        centers, std = getattr(data, "centers", None), getattr(data, "std", None)
+        batches = [module.unpack(batch) for batch in real_batches(trainer, self.split, self.n_samples)]
+        if self.extractor is None:
+            self.extractor = nn.Identity() if batches[0][0].dim() == 2 else Inception()
+            rank_zero_info(f"QualityMonitor: no extractor is given, so it takes {type(self.extractor).__name__}.")
+        self._classified = hasattr(self.extractor, "classify")
+        known = self._classified or (isinstance(centers, Tensor) and std is not None)
+        if self.metrics is not None and "modes" in self.metrics and not known:
+            raise MisconfigurationException(
+                "QualityMonitor(metrics=['modes', ...]) must know the modes: use a data module with `centers` and "
+                "`std`, or an extractor with `classify(samples)`, or remove 'modes'."
+            )
+        default = [name for name in get_args(Name) if name != "ndb" and (known or name != "modes")]
+        self._wanted = frozenset(default if self.metrics is None else self.metrics)
+        labels = [part for _, part in batches if part is not None]
+        self._labels = _interleaved(torch.cat(labels)).cpu() if labels else None
+        self._real = self._features([real for real, _ in batches])
+        if not bool(self._real.features.isfinite().all()):
+            raise ValueError("QualityMonitor: the real samples have features that are not finite.")
+        self._cells = Cells(self._real, centers if known else None, std, self._classified)
+        self.null = trainer.strategy.broadcast(self._compare(self._real.features[::2], self._real.features[1::2]))
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"quality": self.protocol})
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What a value of this monitor depends on, besides the generator."""
+        return {
+            "extractor": type(self.extractor).__name__,
+            "n_real": len(self._real.features),
+            "n_fake": self.n_samples,
+            "split": self.split,
+            "every": self.every,
+            "null": self.null,
+        }
+
+    def _features(self, samples: list[Tensor]) -> Seen:
+        """Real features of all ranks: from the cache, or seen now and put there."""
+        if self.cache is None:
+            return _cut(_together([self._see(part) for part in samples]), self.n_samples)
+        self._see(samples[0][:1])  # lets a lazy extractor read its weights
+        file = Path(self.cache) / f"{_digest(self.extractor, samples)}.pt"
+        try:
+            mine = Seen(*torch.load(file, weights_only=True))
+        except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError):  # none, or one that was torn
+            parts = [self._see(part) for part in samples]
+            mine = Seen(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(tuple(mine), temporary := file.with_suffix(f".{os.getpid()}"))
+            os.replace(temporary, file)  # all of it or nothing
+        device = samples[0].device
+        return _cut(_together([Seen(*(column.to(device) for column in mine))]), self.n_samples)
+
+
+def real_batches(trainer: Trainer, split: Split, n: int) -> Iterator[Any]:
+    """This rank's share of n real samples, as batches on its device; the training loader does not move.
+
+    A map-style data set gives a random choice of its samples, the same each time; another loader its first ones.
+    """
+    loop = trainer.fit_loop if split == "train" else trainer.fit_loop.epoch_loop.val_loop
+    source = loop._data_source
+    loader = source.dataloader() if source.is_defined() and source.instance is not None else []
+    if isinstance(loader, list | tuple) and len(loader) == 1:
+        loader = loader[0]
+    if isinstance(loader, dict | list | tuple) and not (isinstance(loader, list) and loader and split == "train"):
+        raise MisconfigurationException(
+            f"QualityMonitor(split='{split}') needs one {split} loader, but there are {len(loader)}: set split="
+            f"'{'val' if split == 'train' else 'train'}', or give one."
+        )
+    left = math.ceil(n / trainer.world_size)
+    for batch in from_start(loader, n, trainer.global_rank, trainer.world_size):
+        moved = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
+        real, _ = trainer.lightning_module.unpack(moved)  # type: ignore[operator]
+        yield moved if len(real) <= left else apply_to_collection(moved, Tensor, _first, left, len(real))
+        left -= len(real)
+        if left <= 0:
+            return
+
+
+def _first(tensor: Tensor, n: int, size: int) -> Tensor:
+    return tensor[:n] if tensor.dim() and len(tensor) == size else tensor
+
+
+def _together(seen: list[Seen]) -> Seen:
+    """What all ranks have seen, in the order of one process that takes every rank's rows in turn."""
+    return Seen(*(_interleaved(torch.cat(column)) for column in zip(*seen, strict=True)))
+
+
+def _interleaved(rows: Tensor) -> Tensor:
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return rows
+    parts = gather_all_tensors(rows)
+    whole = rows.new_empty(sum(map(len, parts)), *rows.shape[1:])
+    if any(len(whole[rank :: len(parts)]) != len(part) for rank, part in enumerate(parts)):
+        return torch.cat(parts)
+    for rank, part in enumerate(parts):
+        whole[rank :: len(parts)] = part
+    return whole
+
+
+def _cut(seen: Seen, n: int) -> Seen:
+    return Seen(seen.features[:n], seen.modes[:n])
+
+
+def _named(values: Values) -> dict[str, Tensor]:
+    return {f"quality/{name}": torch.tensor(value) for name, value in values.items()}
+
+
+def _digest(extractor: nn.Module | None, samples: list[Tensor]) -> str:
+    """A hash of an extractor and of data; any other data, weights or layers give another one."""
+    digest = hashlib.sha256(repr(extractor).encode())
+    for tensor in (*(extractor.state_dict().values() if extractor else ()), *samples):
+        digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]

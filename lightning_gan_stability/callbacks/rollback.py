@@ -1,0 +1,143 @@
+"""The state of a run, kept and put back, and the remedies that are applied then."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_gan_stability.callbacks.base import Player, Regularizer, Remembering, check_number
+
+if TYPE_CHECKING:
+    from lightning_gan_stability import GANModule
+
+State: TypeAlias = dict[str, Any]
+Weights: TypeAlias = Sequence[tuple[float, float | None]]
+
+
+def take(trainer: Trainer, module: GANModule) -> State:
+    """A copy, in CPU memory, of everything that training moves, but the data's position and ``global_step``."""
+    state = {
+        "module": dict(module.state_dict()),
+        "iteration": module.iteration,
+        "steps": dict(module._steps),
+        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+        "callbacks": [callback.state_dict() for callback in _rewound(trainer)],
+        "weights": weights_of(trainer),
+    }
+    return deepcopy(apply_to_collection(state, Tensor, lambda tensor: tensor.detach().cpu().clone()))
+
+
+def put_back(trainer: Trainer, module: GANModule, state: State) -> None:
+    """Let training go on from what was taken."""
+    state = deepcopy(state)
+    module.load_state_dict(state["module"])
+    module.iteration, module._steps = state["iteration"], state["steps"]
+    for optimizer, kept in zip(trainer.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(kept)
+        optimizer.zero_grad()  # a gradient of other weights
+    for config, kept in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
+        config.scheduler.load_state_dict(kept)
+    for callback, kept in zip(_rewound(trainer), state["callbacks"], strict=True):
+        callback.load_state_dict(kept)
+        callback._loaded = False
+    give_weights(trainer, state["weights"])
+
+
+def save(state: State, file: Path) -> None:
+    """Write a state, all of it or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, temporary := file.with_suffix(f".{os.getpid()}"))
+    os.replace(temporary, file)
+
+
+def weights_of(trainer: Trainer) -> list[tuple[float, float | None]]:
+    """The weight, and the one at the end of a schedule, of each regularizer."""
+    return [(penalty.weight, penalty.final_weight) for penalty in _penalties(trainer)]
+
+
+def give_weights(trainer: Trainer, weights: Weights) -> None:
+    """Set what :func:`weights_of` gave."""
+    for penalty, (weight, final) in zip(_penalties(trainer), weights, strict=False):
+        penalty.weight, penalty.final_weight = weight, final
+
+
+def _rewound(trainer: Trainer) -> list[Remembering]:
+    """The callbacks whose memory is part of the training; monitors remember what was, whatever is put back."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, Remembering) and not callback.watches]
+
+
+class ScaleLearningRate:
+    """A remedy: multiplies learning rates, those that schedulers start from included.
+
+    Args:
+        factor: above 0.
+        player: ``"d"`` or ``"g"``; None: both.
+
+    Raises:
+        ValueError: if an argument has a bad value.
+
+    Example:
+        >>> ScaleLearningRate(0.5, player="d").factor
+        0.5
+    """
+
+    def __init__(self, factor: float = 0.5, player: Player | None = None) -> None:
+        check_number("factor", factor, positive=True)
+        if player not in ("d", "g", None):
+            raise ValueError(f"`player` must be 'd', 'g' or None, got {player!r}.")
+        self.factor = factor
+        self.player = player
+
+    def __call__(self, trainer: Trainer, module: GANModule) -> None:
+        """Multiply the rates."""
+        chosen = [o for o, player in zip(trainer.optimizers, ("d", "g"), strict=True) if self.player in (player, None)]
+        for optimizer in chosen:
+            for group in optimizer.param_groups:
+                group["lr"] *= self.factor
+        for config in trainer.lr_scheduler_configs:
+            if config.scheduler.optimizer in chosen:
+                config.scheduler.base_lrs = [rate * self.factor for rate in config.scheduler.base_lrs]
+
+
+class ScalePenalty:
+    """A remedy: multiplies the weight of every regularizer in the run.
+
+    Args:
+        factor: above 0.
+
+    Raises:
+        ValueError: if ``factor`` has a bad value.
+
+    Example:
+        >>> ScalePenalty(10.0).factor
+        10.0
+    """
+
+    def __init__(self, factor: float = 10.0) -> None:
+        check_number("factor", factor, positive=True)
+        self.factor = factor
+
+    def __call__(self, trainer: Trainer, module: GANModule) -> None:
+        """Multiply the weights."""
+        penalties = _penalties(trainer)
+        if not penalties:
+            raise MisconfigurationException("ScalePenalty makes penalties stronger, but there is none: add R1Penalty.")
+        for penalty in penalties:
+            penalty.weight *= self.factor
+            if penalty.final_weight is not None:
+                penalty.final_weight *= self.factor
+
+
+def _penalties(trainer: Trainer) -> list[Regularizer]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, Regularizer)]  # type: ignore[attr-defined]

@@ -1,0 +1,186 @@
+"""What metrics are made of: distances of all pairs, exact and in bounded memory, and spectra; plain torch."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**22  # values in the largest intermediate: 32 MB of float64
+NARROW = 32  # up to this width, differences are as quick as a matrix product
+SPARE = 8  # neighbours looked at besides the k nearest
+
+
+def checked(k: int = 0, **features: Tensor) -> list[Tensor]:
+    """The features, or an error that says what is wrong with which of them.
+
+    Args:
+        k: each needs more than k samples, and two.
+        features: (n, d) each.
+
+    Raises:
+        ValueError: if they are not floating point (n, d), have different widths, too few samples or values that are not
+            finite.
+
+    Example:
+        >>> checked(fake=torch.zeros(1, 2))
+        Traceback (most recent call last):
+        ValueError: `fake` must have at least two samples, got 1.
+    """
+    for name, tensor in features.items():
+        if not tensor.is_floating_point() or tensor.dim() != 2:
+            what = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise ValueError(f"`{name}` must be floating-point features of shape (n, d), got {what}.")
+        if len(tensor) < 2:
+            raise ValueError(f"`{name}` must have at least two samples, got {len(tensor)}.")
+        if len(tensor) <= k:
+            raise ValueError(f"`{name}` must have more than k = {k} samples, got {len(tensor)}.")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"`{name}` has features that are not finite (NaN or infinite).")
+    widths = {name: tensor.shape[1] for name, tensor in features.items()}
+    if len(set(widths.values())) > 1:
+        text = " and ".join(f"`{name}` has {width}" for name, width in widths.items())
+        raise ValueError(f"Features must have the same width, but {text}.")
+    return [tensor.detach() for tensor in features.values()]
+
+
+def rows_at_once(width: int) -> int:
+    """How many rows of so many values make a chunk."""
+    return max(1, CHUNK // max(1, width))
+
+
+class Pairs:
+    """Euclidean distances between the rows of a and of b, chunk by chunk of a.
+
+    Wide features are sorted out by a matrix product, whose rounding is known; pairs that this leaves in doubt are
+    decided by their differences in float64, so that the same pair has the same distance everywhere.
+
+    Args:
+        a: (n, d).
+        b: (m, d).
+    """
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        self.a, self.b = a.double(), b.double()
+        self.narrow = a.shape[1] <= NARROW
+        precise = torch.float64 in (a.dtype, b.dtype)
+        center = self.b.mean(0)  # products of centred features lose least
+        self.low_a, self.low_b = (
+            (x - center).to(torch.float64 if precise else torch.float32) for x in (self.a, self.b)
+        )
+        self.norm_a, self.norm_b = (x.square().sum(1) for x in (self.low_a, self.low_b))
+        # rounding of a product of d terms, relative to the sum of both squared norms
+        self.rounding = (4 + math.sqrt(a.shape[1])) * torch.finfo(self.low_a.dtype).eps
+
+    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the first row of each chunk, and its squared distances, (rows, m), up to rounding."""
+        size = rows_at_once(len(self.b))
+        for start in range(0, len(self.a), size):
+            stop = start + size
+            if self.narrow:
+                mode = "donot_use_mm_for_euclid_dist"
+                yield start, torch.cdist(self.a[start:stop], self.b, compute_mode=mode)
+            else:
+                products = torch.addmm(self.norm_b, self.low_a[start:stop], self.low_b.T, alpha=-2)
+                yield start, products.add_(self.norm_a[start:stop, None])
+
+    def exact(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """The distance of each pair of a row of a and a row of b."""
+        size = rows_at_once(self.a.shape[1])
+        parts = zip(rows.split(size), columns.split(size), strict=True)  # type: ignore[no-untyped-call]
+        return torch.cat([(self.a[i] - self.b[j]).square().sum(1).sqrt() for i, j in parts])
+
+    def within(self, start: int, low: Tensor, radii: Tensor, strict: bool = False) -> Tensor:
+        """Which pairs of a chunk are at most (or less than) a radius apart, as a boolean tensor like ``low``.
+
+        Args:
+            start: the first row of the chunk.
+            low: what :meth:`chunks` gave.
+            radii: one per column (m,), or per row (rows, 1).
+            strict: less than, not at most.
+        """
+        if self.narrow:
+            return low < radii if strict else low <= radii
+        gap = low - radii.square()
+        doubt = self.rounding * (self.norm_a[start : start + len(low), None] + self.norm_b)
+        inside = gap < -doubt
+        rows, columns = (gap.abs() <= doubt).nonzero(as_tuple=True)
+        if len(rows):
+            distance, radius = self.exact(rows + start, columns), radii.expand_as(low)[rows, columns]
+            inside[rows, columns] = distance < radius if strict else distance <= radius
+        return inside
+
+    def radii(self, k: int) -> Tensor:
+        """The distance (n,) of each row of a to its k-th nearest in b = a, itself not counted."""
+        return torch.cat([self._radii(start, low, k) for start, low in self.chunks()])
+
+    def _radii(self, start: int, low: Tensor, k: int) -> Tensor:
+        if self.narrow:
+            return low.kthvalue(k + 1, dim=1).values
+        count = min(k + 1 + SPARE, low.shape[1])
+        near = low.topk(count, dim=1, largest=False)
+        rows = torch.arange(len(low), device=low.device)
+        distances = self.exact((rows + start).repeat_interleave(count), near.indices.flatten()).reshape(-1, count)
+        radii = distances.kthvalue(k + 1, dim=1).values
+        # a row of which further neighbours may be as near, for all that the product says
+        doubt = self.rounding * (self.norm_a[start : start + len(low)] + self.norm_b.max())
+        for row in (near.values[:, -1] <= near.values[:, k] + 2 * doubt).nonzero().flatten().tolist():
+            if count < low.shape[1]:
+                columns = torch.arange(low.shape[1], device=low.device)
+                radii[row] = self.exact(columns.new_full(columns.shape, row + start), columns).kthvalue(k + 1).values
+        return radii
+
+
+def centred(features: Tensor) -> Tensor:
+    """X with XᵀX the unbiased covariance, in float64."""
+    features = features.double()
+    return (features - features.mean(0)) / math.sqrt(len(features) - 1)
+
+
+def gram(x: Tensor) -> Tensor:
+    """XᵀX."""
+    return x.T @ x
+
+
+def factor(x: Tensor) -> Tensor:
+    """R with RᵀR = XᵀX, of as few rows as may be."""
+    return x if len(x) <= x.shape[1] else torch.linalg.qr(x, mode="r").R
+
+
+def root(covariance: Tensor) -> Tensor:
+    """R with RᵀR a covariance, which may be singular."""
+    values, vectors = torch.linalg.eigh(covariance)
+    rows: Tensor = values.clamp(min=0).sqrt()[:, None] * vectors.T
+    return rows
+
+
+def frechet(
+    total: Tensor, covariances: tuple[Tensor, Tensor] | None, factors: Callable[[], tuple[Tensor, Tensor]]
+) -> float:
+    """total − 2 tr (C₁C₂)^½: eigenvalues of LᵀC₂L with C₁ = LLᵀ if they are well apart from 0, else singular values.
+
+    The root of an eigenvalue has half of its digits; singular values of R₁R₂ᵀ, which are these roots, have all.
+    """
+    if covariances is not None:
+        lower, info = torch.linalg.cholesky_ex(covariances[0])
+        if not info:
+            values = torch.linalg.eigvalsh(lower.T @ covariances[1] @ lower)
+            if values[0] > 1e-9 * values[-1]:
+                return max(0.0, float(total - 2 * values.sqrt().sum()))
+    first, second = factors()
+    return max(0.0, float(total - 2 * torch.linalg.svdvals(first @ second.T).sum()))
+
+
+def mmd(x: Tensor, y: Tensor) -> float:
+    """The unbiased MMD² of the cubic kernel."""
+    n, m = len(x), len(y)
+    within = _kernel_sum(x, x, True) / (n * (n - 1)) + _kernel_sum(y, y, True) / (m * (m - 1))
+    return within - 2 * _kernel_sum(x, y) / (n * m)
+
+
+def _kernel_sum(x: Tensor, y: Tensor, skip_diagonal: bool = False) -> float:
+    total, size = 0.0, rows_at_once(len(y))
+    for start in range(0, len(x), size):
+        kernel = (x[start : start + size] @ y.T / x.shape[1] + 1) ** 3
+        total += (kernel.sum() - (kernel.diagonal(start).sum() if skip_diagonal else 0)).item()
+    return total

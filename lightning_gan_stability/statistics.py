@@ -1,0 +1,172 @@
+"""Statistics of features that arrive in batches, as torchmetrics: their states are reduced over ranks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from lightning_gan_stability.batches import check_integer
+from lightning_gan_stability.features import checked
+from lightning_gan_stability.metrics import (
+    density_coverage,
+    frechet_from_moments,
+    kernel_distance,
+    precision_recall,
+)
+
+
+class FrechetDistance(Metric):
+    """:func:`frechet_distance` of features that arrive in batches; keeps their moments alone, in float64.
+
+    Args:
+        num_features: d.
+
+    Example:
+        >>> statistic = FrechetDistance(1)
+        >>> statistic.update(torch.tensor([[0.0], [2.0]]), real=True)
+        >>> statistic.update(torch.tensor([[3.0], [5.0]]), real=False)
+        >>> statistic.compute()
+        tensor(9., dtype=torch.float64)
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    real: Tensor
+    fake: Tensor
+
+    def __init__(self, num_features: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        size = check_integer("num_features", num_features) + 1
+        for side in ("real", "fake"):
+            self.add_state(side, torch.zeros(size, size, dtype=torch.float64), dist_reduce_fx=_merged)
+
+    def update(self, features: Tensor, real: bool) -> None:
+        """Add features (n, d), real or fake."""
+        (features,) = checked(features=features) if len(features) > 1 else (features,)
+        side = "real" if real else "fake"
+        setattr(self, side, _merged(torch.stack([getattr(self, side), _moments(features)])))
+
+    def compute(self) -> Tensor:
+        """The distance, float64."""
+        for name, side in (("real", self.real), ("fake", self.fake)):
+            if side[0, 0] < 2:
+                raise ValueError(f"`{name}` must have at least two samples, got {int(side[0, 0])}.")
+        moments = [(side[0, 1:], side[1:, 1:] / (side[0, 0] - 1)) for side in (self.real, self.fake)]
+        return self.real.new_tensor(frechet_from_moments(*moments[0], *moments[1]))
+
+
+def _moments(features: Tensor) -> Tensor:
+    """Number, mean and sum of squared deviations, as one (d + 1, d + 1) matrix."""
+    features = features.double()
+    moments = features.new_zeros(features.shape[1] + 1, features.shape[1] + 1)
+    moments[0, 0], moments[0, 1:] = len(features), features.mean(0)
+    deviations = features - moments[0, 1:]
+    moments[1:, 1:] = deviations.T @ deviations
+    return moments
+
+
+def _merged(parts: Tensor) -> Tensor:
+    """The moments of all samples from those of parts; deviations from means, which large means do not swamp."""
+    n = parts[:, 0, 0]
+    merged = parts.sum(0)
+    if n.sum() == 0:
+        return merged
+    means = parts[:, 0, 1:]
+    merged[0, 1:] = mean = (n[:, None] * means).sum(0) / n.sum()
+    apart = (means - mean) * n.sqrt()[:, None]
+    merged[1:, 1:] += apart.T @ apart
+    return merged
+
+
+class _Kept(Metric):
+    """Keeps all features."""
+
+    is_differentiable = False
+    full_state_update = False
+    real: list[Tensor]
+    fake: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for side in ("real", "fake"):
+            self.add_state(side, [], dist_reduce_fx="cat")
+
+    def update(self, features: Tensor, real: bool) -> None:
+        """Add features (n, d), real or fake."""
+        (self.real if real else self.fake).append(features.detach())
+
+    def _both(self) -> tuple[Tensor, Tensor]:
+        empty = [side for side in ("real", "fake") if not len(getattr(self, side))]
+        if empty:
+            raise ValueError(f"`{empty[0]}` must have at least two samples, got 0.")
+        return dim_zero_cat(self.real), dim_zero_cat(self.fake)
+
+
+class KernelDistance(_Kept):
+    """:func:`~lightning_gan_stability.metrics.kernel_distance` of all features that have arrived.
+
+    Example:
+        >>> statistic = KernelDistance()
+        >>> statistic.update(torch.zeros(2, 1), real=True)
+        >>> statistic.update(torch.ones(2, 1), real=False)
+        >>> statistic.compute()
+        tensor(7., dtype=torch.float64)
+    """
+
+    higher_is_better = False
+
+    def compute(self) -> Tensor:
+        """The distance, float64."""
+        return torch.tensor(kernel_distance(*self._both()), dtype=torch.float64)
+
+
+class PrecisionRecall(_Kept):
+    """:func:`~lightning_gan_stability.metrics.precision_recall` of all features that have arrived.
+
+    Args:
+        k: the neighbour that makes the radius.
+
+    Example:
+        >>> statistic = PrecisionRecall(k=1)
+        >>> statistic.update(torch.tensor([[0.0], [1.0], [2.0]]), real=True)
+        >>> statistic.update(torch.tensor([[1.5], [3.5], [9.0]]), real=False)
+        >>> statistic.compute()["recall"]
+        tensor(1., dtype=torch.float64)
+    """
+
+    higher_is_better = True
+
+    def __init__(self, k: int = 3, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.k = check_integer("k", k)
+
+    def compute(self) -> dict[str, Tensor]:
+        """``precision`` and ``recall``, float64."""
+        values = precision_recall(*self._both(), k=self.k)._asdict()
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+
+
+class DensityCoverage(PrecisionRecall):
+    """:func:`~lightning_gan_stability.metrics.density_coverage` of all features that have arrived.
+
+    Args:
+        k: the neighbour that makes the radius.
+
+    Example:
+        >>> statistic = DensityCoverage(k=1)
+        >>> statistic.update(torch.tensor([[0.0], [1.0], [3.0]]), real=True)
+        >>> statistic.update(torch.tensor([[0.5], [9.0]]), real=False)
+        >>> statistic.compute()["density"]
+        tensor(1., dtype=torch.float64)
+    """
+
+    def __init__(self, k: int = 5, **kwargs: Any) -> None:
+        super().__init__(k, **kwargs)
+
+    def compute(self) -> dict[str, Tensor]:
+        """``density`` and ``coverage``, float64."""
+        values = density_coverage(*self._both(), k=self.k)._asdict()
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}

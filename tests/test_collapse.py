@@ -1,0 +1,408 @@
+"""CollapseDetector: what it says of measurements, what it does then, and that going back goes back."""
+
+import math
+import re
+import warnings
+from contextlib import contextmanager
+from copy import deepcopy
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from torch import nn
+from torch.utils.data import DataLoader
+from toys import sgd, small, trainer, weights
+
+from lightning_gan_stability import (
+    MLP,
+    CollapseDetector,
+    GANModule,
+    GeneratorEMA,
+    Lookahead,
+    QualityMonitor,
+    R1Penalty,
+    Ring,
+    ScaleLearningRate,
+    ScalePenalty,
+    UpdateRatio,
+)
+from lightning_gan_stability.callbacks import collapse
+from lightning_gan_stability.callbacks.collapse import is_bad, is_progress, name_trouble
+from lightning_gan_stability.callbacks.rollback import put_back, take
+
+GOOD = {"fid": 1.0, "missing": 0.0, "imbalance": 0.05, "moved": 0.05, "diversity": 1.0, "coverage": 0.9, "recall": 0.9}
+NULL = {"coverage": 0.97, "recall": 0.97}
+LOST = GOOD | {"missing": 0.875, "imbalance": 0.875, "diversity": 0.05, "coverage": 0.1, "recall": 0.1, "fid": 9.0}
+
+
+def ring(**kwargs):
+    return Ring(batch_size=32, epoch_length=6, val_samples=120, **kwargs)
+
+
+def monitored(values):
+    """A monitor whose measurements are given, one per step from the untrained generator on; the last one is repeated.
+
+    The first that is judged is that of step 1, and always progress.
+    """
+    monitor = QualityMonitor(n_samples=50, every=1)
+    rest = iter(values)
+    last = [GOOD]
+
+    def measure(trainer, module):
+        last[0] = next(rest, last[0])
+        monitor.values, monitor.null, monitor._at = dict(last[0]), NULL, trainer.global_step
+
+    monitor._measure = measure
+    return monitor
+
+
+def run(values, detector, *callbacks, module=None, steps=None, **kwargs):
+    module = small() if module is None else module
+    options = {"max_steps": steps or len(values) - 1, "max_epochs": -1, "limit_val_batches": 0} | kwargs
+    fit = trainer(callbacks=[*callbacks, monitored(values), detector], **options)
+    fit.fit(module, ring())
+    return module, fit
+
+
+def said(values, **kwargs):
+    detector = CollapseDetector(**kwargs)
+    with _ignoring():
+        run(values, detector)
+    return [(event["step"], event["verdict"]) for event in detector.events]
+
+
+@contextmanager
+def _ignoring():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+# ---------- one measurement
+
+
+@pytest.mark.parametrize(
+    ("change", "bad"),
+    [
+        ({}, False),
+        ({"missing": 0.125}, True),
+        ({"missing": 0.02}, False),
+        ({"diversity": 0.05}, True),
+        ({"coverage": 0.01}, True),
+        ({"coverage": 0.3, "recall": 0.3}, True),
+        ({"coverage": 0.3}, False),  # of low quality, but spread as widely as before
+        ({"fid": math.nan}, True),
+        ({"reverse_kl": math.inf}, False),
+    ],
+)
+def test_bad_measurements(change, bad):
+    assert is_bad(GOOD | change, GOOD, NULL) is bad
+
+
+@pytest.mark.parametrize(
+    ("change", "progress"),
+    [
+        ({}, False),
+        ({"fid": 0.85}, True),
+        ({"fid": 0.95}, False),
+        ({"coverage": 0.96}, True),
+        ({"recall": 0.94}, False),
+        ({"fid": math.nan, "coverage": 0.99}, False),
+    ],
+)
+def test_progress(change, progress):
+    assert is_progress(GOOD | change, GOOD) is progress
+    assert is_progress(GOOD, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        ({}, "collapse"),
+        ({"moved": 0.9}, "mode hopping"),
+        ({"imbalance": 0.2, "missing": 0.125, "diversity": 0.9, "coverage": 0.8}, "partial collapse"),
+        ({"imbalance": 0.2, "missing": 0.1, "diversity": 0.1}, "collapse"),
+        ({"imbalance": 0.2, "missing": 0.1, "diversity": 3.0, "coverage": 0.0}, "divergence"),
+        ({"fid": math.nan}, "divergence"),
+    ],
+)
+def test_names(change, verdict):
+    assert name_trouble([LOST | change] * 3) == verdict
+
+
+# ---------- measurements in a row
+
+
+def test_three_bad_ones_in_a_row_are_a_collapse():
+    assert said([GOOD, GOOD, LOST, LOST, GOOD, LOST, LOST, LOST, LOST]) == [(7, "collapse")]
+
+
+def test_a_young_generator_that_gets_better_is_none():
+    young = [LOST | {"fid": 10.0 * 0.8**i} for i in range(12)]
+    assert said([*young, GOOD]) == []
+
+
+def test_the_same_trouble_is_said_again_after_it_was_gone():
+    assert said([GOOD, GOOD, LOST, LOST, LOST, LOST, GOOD, LOST, LOST, LOST]) == [(4, "collapse"), (9, "collapse")]
+
+
+def test_what_is_not_finite_is_a_divergence_at_once():
+    assert said([GOOD, GOOD | {"fid": math.nan}, GOOD]) == [(1, "divergence")]
+
+
+def test_evidence_and_events(tmp_path):
+    detector, logger = CollapseDetector(patience=2), CSVLogger(tmp_path)
+    with pytest.warns(UserWarning, match=r"collapse at step 3: .*missing 0.875.* Action: warn. Add Unrolling"):
+        run([GOOD, GOOD, LOST, LOST], detector, logger=logger)
+    (event,) = detector.events
+    assert set(event) == {"step", "verdict", "action", "evidence"}
+    assert event["evidence"]["missing"] == 0.875
+    assert event["evidence"]["best_coverage"] == 0.9
+    text = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
+    assert "health/collapse" in text
+    assert "collapse/missing" in text
+
+
+def test_the_order_of_monitor_and_detector_does_not_matter():
+    seen = []
+    for turn in (1, -1):
+        callbacks = [QualityMonitor(n_samples=60, every=2), CollapseDetector(patience=1)][::turn]
+        with _ignoring():
+            fit = trainer(callbacks=callbacks, max_steps=4, max_epochs=-1, limit_val_batches=0)
+            fit.fit(small(), ring())
+        detector = next(c for c in callbacks if isinstance(c, CollapseDetector))
+        seen.append([(e["step"], e["verdict"]) for e in detector.events])
+    assert seen[0] == seen[1]
+
+
+# ---------- actions
+
+
+def test_stop():
+    with _ignoring():
+        _, fit = run([GOOD, GOOD, LOST, LOST, LOST], CollapseDetector("stop"), steps=50)
+    assert fit.global_step == 4
+
+
+def test_a_function_gets_the_event():
+    got = []
+
+    def act(trainer, module, event):
+        got.append((trainer.global_step, module.iteration, event["verdict"], event["action"]))
+
+    with _ignoring():
+        run([GOOD, GOOD, LOST, LOST, LOST], CollapseDetector(act))
+    assert got == [(4, 4, "collapse", "act")]
+
+
+def test_alerts_go_to_weights_and_biases(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    alerts = []
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    monkeypatch.setattr(logger.experiment, "alert", lambda *arguments: alerts.append(arguments))
+    with _ignoring():
+        run([GOOD, GOOD, LOST, LOST, LOST], CollapseDetector("alert", alert_every=60), logger=logger)
+    logger.experiment.finish()
+    ((title, text, level, wait),) = alerts
+    assert (title, level, wait) == ("collapse", "WARN", 60)
+    assert "missing 0.875" in text
+
+
+# ---------- going back
+
+
+class Record(Callback):
+    """Weights, learning rates and counters at the end of each step, before anybody goes back."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.seen[trainer.global_step] = state(trainer, module)
+
+
+def state(trainer, module):
+    optimizers = [[v["exp_avg"].sum().item() for v in o.state_dict()["state"].values()] for o in trainer.optimizers]
+    rates = [o.param_groups[0]["lr"] for o in trainer.optimizers]
+    average = [] if module.generator_ema is None else weights(module.generator_ema).tolist()
+    return weights(module).tolist(), average, optimizers, rates, module.iteration, dict(module._steps)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_rollback_restores_all_that_training_moves(folder, tmp_path):
+    torch.manual_seed(0)
+    decay = lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)  # noqa: E731
+    module = GANModule(MLP([4, 16, 2]), MLP([2, 16, 1]), 4, g_scheduler=decay, d_scheduler=decay)
+    others = [GeneratorEMA(decay=0.9), Lookahead(k=3), UpdateRatio(2, 1)]
+    record, detector = Record(), CollapseDetector("rollback", folder=tmp_path if folder else None)
+    memory = {}
+
+    class Memory(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            memory[trainer.global_step] = deepcopy([callback.state_dict() for callback in others])
+
+    last = {}
+
+    class Last(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            last["state"] = state(trainer, module)
+            last["memory"] = deepcopy([callback.state_dict() for callback in others])
+
+    with _ignoring():
+        fit = trainer(
+            callbacks=[*others, Memory(), record, monitored([GOOD, GOOD, GOOD, LOST, LOST, LOST]), detector, Last()],
+            max_steps=5,
+            max_epochs=-1,
+            limit_val_batches=0,
+        )
+        fit.fit(module, ring())
+    assert last["state"] == record.seen[2] != record.seen[5]
+    assert str(last["memory"]) == str(memory[2]) != str(memory[5])
+    assert fit.global_step == 5
+    assert module.iteration == 2
+    assert (tmp_path / "healthy-0.pt").exists() is folder
+
+
+def test_without_a_healthy_measurement_it_goes_back_to_the_start():
+    module = small()
+    start = weights(module)
+    with _ignoring():
+        run([LOST] * 5, CollapseDetector("rollback"), module=module)
+    assert torch.equal(weights(module), start)
+    assert module.iteration == 0
+
+
+def test_going_back_is_as_if_it_had_not_happened():
+    """With the same data and no remedy, the steps after a rollback are the steps after the snapshot."""
+    module, batch = small(), torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+    record = Record()
+    detector = CollapseDetector("rollback", max_rollbacks=1)
+    with _ignoring():
+        fit = trainer(
+            callbacks=[monitored([GOOD, GOOD, LOST, LOST, LOST, GOOD]), record, detector], max_steps=7, max_epochs=-1
+        )
+        fit.fit(module, DataLoader([batch] * 20, batch_size=None))
+    assert record.seen[5] == record.seen[2]
+    assert record.seen[7] == record.seen[4]
+
+
+def test_rollbacks_have_a_cap():
+    detector = CollapseDetector("rollback", patience=1, max_rollbacks=2)
+    with _ignoring():
+        run([LOST] * 10, detector)
+    assert [event["action"] for event in detector.events][:3] == ["rollback", "rollback", "warn"]
+
+
+def test_remedies_add_up():
+    torch.manual_seed(0)
+    constant = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1000)  # noqa: E731
+    rates = {"g_optimizer": sgd(1.0), "d_optimizer": sgd(1.0), "g_scheduler": constant}
+    module = GANModule(MLP([4, 8, 2]), MLP([2, 8, 1]), 4, **rates)
+    penalty = R1Penalty(0.1)
+
+    remedy = [ScaleLearningRate(0.5, player="g"), ScalePenalty(10)]
+    detector = CollapseDetector("rollback", patience=1, remedy=remedy)
+    with _ignoring():
+        _, fit = run([LOST] * 7, detector, penalty, module=module)
+    assert [o.param_groups[0]["lr"] for o in fit.optimizers] == [1.0, 0.125]
+    assert fit.lr_scheduler_configs[0].scheduler.base_lrs == [0.125]
+    assert penalty.weight == pytest.approx(1000 * R1Penalty(0.1).weight)
+
+
+class Overflows(nn.Module):
+    """A generator whose samples are NaN in one step of training."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.net, self.at, self.calls = MLP([4, 8, 2]), at, 0
+
+    def forward(self, latents):
+        self.calls += self.training
+        return self.net(latents) * (math.nan if self.training and self.calls == self.at else 1.0)
+
+
+def test_a_loss_that_is_not_finite_is_rolled_back():
+    torch.manual_seed(0)
+    module = GANModule(Overflows(at=7), MLP([2, 8, 1]), 4)
+    record, detector = Record(), CollapseDetector("rollback")
+    with pytest.warns(UserWarning, match="divergence at step"):
+        run([GOOD], detector, record, module=module, steps=8)
+    assert [event["verdict"] for event in detector.events] == ["divergence"]
+    assert record.seen[8][4] == 7  # one step was lost
+    assert all(math.isfinite(x) for x in weights(module).tolist())
+    torch.manual_seed(0)
+    with pytest.raises(FloatingPointError, match="Not finite"):
+        run([GOOD], CollapseDetector("stop"), module=GANModule(Overflows(at=7), MLP([2, 8, 1]), 4), steps=8)
+
+
+def test_take_and_put_back_share_no_memory():
+    module = small()
+    kept = {}
+
+    class Take(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if trainer.global_step == 2:
+                kept["state"], kept["then"] = take(trainer, module), state(trainer, module)
+            if trainer.global_step in (4, 6):
+                put_back(trainer, module, kept["state"])
+                assert state(trainer, module) == kept["then"]
+
+    fit = trainer(callbacks=[Take()], max_steps=6, max_epochs=-1, limit_val_batches=0)
+    fit.fit(module, ring())
+
+
+# ---------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"action": "panic"}, "`action` must be one of warn, alert, stop, rollback, or a function, got 'panic'"),
+        ({"patience": 0}, "`patience` must be a positive integer, got 0"),
+        ({"max_rollbacks": -1}, "`max_rollbacks` must be a positive integer"),
+        ({"alert_every": 0}, "`alert_every` must be a positive integer"),
+        (
+            {"action": "rollback", "remedy": 0.5},
+            "`remedy` must be one or several functions of .*, got 0.5",
+        ),
+        ({"remedy": ScalePenalty()}, "`remedy` and `folder` belong to action='rollback', got action='warn'"),
+        ({"action": "stop", "folder": "x"}, "`remedy` and `folder` belong to action='rollback'"),
+    ],
+)
+def test_bad_arguments(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        CollapseDetector(**arguments)
+
+
+@pytest.mark.parametrize("kind", [ScaleLearningRate, ScalePenalty])
+def test_bad_factors(kind):
+    with pytest.raises(ValueError, match="`factor` must be a positive finite number, got 0"):
+        kind(0)
+
+
+def test_a_bad_player():
+    with pytest.raises(ValueError, match="`player` must be 'd', 'g' or None, got 'e'"):
+        ScaleLearningRate(player="e")
+
+
+def test_a_detector_needs_a_monitor():
+    fit = trainer(callbacks=[CollapseDetector()], max_steps=1)
+    with pytest.raises(MisconfigurationException, match="what a QualityMonitor measures, but the run has none"):
+        fit.fit(small(), ring())
+
+
+def test_an_alert_needs_somebody_to_alert():
+    with pytest.raises(MisconfigurationException, match=re.escape("action='alert') alerts by Weights & Biases, but")):
+        run([GOOD, GOOD], CollapseDetector("alert"))
+
+
+def test_stronger_penalties_need_penalties():
+    detector = CollapseDetector("rollback", patience=1, remedy=ScalePenalty())
+    with _ignoring(), pytest.raises(MisconfigurationException, match="ScalePenalty makes penalties stronger, but"):
+        run([GOOD, GOOD, LOST, LOST], detector)
+
+
+def test_every_verdict_has_advice():
+    assert set(collapse.ADVICE) == {"collapse", "partial collapse", "mode hopping", "divergence"}
