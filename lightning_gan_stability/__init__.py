@@ -13,6 +13,7 @@ from lightning_gan_stability.callbacks import (
     Extragradient,
     GeneratorEMA,
     GradientPenalty,
+    HealthMonitor,
     LeCam,
     LogitDrift,
     Lookahead,
@@ -31,7 +32,7 @@ from lightning_gan_stability.callbacks import (
     UpdateRule,
     WeightClipping,
 )
-from lightning_gan_stability.callbacks.rollback import ScaleLearningRate, ScalePenalty
+from lightning_gan_stability.callbacks.rollback import Remedy, ScaleLearningRate, ScalePenalty
 from lightning_gan_stability.data import Digits, Grid, Images, Ring
 from lightning_gan_stability.doors import Play
 from lightning_gan_stability.extractors import DigitClassifier, Inception
@@ -85,6 +86,7 @@ __all__ = [
     "GeneratorEMA",
     "GradientPenalty",
     "Grid",
+    "HealthMonitor",
     "Hinge",
     "Images",
     "Inception",
@@ -108,6 +110,7 @@ __all__ = [
     "Regularizer",
     "Relativistic",
     "RelativisticAverage",
+    "Remedy",
     "ResNetDiscriminator",
     "ResNetGenerator",
     "Ring",

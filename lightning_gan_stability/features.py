@@ -122,12 +122,13 @@ class Pairs:
         rows = torch.arange(len(low), device=low.device)
         distances = self.exact((rows + start).repeat_interleave(count), near.indices.flatten()).reshape(-1, count)
         radii = distances.kthvalue(k + 1, dim=1).values
-        # a row of which further neighbours may be as near, for all that the product says
+        # rows of which further neighbours may be as near, for all that the product says: duplicates, above all
         doubt = self.rounding * (self.norm_a[start : start + len(low)] + self.norm_b.max())
-        for row in (near.values[:, -1] <= near.values[:, k] + 2 * doubt).nonzero().flatten().tolist():
-            if count < low.shape[1]:
-                columns = torch.arange(low.shape[1], device=low.device)
-                radii[row] = self.exact(columns.new_full(columns.shape, row + start), columns).kthvalue(k + 1).values
+        doubtful = (near.values[:, -1] <= near.values[:, k] + 2 * doubt).nonzero().flatten()
+        if count < low.shape[1]:
+            for part in doubtful.split(rows_at_once(self.b.numel())):  # type: ignore[no-untyped-call]
+                whole = (self.a[part + start, None] - self.b).square().sum(2).sqrt()
+                radii[part] = whole.kthvalue(k + 1, dim=1).values
         return radii
 
 

@@ -305,6 +305,7 @@ DRAGANPenalty: {}
 Extragradient: {}
 GeneratorEMA: {half_life: 100, ramp_up: 0.05}
 GradientPenalty: {target: 0, weight: 1}
+HealthMonitor: {every: 2, patience: 2, held_out: true}
 LeCam: {start: 1}
 LogitDrift: {weight: 0.001}
 Lookahead: {k: 2, alpha: 0.5}
@@ -330,7 +331,7 @@ TOGETHER = [[name for name in ARGUMENTS if name not in (*RULES, "AdaptiveUpdateR
 
 
 @pytest.mark.parametrize("names", [*TOGETHER, *([rule] for rule in RULES)], ids=lambda names: names[0])
-def test_every_callback_by_its_short_name(names, write, printed):
+def test_every_callback_by_its_short_name(names, write, printed, capsys):
     model = MODEL
     if names == ["CompetitiveGradientDescent"]:
         sgd = {"class_path": "SGD", "init_args": {"lr": 0.1}}
@@ -339,6 +340,7 @@ def test_every_callback_by_its_short_name(names, write, printed):
     config = write(model, callbacks=entries)
     main(["fit", "--config", config])
     assert Path(CHECKPOINT).exists()
+    capsys.readouterr()  # HealthMonitor's table
     text = printed("fit", "--config", config)
     assert all(f"lightning_gan_stability.{name}" in text for name in names)
     Path("printed.yaml").write_text(text)

@@ -144,6 +144,13 @@ def test_a_young_generator_that_gets_better_is_none():
     assert said([*young, GOOD]) == []
 
 
+def test_nothing_makes_up_for_a_mode_that_was_held():
+    better = [GOOD | {"missing": 0.1, "fid": 0.8**i, "coverage": 0.9} for i in range(1, 5)]
+    assert said([GOOD, GOOD, *better]) == [(4, "partial collapse")]
+    young = [LOST | {"missing": missing, "fid": 0.8**i} for i, missing in enumerate((0.0, 0.9, 0.9, 0.9, 0.9))]
+    assert said([GOOD, *[values | {"coverage": 0.02} for values in young]]) == []  # its samples were nowhere
+
+
 def test_the_same_trouble_is_said_again_after_it_was_gone():
     assert said([GOOD, GOOD, LOST, LOST, LOST, LOST, GOOD, LOST, LOST, LOST]) == [(4, "collapse"), (9, "collapse")]
 

@@ -30,6 +30,7 @@ from lightning_gan_stability import (
     GANModule,
     GeneratorEMA,
     GradientPenalty,
+    HealthMonitor,
     Hinge,
     LeastSquares,
     LeCam,
@@ -200,6 +201,7 @@ OTHERS = {
     "AdaptiveUpdateRatio": lambda: [AdaptiveUpdateRatio()],
     "WeightClipping": lambda: [WeightClipping()],
     "SampleGrid": lambda: [SampleGrid()],
+    "HealthMonitor": lambda: [HealthMonitor()],
     "QualityMonitor": lambda: [QualityMonitor(n_samples=50, every=1)],
     "CollapseDetector": lambda: [CollapseDetector("rollback"), QualityMonitor(n_samples=50, every=2)],
 }

@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import DataLoader, TensorDataset
 from toys import fit, points, small, trainer, weights
 
 from lightning_gan_stability import (
@@ -26,6 +27,7 @@ from lightning_gan_stability import (
     ApproximateR2Penalty,
     AutoEncoder,
     BoundaryEquilibrium,
+    CollapseDetector,
     CompetitiveGradientDescent,
     ConsensusOptimization,
     ConsistencyPenalty,
@@ -43,6 +45,7 @@ from lightning_gan_stability import (
     OrthogonalPenalty,
     Packed,
     PathLengthPenalty,
+    QualityMonitor,
     R1Penalty,
     R2Penalty,
     Regularizer,
@@ -287,6 +290,25 @@ def noise(rank, **kwargs):
     }
 
 
+class First(Callback):
+    """Keeps the measurement of the untrained generator."""
+
+    def on_train_start(self, trainer, module):
+        monitor = next(c for c in trainer.callbacks if isinstance(c, QualityMonitor))
+        self.values, self.null, self.shares = dict(monitor.values), dict(monitor.null), list(monitor._shares)
+
+
+def quality(rank=None, **kwargs):
+    """Measurements of the same data set, of which each process sees a share; 101 samples, which 2 does not divide."""
+    first, detector = First(), CollapseDetector("rollback", patience=1, max_rollbacks=1)
+    real = torch.randn(150, 2, generator=torch.Generator().manual_seed(0))
+    module = small()
+    options = {"max_steps": 6, "max_epochs": -1} | kwargs
+    run = trainer(callbacks=[QualityMonitor(n_samples=101, every=1), detector, first], **options)
+    run.fit(module, DataLoader(TensorDataset(real), batch_size=10))
+    return {"weights": weights(module), "first": first, "events": detector.events, "iteration": module.iteration}
+
+
 def worker(rank, port, folder):
     """Train every case as one of two ranks, as torchrun would start it, and leave the results in files."""
     torch.set_num_threads(1)
@@ -295,11 +317,12 @@ def worker(rank, port, folder):
     os.chdir(folder)
     options = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
     results = {}
-    for name in [*CASES, "noise"]:
+    others = {"noise": noise, "quality": quality}
+    for name in [*CASES, *others]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                results[name] = noise(rank, **options) if name == "noise" else train(name, rank, **options)
+                results[name] = others[name](rank, **options) if name in others else train(name, rank, **options)
             except Exception:
                 results[name] = {"error": traceback.format_exc()}
             results[name]["warnings"] = [str(w.message) for w in caught]
@@ -383,6 +406,25 @@ def test_logged_values_are_means_over_ranks(ranks, case):
     assert first["logged"] == second["logged"]
     assert {"d/adversarial", "g/adversarial", "d/accuracy", "d/real_logit", "d/grad_norm"} <= one.keys()
     assert first["logged"] == pytest.approx(one, rel=1e-5, abs=1e-6)
+
+
+def test_two_processes_measure_what_one_measures(ranks):
+    first, second = results(ranks, "quality")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one = quality()
+    assert first["first"].values == second["first"].values == pytest.approx(one["first"].values, rel=1e-6, abs=1e-9)
+    assert first["first"].null == pytest.approx(one["first"].null, rel=1e-6)
+    assert first["first"].shares == one["first"].shares
+
+
+def test_two_processes_go_back_together(ranks):
+    """Their batches and their noise differ, what they decide does not."""
+    first, second = results(ranks, "quality")
+    assert first["events"] == second["events"]
+    assert [event["action"] for event in first["events"]][:1] == ["rollback"]
+    assert first["iteration"] == second["iteration"] < 6
+    assert torch.equal(first["weights"], second["weights"])
 
 
 def test_ranks_draw_different_noise(ranks):

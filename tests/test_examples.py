@@ -85,6 +85,58 @@ def test_recipes_benchmark_smoke(run, monkeypatch):
     assert all(line.count("|") == table[0].count("|") for line in table)
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.timeout(200)
+def test_metrics_benchmark_smoke(run, monkeypatch):
+    out = benchmark(run, monkeypatch, "metrics")
+    assert out.count("torchmetrics") == 2
+    assert "| torch-fidelity |" in out
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.timeout(200)
+def test_detection_benchmark_smoke(run, monkeypatch):
+    table = [line for line in benchmark(run, monkeypatch, "detection").splitlines() if line.startswith("|")]
+    assert len(table) > 4
+    assert all(line.count("|") == table[0].count("|") for line in table)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.timeout(200)
+def test_rollback_benchmark_smoke(run, monkeypatch):
+    table = [line for line in benchmark(run, monkeypatch, "rollback").splitlines() if line.startswith("|")]
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| rollback", "| warn"]
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.timeout(200)
+def test_health_benchmark_smoke(run, monkeypatch):
+    out = benchmark(run, monkeypatch, "health")
+    assert "times without" in out
+    assert sum(line.startswith("| ") for line in out.splitlines()) == 5
+
+
+def test_damaged_generators_show_what_is_left_of_them(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
+    detection = runpy.run_path(str(ROOT / "examples" / "benchmarks" / "detection.py"))
+    module, source, _, _ = detection["make"]("ring", "")
+    module.since, kinds = 100, torch.arange(8)
+    for damage, at, left in [
+        ("a class dropped", 100, [0, 2, 3, 4, 5, 6, 7]),
+        ("classes lost slowly", 420, [3, 4, 5, 6, 7]),
+        ("one class left", 600, [1]),
+        ("hopping", 260, [2]),
+    ]:
+        module.damage, module.iteration = damage, at
+        assert kinds[module.keep(kinds)].tolist() == left
+    latents = torch.randn(200, 32)
+    module.iteration = 99
+    whole = module.eval().sample(200, latents=latents)
+    module.iteration = 260
+    assert torch.equal(module.train().sample(200, latents=latents), whole)  # training sees nothing of it
+    assert source.centers.shape == (8, 2)
+
+
 def test_width_of_the_data_is_one(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
     width = runpy.run_path(str(ROOT / "examples" / "benchmarks" / "recipes.py"))["width"]

@@ -4,6 +4,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import lightning.pytorch.callbacks
 import pytest
 
 import lightning_gan_stability
@@ -60,4 +61,4 @@ def test_names_and_paths_in_the_text_exist():
         assert (ROOT / (path[0] or path[1])).exists(), path
     table = README.split("## What to add")[1].split("## What it holds")[0]
     for name in re.findall(r"`([A-Z]\w+)\(", table):
-        assert hasattr(lightning_gan_stability, name), name
+        assert hasattr(lightning_gan_stability, name) or hasattr(lightning.pytorch.callbacks, name), name

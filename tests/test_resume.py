@@ -31,6 +31,7 @@ from lightning_gan_stability import (
     GANModule,
     GeneratorEMA,
     GradientPenalty,
+    HealthMonitor,
     Hinge,
     LeastSquares,
     LeCam,
@@ -308,6 +309,7 @@ CASES = {
     "RelativisticAverage": {"make": lambda seed: small(seed, loss=RelativisticAverage()), "callbacks": LAZY},
     "plan": {"make": lambda seed: ddg(seed, accumulate=3, **players(ADAM, step_lr)), "callbacks": LAZY},
     "SampleGrid": {"make": batch_norm, "callbacks": lambda: [SampleGrid(every=3)]},
+    "HealthMonitor": {"make": batch_norm, "callbacks": lambda: [HealthMonitor(every=3)]},
     "QualityMonitor": {"make": batch_norm, "callbacks": lambda: [QualityMonitor(n_samples=50, every=3)]},
     "CollapseDetector": {
         "make": small,

@@ -12,6 +12,7 @@ from lightning_gan_stability.callbacks.gradient_penalties import (
     R1Penalty,
     R2Penalty,
 )
+from lightning_gan_stability.callbacks.health import HealthMonitor
 from lightning_gan_stability.callbacks.monitor import SampleGrid
 from lightning_gan_stability.callbacks.normalize import SpectralNorm, WeightClipping
 from lightning_gan_stability.callbacks.quality import QualityMonitor
@@ -44,6 +45,7 @@ __all__ = [
     "Extragradient",
     "GeneratorEMA",
     "GradientPenalty",
+    "HealthMonitor",
     "LeCam",
     "LogitDrift",
     "Lookahead",

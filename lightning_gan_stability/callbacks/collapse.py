@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_gan_stability.callbacks.base import Remembering, check_positive_int
 from lightning_gan_stability.callbacks.quality import QualityMonitor, Values
-from lightning_gan_stability.callbacks.rollback import give_weights, put_back, save, take, weights_of
+from lightning_gan_stability.callbacks.rollback import Remedy, give_weights, put_back, save, take, weights_of
 
 if TYPE_CHECKING:
     from lightning_gan_stability import GANModule
@@ -60,6 +60,19 @@ def is_bad(values: Mapping[str, float], best: Mapping[str, float], null: Mapping
     )
 
 
+def has_lost(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
+    """Whether modes are missed that were held before, 3 % of the real data's mass or more; nothing makes up for that.
+
+    They were held when the samples also lay on the data (coverage a tenth of its null): a young generator's samples are
+    all over the place.
+
+    Example:
+        >>> has_lost({"missing": 0.1}, {"held": 0.0})
+        True
+    """
+    return values["missing"] > best.get("held", 1.0) + MISSED
+
+
 def name_trouble(recent: Sequence[Mapping[str, float]]) -> Verdict:
     """What bad measurements in a row have in common.
 
@@ -102,11 +115,13 @@ def is_progress(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
     )
 
 
-def better_of(values: Mapping[str, float], best: Mapping[str, float]) -> Values:
-    """The best of each value."""
+def better_of(values: Mapping[str, float], best: Mapping[str, float], null: Mapping[str, float]) -> Values:
+    """The best of each value, and the least that was missed (``held``) by samples that lay on the data."""
     low = ("fid", "kid", "missing", "imbalance", "reverse_kl")
     pairs = {name: (value, best.get(name, value)) for name, value in values.items()}
-    return {name: min(pair) if name in low else max(pair) for name, pair in pairs.items()}
+    better = {name: min(pair) if name in low else max(pair) for name, pair in pairs.items()}
+    on_data = values.get("coverage", 1.0) > 0.1 * null.get("coverage", 1.0)
+    return better | {"held": min(values["missing"] if on_data else 1.0, best.get("held", 1.0))}
 
 
 def _finite(values: Mapping[str, float]) -> bool:
@@ -115,7 +130,6 @@ def _finite(values: Mapping[str, float]) -> bool:
 
 
 Action: TypeAlias = Act | Callable[[Trainer, Any, Event], None]
-Remedy: TypeAlias = Callable[[Trainer, Any], None]
 
 
 @final
@@ -124,7 +138,8 @@ class CollapseDetector(Remembering):
 
     After each measurement of the run's :class:`~lightning_gan_stability.callbacks.quality.QualityMonitor` it asks two
     questions: is this bad (:func:`is_bad`), and is it better than ever before (:func:`is_progress`)? ``patience``
-    measurements in a row that are bad, and none of them progress, are a ``"collapse"``, ``"partial collapse"``, ``"mode
+    measurements in a row that are bad, and none of them progress (or all the same modes are lost that were held before,
+    :func:`has_lost`), are a ``"collapse"``, ``"partial collapse"``, ``"mode
     hopping"`` or ``"divergence"`` (:func:`name_trouble`). Samples that are not finite are a divergence at once. All
     ranks decide from the same reduced values.
 
@@ -163,7 +178,7 @@ class CollapseDetector(Remembering):
         action: Action = "warn",
         patience: int = 3,
         max_rollbacks: int = 3,
-        remedy: Remedy | Sequence[Remedy] | None = None,
+        remedy: Remedy | list[Remedy] | Callable[[Trainer, Any], None] | None = None,
         folder: str | Path | None = None,
         alert_every: int = 300,
     ) -> None:
@@ -251,10 +266,10 @@ class CollapseDetector(Remembering):
     # ---------- deciding
 
     def _judge(self, trainer: Trainer, module: GANModule, values: Values, null: Values) -> None:
-        progress = is_progress(values, self._best)
+        progress = is_progress(values, self._best) and not has_lost(values, self._best)
         bad = is_bad(values, self._best, null)
         if _finite(values):
-            self._best = better_of(values, self._best)
+            self._best = better_of(values, self._best, null)
         if progress or not bad:
             self._recent, self._said = [], None
             if not bad and self.action == "rollback":

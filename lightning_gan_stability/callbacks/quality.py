@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 Split = Literal["train", "val"]
 Name = Literal["fid", "kid", "precision", "recall", "density", "coverage", "diversity", "modes", "ndb"]
 Values = dict[str, float]
-CELLS = 20  # K-means cells of the real features, where modes are not known
-HELD = 0.1  # a cell is missed if it has less than this share of what the real data have there
+CELLS = 30  # K-means cells of the real features, where modes are not known
+HELD = 0.2  # a mode or cell is missed if it has less than this part of what the real data have there
 BATCH = 256  # generated at once
 
 # what each function of (real, fake) features gives
@@ -134,7 +134,7 @@ class QualityMonitor(Remembering):
     "quality/recall", mode="max")`` work. The first measurement is that of the untrained generator. Besides ``metrics``:
 
     * ``quality/missing``: the share of the real data in modes, or else in K-means cells of the features, that get less
-      than a tenth of that share of the generated samples (each counted for the nearest centre or likeliest class).
+      than a fifth of that share of the generated samples (each counted for the nearest centre or likeliest class).
     * ``quality/imbalance``: total variation ½ Σ |q − p| between generated and real shares of the modes or cells.
     * ``quality/moved``: total variation between this measurement's generated shares and the last one's; near 1 if a
       collapsed generator hops from mode to mode.

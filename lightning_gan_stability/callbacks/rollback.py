@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 import os
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -67,8 +68,8 @@ def weights_of(trainer: Trainer) -> list[tuple[float, float | None]]:
 
 def give_weights(trainer: Trainer, weights: Weights) -> None:
     """Set what :func:`weights_of` gave."""
-    for penalty, (weight, final) in zip(_penalties(trainer), weights, strict=False):
-        penalty.weight, penalty.final_weight = weight, final
+    for penalty, (weight, last) in zip(_penalties(trainer), weights, strict=False):
+        penalty.weight, penalty.final_weight = weight, last
 
 
 def _rewound(trainer: Trainer) -> list[Remembering]:
@@ -77,7 +78,24 @@ def _rewound(trainer: Trainer) -> list[Remembering]:
     return [callback for callback in callbacks if isinstance(callback, Remembering) and not callback.watches]
 
 
-class ScaleLearningRate:
+class Remedy(abc.ABC):
+    """What a rollback changes, lest the same happens again; as a class, so that a YAML file can name it.
+
+    Example:
+        >>> class SwapLoss(Remedy):
+        ...     def __call__(self, trainer, module):
+        ...         module.loss = torch.nn.Identity()
+        >>> isinstance(ScalePenalty(), Remedy)
+        True
+    """
+
+    @abc.abstractmethod
+    def __call__(self, trainer: Trainer, module: GANModule) -> None:
+        """Change the run."""
+
+
+@final
+class ScaleLearningRate(Remedy):
     """A remedy: multiplies learning rates, those that schedulers start from included.
 
     Args:
@@ -110,7 +128,8 @@ class ScaleLearningRate:
                 config.scheduler.base_lrs = [rate * self.factor for rate in config.scheduler.base_lrs]
 
 
-class ScalePenalty:
+@final
+class ScalePenalty(Remedy):
     """A remedy: multiplies the weight of every regularizer in the run.
 
     Args:
