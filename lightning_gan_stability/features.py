@@ -63,7 +63,9 @@ class Pairs:
     def __init__(self, a: Tensor, b: Tensor) -> None:
         self.a, self.b = a.double(), b.double()
         self.narrow = a.shape[1] <= NARROW
-        precise = torch.float64 in (a.dtype, b.dtype)
+        # products that autocast or TF32 round are not those whose rounding is known
+        rounded = torch.is_autocast_enabled(a.device.type) or torch.get_float32_matmul_precision() != "highest"
+        precise = torch.float64 in (a.dtype, b.dtype) or rounded
         center = self.b.mean(0)  # products of centred features lose least
         self.low_a, self.low_b = (
             (x - center).to(torch.float64 if precise else torch.float32) for x in (self.a, self.b)
@@ -86,7 +88,7 @@ class Pairs:
 
     def exact(self, rows: Tensor, columns: Tensor) -> Tensor:
         """The distance of each pair of a row of a and a row of b."""
-        size = rows_at_once(self.a.shape[1])
+        size = rows_at_once(16 * self.a.shape[1])  # small parts stay in the processor's cache
         parts = zip(rows.split(size), columns.split(size), strict=True)  # type: ignore[no-untyped-call]
         return torch.cat([(self.a[i] - self.b[j]).square().sum(1).sqrt() for i, j in parts])
 
@@ -158,16 +160,20 @@ def root(covariance: Tensor) -> Tensor:
 def frechet(
     total: Tensor, covariances: tuple[Tensor, Tensor] | None, factors: Callable[[], tuple[Tensor, Tensor]]
 ) -> float:
-    """total − 2 tr (C₁C₂)^½: eigenvalues of LᵀC₂L with C₁ = LLᵀ if they are well apart from 0, else singular values.
+    """total − 2 tr (C₁C₂)^½: eigenvalues of LᵀC₂L with C₁ = LLᵀ if that is exact enough, else singular values.
 
     The root of an eigenvalue has half of its digits; singular values of R₁R₂ᵀ, which are these roots, have all.
     """
     if covariances is not None:
         lower, info = torch.linalg.cholesky_ex(covariances[0])
         if not info:
-            values = torch.linalg.eigvalsh(lower.T @ covariances[1] @ lower)
-            if values[0] > 1e-9 * values[-1]:
-                return max(0.0, float(total - 2 * values.sqrt().sum()))
+            values = torch.linalg.eigvalsh(lower.T @ covariances[1] @ lower).clamp(min=0)
+            distance = float(total - 2 * values.sqrt().sum())
+            # what rounding of the eigenvalues may have done to the sum of their roots
+            rounding = 16 * torch.finfo(values.dtype).eps * values[-1]
+            error = torch.minimum(rounding / (2 * values.sqrt()), rounding.sqrt()).sum()
+            if 2 * float(error) < 1e-7 * distance:
+                return distance
     first, second = factors()
     return max(0.0, float(total - 2 * torch.linalg.svdvals(first @ second.T).sum()))
 

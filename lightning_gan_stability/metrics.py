@@ -402,7 +402,7 @@ def _duplicates(x: Tensor, threshold: float) -> Tensor | None:
         rows, columns = pairs.within(start, low, radii).nonzero(as_tuple=True)
         later = columns > rows + start
         found.append(torch.stack([rows[later] + start, columns[later]]))
-        if sum(part.shape[1] for part in found) > CHUNK:
+        if sum(part.shape[1] for part in found) > CHUNK // 32:
             return None
     return torch.cat(found, 1).cpu()
 

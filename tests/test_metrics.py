@@ -208,6 +208,23 @@ def test_ties_and_near_duplicates(d):
         assert tuple(precision_recall(a, a)) == (1, 1)
 
 
+@pytest.mark.parametrize("way", ["autocast", "medium"])
+def test_rounded_products_decide_nothing(way):
+    real, fake = pair(200, 150, 256, dtype=torch.float32)
+    expected = by_numpy(real, fake)
+    if way == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            value = ours(real, fake)
+    else:
+        kept = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("medium")
+            value = ours(real, fake)
+        finally:
+            torch.set_float32_matmul_precision(kept)
+    assert value == pytest.approx(expected, rel=1e-12)
+
+
 def test_many_duplicates_have_radius_0():
     same = torch.ones(50, 64)
     assert Pairs(same, same).radii(3).tolist() == [0.0] * 50

@@ -29,7 +29,7 @@ def features(n: int, d: int, seed: int) -> Tensor:
     """Positive, correlated features whose spectrum falls, as those of a network."""
     source = torch.Generator().manual_seed(seed)
     scale = torch.arange(1, d + 1).float().rsqrt()
-    return (torch.randn(n, d, generator=source) * scale + 0.05 * seed).relu()
+    return (torch.randn(n, d, generator=source) * scale + 0.003 * seed).relu()
 
 
 class Same(nn.Module):

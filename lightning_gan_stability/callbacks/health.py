@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from lightning_gan_stability.batches import from_start
 from lightning_gan_stability.callbacks.base import Remembering, check_bool, check_positive_int, evaluation
-from lightning_gan_stability.callbacks.quality import real_batches
 from lightning_gan_stability.doors import dtype_of, generator
 
 if TYPE_CHECKING:
@@ -24,16 +26,14 @@ Window: TypeAlias = Mapping[str, float]
 SIGNALS = ("accuracy", "gap", "d_loss", "g_loss", "d_norm", "g_norm")
 LEVELS = (1, 4, 16)  # steps between the positions that a rotation is looked for in
 POINTS = 64  # positions at each level
+HELD_OUT = 256  # samples of held-out data, of each process
 ADVICE = {
-    "vanishing_gradient": "The discriminator is too good. Use the NonSaturating or Relativistic loss, or add R1Penalty "
-    "or SpectralNorm.",
+    "vanishing_gradient": "Use the NonSaturating or Relativistic loss, or add R1Penalty or SpectralNorm.",
     "exploding_gradient": "Add R1Penalty and R2Penalty, or set `clip_norm`.",
     "noisy_gradient": "Use larger batches or `accumulate`, add GeneratorEMA, or lower the generator's learning rate.",
-    "weak_discriminator": "Add UpdateRatio(d_steps=2) or AdaptiveUpdateRatio, raise the discriminator's learning rate, "
-    "or weaken its penalties.",
+    "weak_discriminator": "Add UpdateRatio(d_steps=2), raise `d_optimizer`'s learning rate, or weaken D's penalties.",
     "oscillation": "The players circle. Add R1Penalty, Extragradient or Lookahead, or use OptimisticAdam.",
-    "overfitting_discriminator": "The discriminator learns the data by heart. Add LeCam or ConsistencyPenalty, or get "
-    "more data.",
+    "overfitting_discriminator": "D learns the data by heart. Add LeCam or ConsistencyPenalty, or get more data.",
     "not_finite": "Lower the learning rates, set `clip_norm`, add R1Penalty, or CollapseDetector(action='rollback').",
     "loss_tells_nothing": "For information: do not select by loss. Use ModelCheckpoint(monitor='quality/fid').",
 }
@@ -52,10 +52,11 @@ def vanishing_gradient(windows: Sequence[Window]) -> Evidence | None:
 
 
 def exploding_gradient(windows: Sequence[Window]) -> Evidence | None:
-    """The generator's gradient is more than a hundred times its median so far."""
-    before = sorted(w["g_norm"] for w in windows[:-1] if math.isfinite(w["g_norm"]))
-    ratio = windows[-1]["g_norm"] / max(before[len(before) // 2], 1e-12) if len(before) >= 5 else math.nan
-    return {"g_norm": windows[-1]["g_norm"], "of_median": ratio} if ratio > 100 else None
+    """The generator's gradient is more than a hundred times its median so far, and what it was at first."""
+    before = [w["g_norm"] for w in windows[:-1] if math.isfinite(w["g_norm"])] or [math.inf]
+    # that of the first windows too: a gradient that comes back after it had vanished does not explode
+    ratio = windows[-1]["g_norm"] / max(median(before), median(before[:5]), 1e-12)
+    return {"g_norm": windows[-1]["g_norm"], "of_median": ratio} if len(before) >= 5 and ratio > 100 else None
 
 
 def noisy_gradient(windows: Sequence[Window]) -> Evidence | None:
@@ -65,9 +66,13 @@ def noisy_gradient(windows: Sequence[Window]) -> Evidence | None:
 
 
 def weak_discriminator(windows: Sequence[Window]) -> Evidence | None:
-    """The discriminator guesses, though generated samples have other means or deviations than real ones."""
-    now = windows[-1]
-    if now["accuracy"] < 0.55 and now["apart"] > 0.1 + now["apart_by_chance"]:
+    """The discriminator guesses, though generated samples have other means or deviations than real ones.
+
+    And they do not come closer: neither these nor the FID, if it is measured, fell by a tenth in the last windows.
+    """
+    now, before = windows[-1], windows[-4:-1]
+    closer = any(now[sign] < 0.9 * w[sign] for w in before for sign in ("apart", "fid"))
+    if now["accuracy"] < 0.55 and now["apart"] > 0.1 + now["apart_by_chance"] and not closer:
         return {"accuracy": now["accuracy"], "gap": now["gap"], "apart": now["apart"]}
     return None
 
@@ -80,15 +85,18 @@ def overfitting_discriminator(windows: Sequence[Window]) -> Evidence | None:
     return None
 
 
+def not_finite(windows: Sequence[Window]) -> Evidence | None:
+    """On most steps a gradient overflows: a gradient scaler skips these, so that training stands still in silence."""
+    share = windows[-1]["overflows"]
+    return {"overflows": share} if share > 0.5 else None
+
+
 def rotation(positions: Tensor) -> Evidence | None:
     """Whether the players circle: how the directions of their moves, k moves apart, are alike.
 
     C(k) = E cos∠(u_t, u_{t+k}) of the moves u is cos ωk for a rotation by ω per move, and below e^(−λk) if it damps or
     wanders. A trough below −½ and then a peak above ½ are a period; moves of the last half that are not smaller than
-    nine tenths of the first half's do not damp.
-
-    Args:
-        positions: (n, d) of both players' parameters, every so many steps.
+    nine tenths of the first half's do not damp. Positions are (n, d), of both players, every so many steps.
     """
     moves = positions.double().diff(dim=0)
     norms = moves.norm(dim=1)
@@ -98,8 +106,8 @@ def rotation(positions: Tensor) -> Evidence | None:
     alike = directions @ directions.T
     course = torch.stack([alike.diagonal(k).mean() for k in range(len(moves) // 2 + 1)])
     trough = int(course.argmin())
-    half = len(moves) // 2
-    amplitude = (norms[half:].square().mean() / norms[:half].square().mean()).sqrt().item()
+    first, last = norms.chunk(2)
+    amplitude = (last.square().mean() / first.square().mean()).sqrt().item()
     peak = course[trough:].max().item()
     if course[trough] < -0.5 and peak > 0.5 and amplitude > 0.9 and trough > 1:
         return {"trough": course[trough].item(), "peak": peak, "period": 2.0 * trough, "amplitude": amplitude}
@@ -126,12 +134,14 @@ def loss_tells_nothing(losses: Sequence[float], fids: Sequence[float]) -> Eviden
     return {"rank_correlation": rho, "measurements": float(len(fids))} if rho < 0.3 else None
 
 
-DECISIONS = {
-    "vanishing_gradient": vanishing_gradient,
-    "exploding_gradient": exploding_gradient,
-    "noisy_gradient": noisy_gradient,
-    "weak_discriminator": weak_discriminator,
-    "overfitting_discriminator": overfitting_discriminator,
+# And what each decides from: where it is NaN because a player did not move, there is nothing to decide.
+DECISIONS: dict[str, tuple[Callable[[Sequence[Window]], Evidence | None], str]] = {
+    "vanishing_gradient": (vanishing_gradient, "g_norm"),
+    "exploding_gradient": (exploding_gradient, "g_norm"),
+    "noisy_gradient": (noisy_gradient, "g_norm"),
+    "weak_discriminator": (weak_discriminator, "accuracy"),
+    "overfitting_discriminator": (overfitting_discriminator, "r_v"),
+    "not_finite": (not_finite, "overflows"),
 }
 
 
@@ -143,19 +153,18 @@ class HealthMonitor(Remembering):
       Principled Methods for Training Generative Adversarial Networks", https://arxiv.org/abs/1701.04862.
     * ``exploding_gradient``, ``noisy_gradient``: above 100 times its median; varying by more than 3 times its mean.
     * ``weak_discriminator``: accuracy below 55 %, though means and deviations of fake samples differ from
-      those of real ones (squared distance over the real variance above 0.1 and chance).
+      those of real ones (squared distance over the real variance above 0.1 and chance) and come no closer.
     * ``oscillation``: the joint moves of both players turn with a period, and do not get smaller (:func:`rotation`).
       "The Numerics of GANs", https://arxiv.org/abs/1705.10461.
     * ``overfitting_discriminator``: r_v above 0.6 (:func:`overfitting_discriminator`), if there is held-out data.
       "Training Generative Adversarial Networks with Limited Data", https://arxiv.org/abs/2006.06676.
-    * ``not_finite``: a loss or gradient was not finite.
+    * ``not_finite``: a loss or gradient was not finite, or a gradient scaler skips more than half of the steps.
     * ``loss_tells_nothing``: the rank correlation of generator loss and FID is below 0.3; for information.
 
     Signals are kept on the device and averaged over ranks every ``every`` steps; a verdict takes ``patience`` of these
     in a row. It is a warning when it comes up first, in ``verdicts`` (``step``, ``verdict``, ``evidence``, ``advice``),
     in the log as ``health/<verdict>`` (1 or 0), and in the table at the end of the fit. A run is the same with and
-    without the monitor. Costs a copy of 256 numbers and a few scalars per step, and three forward passes of a batch per
-    ``every`` steps.
+    without the monitor. Costs a copy of 256 numbers and a few scalars per step, and forward passes every ``every``.
 
     Args:
         every: steps between decisions.
@@ -189,8 +198,8 @@ class HealthMonitor(Remembering):
         self._positions: list[Tensor] = []
         self._counts: dict[str, int] = {}  # decisions in a row
         self._fids: list[tuple[float, float]] = []  # generator loss and FID at each measurement
-        self._held: Tensor | None = None
-        self._held_labels: Tensor | None = None
+        self._held: tuple[Tensor, Tensor | None] | None = None
+        self._first = 0
 
     def _forget(self, module: GANModule) -> None:
         self._clear()
@@ -200,8 +209,8 @@ class HealthMonitor(Remembering):
         return super().state_dict() | {
             "verdicts": self.verdicts,
             "windows": self._windows,
-            "rows": torch.stack(self._rows).cpu() if self._rows else None,
-            "positions": torch.stack(self._positions).cpu() if self._positions else None,
+            "rows": torch.stack(self._rows).cpu() if self._rows else [],
+            "positions": torch.stack(self._positions).cpu() if self._positions else [],
             "counts": self._counts,
             "fids": self._fids,
         }
@@ -210,9 +219,7 @@ class HealthMonitor(Remembering):
         """Go on from a checkpoint."""
         super().load_state_dict(state_dict)
         self.verdicts, self._windows = list(state_dict["verdicts"]), list(state_dict["windows"])
-        self._rows, self._positions = (
-            [*(state_dict[k] if state_dict[k] is not None else [])] for k in ("rows", "positions")
-        )
+        self._rows, self._positions = (list(state_dict[key]) for key in ("rows", "positions"))
         self._counts, self._fids = dict(state_dict["counts"]), [tuple(pair) for pair in state_dict["fids"]]
 
     # ---------- what the Trainer calls
@@ -222,14 +229,9 @@ class HealthMonitor(Remembering):
         super().on_train_start(trainer, pl_module)
         module: GANModule = pl_module  # type: ignore[assignment]
         self._first = module.iteration
-        val = trainer.fit_loop.epoch_loop.val_loop._data_source
-        self._held = self._held_labels = None
-        if self.held_out and val.instance is not None and val.is_defined() and val.dataloader():
-            with module._rewound():
-                batches = [module.unpack(batch) for batch in real_batches(trainer, "val", 256 * trainer.world_size)]
-            self._held = torch.cat([real for real, _ in batches])
-            labels = [part for _, part in batches if part is not None]
-            self._held_labels = torch.cat(labels) if labels else None
+        self._rows, self._positions = ([x.to(module.device) for x in kept] for kept in (self._rows, self._positions))
+        with isolate_rng():
+            self._held = _held_out(trainer, module) if self.held_out else None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -246,6 +248,7 @@ class HealthMonitor(Remembering):
         """Note a loss or gradient that was not finite; the table says what came before it."""
         if isinstance(exception, FloatingPointError):
             self._say(trainer, "not_finite", {})
+        if self.verdicts or self._iteration > self._first:
             self._print()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -256,50 +259,64 @@ class HealthMonitor(Remembering):
 
     def _decide(self, trainer: Trainer, module: GANModule, batch: Any) -> None:
         window = self._window(trainer, module, batch)
+        news = self._note_quality(trainer, window)
         self._windows.append(window)
-        found = {name: decision(self._windows) for name, decision in DECISIONS.items()}
+        found = {name: f(self._windows) for name, (f, sign) in DECISIONS.items() if not math.isnan(window[sign])}
         found["oscillation"] = self._rotation()
-        fid = trainer.callback_metrics.get("quality/fid")
-        if fid is not None and math.isfinite(fid) and (not self._fids or self._fids[-1][1] != float(fid)):
-            self._fids.append((window["g_loss"], float(fid)))
-        found["loss_tells_nothing"] = loss_tells_nothing(*zip(*self._fids, strict=True)) if self._fids else None
+        if news:
+            found["loss_tells_nothing"] = loss_tells_nothing(*zip(*self._fids, strict=True))
         for name, evidence in found.items():
             self._counts[name] = self._counts.get(name, 0) + 1 if evidence is not None else 0
             if evidence is not None and self._counts[name] == self.patience:
                 self._say(trainer, name, evidence)
-        state = {f"health/{name}": float(count >= self.patience) for name, count in self._counts.items()}
-        module.log_dict(state, on_step=True, on_epoch=False)
+        self._log(trainer)
+
+    def _log(self, trainer: Trainer) -> None:
+        # not by `module.log`, which reaches the loggers on every `log_every_n_steps`-th step alone
+        state = {f"health/{name}": float(self._counts.get(name, 0) >= self.patience) for name in ADVICE}
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in state.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(state, step=trainer.global_step)
+
+    def _note_quality(self, trainer: Trainer, window: dict[str, float]) -> bool:
+        """Add the FID to a window; say whether it is a new measurement, of a generator that has moved."""
+        window["fid"] = float(trainer.callback_metrics.get("quality/fid", math.nan))
+        if (self._fids and self._fids[-1][1] == window["fid"]) or not math.isfinite(window["fid"] + window["g_loss"]):
+            return False
+        self._fids = [*self._fids, (window["g_loss"], window["fid"])][-32:]
+        return True
 
     def _window(self, trainer: Trainer, module: GANModule, batch: Any) -> dict[str, float]:
-        rows = torch.stack([row.to(module.device) for row in self._rows])
-        norms = rows[:, SIGNALS.index("g_norm")]
-        norms = norms[norms.isfinite()]
-        spread = norms.std(correction=0) / norms.mean() if len(norms) > 1 else norms.new_tensor(0.0)
-        values = dict(zip(SIGNALS, _mean(rows), strict=True)) | {"g_spread": spread} | self._probe(module, batch)
-        self._rows = []
+        rows, self._rows = torch.stack(self._rows), []
+        norms = rows[:, SIGNALS.index("d_norm") :]
+        g = norms[norms[:, 1].isfinite(), 1]
+        spread = ((g / g.mean()).square().mean() - 1).clamp(min=0).sqrt()
+        overflows = norms.isinf().sum() / norms.isnan().logical_not().sum()
+        values = dict(zip(SIGNALS, _mean(rows), strict=True)) | {"g_spread": spread, "overflows": overflows}
+        values |= self._probe(module, batch)
         reduced = trainer.strategy.reduce(torch.stack([v.float() for v in values.values()]), reduce_op="mean")
         return dict(zip(values, reduced.tolist(), strict=True))
 
     def _probe(self, module: GANModule, batch: Any) -> dict[str, Tensor]:
         """How far fake samples are from real ones, and logits of training, held-out and fake samples."""
         real, labels = module.unpack(batch)
-        n = len(real)
-        latents = torch.randn(n, module.latent_dim, generator=generator("health")).to(dtype_of(module, torch.float32))
+        latents = torch.randn(len(real), module.latent_dim, generator=generator("health"))
+        latents = latents.to(module.device, dtype_of(module, torch.float32))
         with module._rewound(), evaluation(module):
-            fake = module.sample(n, labels, latents.to(module.device))
-            pairs = [(real, labels), (fake, labels)] + ([] if self._held is None else [(self._held, self._held_labels)])
+            # not its average, which `sample` takes in eval mode: the players are judged, not the result
+            fake = module._forward("generator", module.generator, latents, labels)
+            pairs = [(real, labels), (fake, labels), *([] if self._held is None else [self._held])]
             logits = [module.loss._direction * module.discriminate(*pair).float().flatten() for pair in pairs]
         x, y = real.float().flatten(1), fake.float().flatten(1)
         total = x.var(0, correction=0).sum().clamp(min=1e-12)
-        apart = (x.mean(0) - y.mean(0)).square().sum() + (
-            x.std(0, correction=0) - y.std(0, correction=0)
-        ).square().sum()
-        train, made, held = (logits[0], logits[1], logits[-1] if self._held is not None else logits[0])
+        moments = [torch.cat([s.mean(0), s.std(0, correction=0)]) for s in (x, y)]
+        apart = (moments[0] - moments[1]).square().sum()
+        train, made, held = logits[0], logits[1], logits[0 if self._held is None else 2]
         gap = (train.mean() - made.mean()).abs().clamp(min=1e-12)
         chance = (train.var(correction=0) / len(train) + held.var(correction=0) / len(held)).sqrt() / gap
         return {
             "apart": torch.where(total > 1e-12, apart / total, 0.0),  # of a single point there is no measure
-            "apart_by_chance": apart.new_tensor(8 / n),
+            "apart_by_chance": apart.new_tensor(8 / len(real)),
             "r_v": (train.mean() - held.mean()) / gap,
             "r_v_by_chance": chance,
             "train_logit": train.mean(),
@@ -307,9 +324,8 @@ class HealthMonitor(Remembering):
         }
 
     def _rotation(self) -> Evidence | None:
-        for level in LEVELS:
-            positions = self._positions[::-1][::level][: POINTS + 1][::-1]
-            found = rotation(torch.stack([p.cpu() for p in positions])) if len(positions) > POINTS else None
+        for level in LEVELS if self._positions else ():
+            found = rotation(torch.stack(self._positions[::-level][POINTS::-1]).cpu())
             if found is not None:
                 return found | {"period": found["period"] * level}
         return None
@@ -317,20 +333,35 @@ class HealthMonitor(Remembering):
     def _say(self, trainer: Trainer, verdict: str, evidence: Evidence) -> None:
         if any(said["verdict"] == verdict for said in self.verdicts):
             return
-        advice = ADVICE[verdict]
-        self.verdicts.append({"step": trainer.global_step, "verdict": verdict, "evidence": evidence, "advice": advice})
+        step, advice = trainer.global_step, ADVICE[verdict]
+        self.verdicts.append({"step": step, "verdict": verdict, "evidence": evidence, "advice": advice})
         say = rank_zero_info if verdict == "loss_tells_nothing" else rank_zero_warn
-        say(f"{verdict} at step {trainer.global_step}: {_text(evidence)}. {advice}")
+        say(f"{verdict} at step {step}: {_text(evidence)}. {advice}")
 
     @rank_zero_only
     def _print(self) -> None:
         """A row for each verdict."""
-        if not self.verdicts:
-            print(f"HealthMonitor: no trouble seen in {self._iteration - self._first} steps.")
-            return
-        print("HealthMonitor\n  since step  verdict                    evidence; advice")
+        steps = self._iteration - self._first
+        print("HealthMonitor:", "since step, verdict" if self.verdicts else f"no trouble seen in {steps} steps.")
         for said in self.verdicts:
             print(f"  {said['step']:>10}  {said['verdict']:<25}  {_text(said['evidence'])}; {said['advice']}")
+
+
+def _held_out(trainer: Trainer, module: GANModule) -> tuple[Tensor, Tensor | None] | None:
+    """This rank's samples of the (first) validation loader, and their labels; the loader stays where it is."""
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    loader: Any = source.dataloader() if source.instance is not None and source.is_defined() else []
+    while isinstance(loader, Mapping | list | tuple):
+        if not loader:
+            return None
+        loader = next(iter(loader.values() if isinstance(loader, Mapping) else loader))
+    batches: list[tuple[Tensor, Tensor | None]] = []
+    for batch in from_start(loader, HELD_OUT * trainer.world_size, trainer.global_rank, trainer.world_size):
+        batches.append(module.unpack(trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))))
+        if sum(len(real) for real, _ in batches) >= HELD_OUT:
+            break
+    labels = [part for _, part in batches if part is not None]
+    return torch.cat([real for real, _ in batches])[:HELD_OUT], torch.cat(labels)[:HELD_OUT] if labels else None
 
 
 def _text(evidence: Evidence) -> str:
@@ -339,26 +370,27 @@ def _text(evidence: Evidence) -> str:
 
 @torch.no_grad()
 def _signals(module: GANModule) -> Tensor:
-    """One step's :data:`SIGNALS`; NaN where a player did not move."""
+    """One step's :data:`SIGNALS`; NaN where a player did not move, infinite where they are not finite."""
     now, nan = module._now, torch.tensor(math.nan, device=module.device)
-    values = dict.fromkeys(SIGNALS, nan)
+    values: dict[str, Tensor] = {}
     if now.judged is not None and "d" in module.moved:
         real, fake = now.judged
         values["accuracy"] = module.loss.accuracy(real, fake)
         values["gap"] = module.loss._direction * (real.mean() - fake.mean())
     for player in module.moved:
-        values[f"{player}_loss"] = now.terms[player].get(f"{player}/adversarial", nan)
-        values[f"{player}_norm"] = now.logs.get(f"{player}/grad_norm", nan)
-    return torch.stack([torch.as_tensor(value, device=module.device).float().detach() for value in values.values()])
+        keys = {"loss": f"{player}/adversarial", "norm": f"{player}/grad_norm"}
+        values |= {f"{player}_{name}": now.logs[key] for name, key in keys.items() if key in now.logs}
+    known = {name: value.detach().float().nan_to_num(math.inf, math.inf, math.inf) for name, value in values.items()}
+    return torch.stack([known.get(name, nan) for name in SIGNALS])
 
 
 @torch.no_grad()
 def _position(module: GANModule) -> Tensor:
-    """At most 128 entries of each player's two largest parameters, scaled to a common size."""
+    """At most 64 entries of each of a player's two largest parameters, the discriminator's first."""
     parts = []
     for player in ("d", "g"):
         largest = sorted(module._moving(player), key=Tensor.numel, reverse=True)[:2]
-        parts += [p.detach().flatten()[:: max(1, math.ceil(p.numel() / 64))].float() for p in largest]
+        parts += [p.detach().flatten()[:: math.ceil(p.numel() / 64)].float() for p in largest]
     return torch.cat(parts)
 
 
