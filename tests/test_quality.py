@@ -374,6 +374,16 @@ def test_a_split_without_data_is_refused():
         fit(small(), loader, QualityMonitor(split="val", **FEW))
 
 
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero")
+def test_a_loader_without_batches_is_refused():
+    loader = DataLoader(TensorDataset(torch.randn(64, 2)), 16)
+    monitor = QualityMonitor(split="val", **FEW)
+    run = trainer(callbacks=[monitor], max_steps=2, num_sanity_val_steps=0)
+    empty = DataLoader([], batch_size=None)
+    with pytest.raises(MisconfigurationException, match=r"QualityMonitor\(split='val'\) found no batch in the loader"):
+        run.fit(small(), loader, empty)
+
+
 def test_an_extractor_of_another_form_is_refused():
     with pytest.raises(ValueError, match="`extractor` must give one row of features per sample"):
         fit(small(), ring(), QualityMonitor(nn.Flatten(0), **FEW))

@@ -316,6 +316,8 @@ class QualityMonitor(Remembering):
         data = getattr(trainer, "datamodule", None)
         centers, std = getattr(data, "centers", None), getattr(data, "std", None)
         batches = [module.unpack(batch) for batch in real_batches(trainer, self.split, self.n_samples)]
+        if not batches:
+            raise MisconfigurationException(f"QualityMonitor(split='{self.split}') found no batch in the loader.")
         if self.extractor is None:
             self.extractor = nn.Identity() if batches[0][0].dim() == 2 else Inception()
             rank_zero_info(f"QualityMonitor: no extractor is given, so it takes {type(self.extractor).__name__}.")
