@@ -98,7 +98,7 @@ def test_what_is_no_rotation(positions):
 
 GOOD = {
     "accuracy": 0.7, "gap": 1.0, "d_loss": 1.0, "g_loss": 1.0, "d_norm": 1.0, "g_norm": 1.0, "g_spread": 0.5,
-    "overflows": 0.0, "fid": math.nan,
+    "overflows": 0.0,
     "apart": 0.05, "apart_by_chance": 0.1, "r_v": 0.1, "r_v_by_chance": 0.1, "train_logit": 1.0, "held_out_logit": 0.9,
 }  # fmt: skip
 
@@ -138,6 +138,21 @@ def test_a_gradient_that_comes_back_does_not_explode():
     gone = GOOD | {"g_norm": 0.0}
     assert exploding_gradient([*[GOOD] * 5, *[gone] * 20, GOOD]) is None
     assert exploding_gradient([*[GOOD] * 5, *[gone] * 20, GOOD | {"g_norm": 101.0}]) is not None
+
+
+@pytest.mark.parametrize(
+    ("norms", "explodes"),
+    [
+        ([1.0, 2.0, 4.0, 300.0], True),
+        ([2.0, 10.0, 100.0, *[4000.0] * 4], True),  # so early that it is the median
+        ([1.0] * 3 + [300.0] * 40, False),  # has long been so: it was said at that time
+        ([float(n**3) for n in range(1, 200)], False),  # grows as weights do that grow without bounds
+        ([math.nan, 1.0, 2.0, 3.0, 400.0], True),
+        ([1.0, 2.0, 300.0], False),  # too soon to tell
+    ],
+)
+def test_what_explodes(norms, explodes):
+    assert (exploding_gradient([GOOD | {"g_norm": norm} for norm in norms]) is not None) == explodes
 
 
 def test_rank_correlation():
@@ -425,6 +440,24 @@ def test_resumed_equals_uninterrupted(tmp_path):
             run.fit(dirac(0.2, loss=None), data, ckpt_path=str(tmp_path / "step=130.ckpt") if stop else None)
         runs.append(monitor.state_dict())
     assert runs[0].keys() == runs[1].keys()
+    assert str(runs[0]) == str(runs[1])
+
+
+def test_resumed_with_measurements_equals_uninterrupted(tmp_path):
+    """The checkpoint lies between a measurement and the decision that looks at it."""
+    runs = []
+    for stop in (None, 25):
+        options = {"enable_checkpointing": True, "max_epochs": -1, "limit_val_batches": 1, "num_sanity_val_steps": 0}
+        for steps in (25, 60) if stop else (60,):
+            callbacks = [QualityMonitor(n_samples=64, every=12, metrics=["fid"]), HealthMonitor(every=10)]
+            monitor = callbacks[1]
+            save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=25, save_top_k=-1)
+            path = str(tmp_path / "step=25.ckpt") if stop and steps == 60 else None
+            with ignoring():
+                run = trainer(callbacks=[*callbacks, save], max_steps=steps, **options)
+                run.fit(small(), Ring(batch_size=32, epoch_length=20, val_samples=64), ckpt_path=path)
+        runs.append(monitor.state_dict())
+    assert len(runs[0]["fids"]) == 6
     assert str(runs[0]) == str(runs[1])
 
 

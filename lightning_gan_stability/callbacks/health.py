@@ -52,11 +52,14 @@ def vanishing_gradient(windows: Sequence[Window]) -> Evidence | None:
 
 
 def exploding_gradient(windows: Sequence[Window]) -> Evidence | None:
-    """The generator's gradient is more than a hundred times its median so far, and what it was at first."""
+    """The generator's gradient is above a hundred times what it was at first, and in the median or ten windows ago.
+
+    Ten windows ago, because what explodes early is the median itself. One that comes back does not explode.
+    """
     before = [w["g_norm"] for w in windows[:-1] if math.isfinite(w["g_norm"])] or [math.inf]
-    # that of the first windows too: a gradient that comes back after it had vanished does not explode
-    ratio = windows[-1]["g_norm"] / max(median(before), median(before[:5]), 1e-12)
-    return {"g_norm": windows[-1]["g_norm"], "of_median": ratio} if len(before) >= 5 and ratio > 100 else None
+    usual = max(median(before[:3]), min(median(before), median(before[-10:][:3])), 1e-12)
+    ratio = windows[-1]["g_norm"] / usual
+    return {"g_norm": windows[-1]["g_norm"], "of_usual": ratio} if len(before) >= 3 and ratio > 100 else None
 
 
 def noisy_gradient(windows: Sequence[Window]) -> Evidence | None:
@@ -71,7 +74,7 @@ def weak_discriminator(windows: Sequence[Window]) -> Evidence | None:
     And they do not come closer: neither these nor the FID, if it is measured, fell by a tenth in the last windows.
     """
     now, before = windows[-1], windows[-4:-1]
-    closer = any(now[sign] < 0.9 * w[sign] for w in before for sign in ("apart", "fid"))
+    closer = any(now.get(sign, math.nan) < 0.9 * w.get(sign, 0.0) for w in before for sign in ("apart", "fid"))
     if now["accuracy"] < 0.55 and now["apart"] > 0.1 + now["apart_by_chance"] and not closer:
         return {"accuracy": now["accuracy"], "gap": now["gap"], "apart": now["apart"]}
     return None
@@ -151,7 +154,7 @@ class HealthMonitor(Remembering):
 
     * ``vanishing_gradient``: the generator's gradient below 10⁻³ of its largest, accuracy above 95 %. "Towards
       Principled Methods for Training Generative Adversarial Networks", https://arxiv.org/abs/1701.04862.
-    * ``exploding_gradient``, ``noisy_gradient``: above 100 times its median; varying by more than 3 times its mean.
+    * ``exploding_gradient``, ``noisy_gradient``: above 100 times what is usual; varying by more than 3 times its mean.
     * ``weak_discriminator``: accuracy below 55 %, though means and deviations of fake samples differ from
       those of real ones (squared distance over the real variance above 0.1 and chance) and come no closer.
     * ``oscillation``: the joint moves of both players turn with a period, and do not get smaller (:func:`rotation`).
@@ -279,12 +282,12 @@ class HealthMonitor(Remembering):
             logger.log_metrics(state, step=trainer.global_step)
 
     def _note_quality(self, trainer: Trainer, window: dict[str, float]) -> bool:
-        """Add the FID to a window; say whether it is a new measurement, of a generator that has moved."""
-        window["fid"] = float(trainer.callback_metrics.get("quality/fid", math.nan))
-        if (self._fids and self._fids[-1][1] == window["fid"]) or not math.isfinite(window["fid"] + window["g_loss"]):
-            return False
-        self._fids = [*self._fids, (window["g_loss"], window["fid"])][-32:]
-        return True
+        """Add the last FID to a window; say whether it is a new measurement, of a generator that has moved."""
+        fid = float(trainer.callback_metrics.get("quality/fid", math.nan))
+        new = math.isfinite(fid + window["g_loss"]) and (not self._fids or self._fids[-1][1] != fid)
+        self._fids = [*self._fids, (window["g_loss"], fid)][-32:] if new else self._fids
+        window |= {"fid": self._fids[-1][1]} if self._fids else {}
+        return new
 
     def _window(self, trainer: Trainer, module: GANModule, batch: Any) -> dict[str, float]:
         rows, self._rows = torch.stack(self._rows), []
@@ -387,11 +390,8 @@ def _signals(module: GANModule) -> Tensor:
 @torch.no_grad()
 def _position(module: GANModule) -> Tensor:
     """At most 64 entries of each of a player's two largest parameters, the discriminator's first."""
-    parts = []
-    for player in ("d", "g"):
-        largest = sorted(module._moving(player), key=Tensor.numel, reverse=True)[:2]
-        parts += [p.detach().flatten()[:: math.ceil(p.numel() / 64)].float() for p in largest]
-    return torch.cat(parts)
+    moving = [sorted(module._moving(player), key=Tensor.numel, reverse=True)[:2] for player in ("d", "g")]
+    return torch.cat([p.detach().flatten()[:: math.ceil(p.numel() / 64)].float() for two in moving for p in two])
 
 
 def _mean(rows: Tensor) -> Tensor:
