@@ -48,7 +48,6 @@ class Moment:
         rows: start, stop and size of the batch that a micro-batch is taken from.
         moved: the players whose optimizers have stepped on this batch.
         shown: somebody looks at this step's values.
-        guarded: a callback may put right what is not finite, so every step is looked at.
         compiled: a network is compiled; None: nobody has looked yet.
         differentiate: what of a play due penalties differentiate by.
         terms: the terms of each player's loss.
@@ -62,7 +61,6 @@ class Moment:
     rows: tuple[int, int, int] | None = None
     moved: set[Player] = field(default_factory=set)
     shown: bool = False
-    guarded: bool = False
     compiled: bool | None = None
     differentiate: frozenset[str] = frozenset()
     terms: dict[Player, dict[str, Tensor]] = field(default_factory=lambda: {"d": {}, "g": {}})
@@ -218,6 +216,9 @@ class Clockwork(LightningModule):
         regularizers = (callback for callback in self._callbacks() if isinstance(callback, Regularizer))
         return [r for r in regularizers if r.player == player and self._steps[player] % r.every == 0]
 
+    def _may_be_rescued(self) -> bool:
+        return any(callback.rescues for callback in self._gan_callbacks())
+
     def _gan_callbacks(self) -> list[GANCallback]:
         return [callback for callback in self._callbacks() if isinstance(callback, GANCallback)]
 
@@ -300,7 +301,7 @@ class Clockwork(LightningModule):
         # a gradient scaler skips the steps whose gradient overflows, and is right to
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         self._now.unchecked.append((self.iteration, player, self._now.terms[player] | ({} if scaled else norm)))
-        if self._now.shown or self.device.type == "cpu" or self._now.guarded:
+        if self._now.shown or self.device.type == "cpu" or self._may_be_rescued():
             # elsewhere a look costs a synchronization: values wait until they are logged or saved
             self._raise_unless_finite()
         if self.clip_norm is not None:
@@ -314,7 +315,7 @@ class Clockwork(LightningModule):
             for name, value in values.items()
             if not math.isfinite(value.item())
         ]
-        if self._now.guarded:  # all ranks go back, or none
+        if self._may_be_rescued():  # all ranks go back, or none
             count = torch.tensor(float(len(bad)), device=self.device)
             if self.trainer.strategy.reduce(count, reduce_op="sum") > 0 and not bad:
                 raise FloatingPointError("Not finite in another process's update.")

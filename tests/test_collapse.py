@@ -2,8 +2,6 @@
 
 import math
 import re
-import warnings
-from contextlib import contextmanager
 from copy import deepcopy
 
 import pytest
@@ -13,7 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch import nn
 from torch.utils.data import DataLoader
-from toys import sgd, small, trainer, weights
+from toys import ignoring, sgd, small, trainer, weights
 
 from lightning_gan_stability import (
     MLP,
@@ -68,16 +66,9 @@ def run(values, detector, *callbacks, module=None, steps=None, **kwargs):
 
 def said(values, **kwargs):
     detector = CollapseDetector(**kwargs)
-    with _ignoring():
+    with ignoring():
         run(values, detector)
     return [(event["step"], event["verdict"]) for event in detector.events]
-
-
-@contextmanager
-def _ignoring():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 # ---------- one measurement
@@ -176,7 +167,7 @@ def test_the_order_of_monitor_and_detector_does_not_matter():
     seen = []
     for turn in (1, -1):
         callbacks = [QualityMonitor(n_samples=60, every=2), CollapseDetector(patience=1)][::turn]
-        with _ignoring():
+        with ignoring():
             fit = trainer(callbacks=callbacks, max_steps=4, max_epochs=-1, limit_val_batches=0)
             fit.fit(small(), ring())
         detector = next(c for c in callbacks if isinstance(c, CollapseDetector))
@@ -188,7 +179,7 @@ def test_the_order_of_monitor_and_detector_does_not_matter():
 
 
 def test_stop():
-    with _ignoring():
+    with ignoring():
         _, fit = run([GOOD, GOOD, LOST, LOST, LOST], CollapseDetector("stop"), steps=50)
     assert fit.global_step == 4
 
@@ -199,7 +190,7 @@ def test_a_function_gets_the_event():
     def act(trainer, module, event):
         got.append((trainer.global_step, module.iteration, event["verdict"], event["action"]))
 
-    with _ignoring():
+    with ignoring():
         run([GOOD, GOOD, LOST, LOST, LOST], CollapseDetector(act))
     assert got == [(4, 4, "collapse", "act")]
 
@@ -209,7 +200,7 @@ def test_alerts_go_to_weights_and_biases(tmp_path, monkeypatch):
     alerts = []
     logger = WandbLogger(save_dir=tmp_path, offline=True)
     monkeypatch.setattr(logger.experiment, "alert", lambda *arguments: alerts.append(arguments))
-    with _ignoring():
+    with ignoring():
         run([GOOD, GOOD, LOST, LOST, LOST], CollapseDetector("alert", alert_every=60), logger=logger)
     logger.experiment.finish()
     ((title, text, level, wait),) = alerts
@@ -257,7 +248,7 @@ def test_a_rollback_restores_all_that_training_moves(folder, tmp_path):
             last["state"] = state(trainer, module)
             last["memory"] = deepcopy([callback.state_dict() for callback in others])
 
-    with _ignoring():
+    with ignoring():
         fit = trainer(
             callbacks=[*others, Memory(), record, monitored([GOOD, GOOD, GOOD, LOST, LOST, LOST]), detector, Last()],
             max_steps=5,
@@ -275,7 +266,7 @@ def test_a_rollback_restores_all_that_training_moves(folder, tmp_path):
 def test_without_a_healthy_measurement_it_goes_back_to_the_start():
     module = small()
     start = weights(module)
-    with _ignoring():
+    with ignoring():
         run([LOST] * 5, CollapseDetector("rollback"), module=module)
     assert torch.equal(weights(module), start)
     assert module.iteration == 0
@@ -286,7 +277,7 @@ def test_going_back_is_as_if_it_had_not_happened():
     module, batch = small(), torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
     record = Record()
     detector = CollapseDetector("rollback", max_rollbacks=1)
-    with _ignoring():
+    with ignoring():
         fit = trainer(
             callbacks=[monitored([GOOD, GOOD, LOST, LOST, LOST, GOOD]), record, detector], max_steps=7, max_epochs=-1
         )
@@ -297,7 +288,7 @@ def test_going_back_is_as_if_it_had_not_happened():
 
 def test_rollbacks_have_a_cap():
     detector = CollapseDetector("rollback", patience=1, max_rollbacks=2)
-    with _ignoring():
+    with ignoring():
         run([LOST] * 10, detector)
     assert [event["action"] for event in detector.events][:3] == ["rollback", "rollback", "warn"]
 
@@ -311,7 +302,7 @@ def test_remedies_add_up():
 
     remedy = [ScaleLearningRate(0.5, player="g"), ScalePenalty(10)]
     detector = CollapseDetector("rollback", patience=1, remedy=remedy)
-    with _ignoring():
+    with ignoring():
         _, fit = run([LOST] * 7, detector, penalty, module=module)
     assert [o.param_groups[0]["lr"] for o in fit.optimizers] == [1.0, 0.125]
     assert fit.lr_scheduler_configs[0].scheduler.base_lrs == [0.125]
@@ -342,6 +333,22 @@ def test_a_loss_that_is_not_finite_is_rolled_back():
     torch.manual_seed(0)
     with pytest.raises(FloatingPointError, match="Not finite"):
         run([GOOD], CollapseDetector("stop"), module=GANModule(Overflows(at=7), MLP([2, 8, 1]), 4), steps=8)
+
+
+def test_ranks_go_back_together_from_a_loss_that_is_finite_here(monkeypatch):
+    """Another process counts a value that is not finite, once."""
+    module, detector, record = small(), CollapseDetector("rollback"), Record()
+
+    elsewhere = [6]
+
+    def reduce(strategy, tensor, *_, **__):
+        return tensor + (strategy.lightning_module.trainer.global_step in elsewhere and elsewhere.pop() > 0)
+
+    monkeypatch.setattr("lightning.pytorch.strategies.SingleDeviceStrategy.reduce", reduce)
+    with pytest.warns(UserWarning, match="divergence at step"):
+        run([GOOD], detector, record, module=module, steps=8)
+    assert [event["verdict"] for event in detector.events] == ["divergence"]
+    assert record.seen[8][4] == 7  # one step was lost
 
 
 def test_take_and_put_back_share_no_memory():
@@ -407,7 +414,7 @@ def test_an_alert_needs_somebody_to_alert():
 
 def test_stronger_penalties_need_penalties():
     detector = CollapseDetector("rollback", patience=1, remedy=ScalePenalty())
-    with _ignoring(), pytest.raises(MisconfigurationException, match="ScalePenalty makes penalties stronger, but"):
+    with ignoring(), pytest.raises(MisconfigurationException, match="ScalePenalty makes penalties stronger, but"):
         run([GOOD, GOOD, LOST, LOST], detector)
 
 

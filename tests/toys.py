@@ -1,5 +1,8 @@
 """Games whose moves are known in closed form, and a Trainer without noise around it."""
 
+import warnings
+from contextlib import contextmanager
+
 import torch
 from lightning.pytorch import Trainer
 from torch import nn
@@ -78,3 +81,11 @@ def fit(module, batches, ckpt_path=None, **kwargs):
 
 def weights(module):
     return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+@contextmanager
+def ignoring():
+    """Without a word of the monitors, whose warnings would be errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
