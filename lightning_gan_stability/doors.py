@@ -3,8 +3,10 @@
 import functools
 import hashlib
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -307,6 +309,21 @@ def _subclasses(kind: type[M]) -> Iterator[type[M]]:
     for child in kind.__subclasses__():
         yield child
         yield from _subclasses(child)
+
+
+def save(state: object, file: Path) -> None:
+    """Write tensors and plain data, all of it or nothing: a reader never sees half a file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save({"a": torch.ones(1)}, Path(folder, "new", "state.pt"))
+        ...     torch.load(Path(folder, "new", "state.pt"), weights_only=True)
+        {'a': tensor([1.])}
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, temporary := file.with_suffix(f".{os.getpid()}"))
+    os.replace(temporary, file)
 
 
 def is_plain(value: object) -> bool:

@@ -75,7 +75,7 @@ class Pairs:
         self.rounding = (4 + math.sqrt(a.shape[1])) * torch.finfo(self.low_a.dtype).eps
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield the first row of each chunk, and its squared distances, (rows, m), up to rounding."""
+        """Yield the first row of each chunk, and (rows, m): distances, or squared ones up to rounding if wide."""
         size = rows_at_once(len(self.b))
         for start in range(0, len(self.a), size):
             stop = start + size
@@ -132,6 +132,29 @@ class Pairs:
                 whole = (self.a[part + start, None] - self.b).square().sum(2).sqrt()
                 radii[part] = whole.kthvalue(k + 1, dim=1).values
         return radii
+
+
+def duplicates_of(x: Tensor, threshold: float) -> Tensor | None:
+    """The pairs (2, p) of duplicates; None if there are too many to keep."""
+    found, pairs = [], Pairs(x, x)
+    radii = torch.full((len(x),), float(threshold), dtype=torch.float64, device=x.device)
+    for start, low in pairs.chunks():
+        rows, columns = pairs.within(start, low, radii).nonzero(as_tuple=True)
+        later = columns > rows + start
+        found.append(torch.stack([rows[later] + start, columns[later]]))
+        if sum(part.shape[1] for part in found) > CHUNK // 32:
+            return None
+    return torch.cat(found, 1).cpu()
+
+
+def first_duplicate(x: Tensor, order: Tensor, threshold: float) -> int:
+    """How many samples of an order it takes to see one twice, where many are alike."""
+    seen = 16
+    while True:
+        duplicates = duplicates_of(x[order[:seen]], threshold)
+        if duplicates is not None and duplicates.numel():
+            return int(duplicates.amax(0).min()) + 1
+        seen *= 2
 
 
 def centred(features: Tensor) -> Tensor:

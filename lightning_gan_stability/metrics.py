@@ -15,11 +15,12 @@ from torch import Tensor
 
 from lightning_gan_stability.batches import check_integer
 from lightning_gan_stability.features import (
-    CHUNK,
     Pairs,
     centred,
     checked,
+    duplicates_of,
     factor,
+    first_duplicate,
     frechet,
     gram,
     mmd,
@@ -248,7 +249,7 @@ def bin_difference(real: Tensor, fake: Tensor, bins: int = 100, alpha: float = 0
     """Share of K-means bins of the real samples that hold another proportion of the fake ones (NDB/K).
 
     "On GANs and GMMs", https://arxiv.org/abs/1805.12462: a two-proportion z-test at level α for every bin, so equal
-    distributions have about α. Needs scikit-learn.
+    distributions have about α.
 
     Args:
         real: (n, d).
@@ -301,9 +302,9 @@ def birthday_support(samples: Tensor, threshold: float, trials: int = 1000, seed
     (x,) = checked(samples=samples)
     random = torch.Generator().manual_seed(seed)
     orders = (torch.randperm(len(x), generator=random) for _ in range(check_integer("trials", trials)))
-    duplicates = _duplicates(x, threshold)
+    duplicates = duplicates_of(x, threshold)
     if duplicates is None:
-        firsts = [_first_duplicate(x, order.to(x.device), threshold) for order in orders]
+        firsts = [first_duplicate(x, order.to(x.device), threshold) for order in orders]
     elif duplicates.numel() == 0:
         return math.inf
     else:  # an order is random both as one of samples and as the place of each sample
@@ -392,26 +393,3 @@ def _predicted(samples: Tensor, classes: int, confidence: float) -> tuple[Tensor
         )
     share, mode = samples.max(1)
     return mode, share >= confidence
-
-
-def _duplicates(x: Tensor, threshold: float) -> Tensor | None:
-    """The pairs (2, p) of duplicates; None if there are too many to keep."""
-    found, pairs = [], Pairs(x, x)
-    radii = torch.full((len(x),), float(threshold), dtype=torch.float64, device=x.device)
-    for start, low in pairs.chunks():
-        rows, columns = pairs.within(start, low, radii).nonzero(as_tuple=True)
-        later = columns > rows + start
-        found.append(torch.stack([rows[later] + start, columns[later]]))
-        if sum(part.shape[1] for part in found) > CHUNK // 32:
-            return None
-    return torch.cat(found, 1).cpu()
-
-
-def _first_duplicate(x: Tensor, order: Tensor, threshold: float) -> int:
-    """How many samples of an order it takes to see one twice, where many are alike."""
-    seen = 16
-    while True:
-        duplicates = _duplicates(x[order[:seen]], threshold)
-        if duplicates is not None and duplicates.numel():
-            return int(duplicates.amax(0).min()) + 1
-        seen *= 2

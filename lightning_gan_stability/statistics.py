@@ -1,5 +1,6 @@
 """Statistics of features that arrive in batches, as torchmetrics: their states are reduced over ranks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torchmetrics.utilities import dim_zero_cat
 from lightning_gan_stability.batches import check_integer
 from lightning_gan_stability.features import checked
 from lightning_gan_stability.metrics import (
+    DensityAndCoverage,
+    PrecisionAndRecall,
     density_coverage,
     frechet_from_moments,
     kernel_distance,
@@ -138,14 +141,15 @@ class PrecisionRecall(_Kept):
     """
 
     higher_is_better = True
+    _function: Callable[..., PrecisionAndRecall | DensityAndCoverage] = staticmethod(precision_recall)
 
     def __init__(self, k: int = 3, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.k = check_integer("k", k)
 
     def compute(self) -> dict[str, Tensor]:
-        """``precision`` and ``recall``, float64."""
-        values = precision_recall(*self._both(), k=self.k)._asdict()
+        """Both values by name, float64."""
+        values = self._function(*self._both(), k=self.k)._asdict()
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 
@@ -163,10 +167,7 @@ class DensityCoverage(PrecisionRecall):
         tensor(1., dtype=torch.float64)
     """
 
+    _function = staticmethod(density_coverage)
+
     def __init__(self, k: int = 5, **kwargs: Any) -> None:
         super().__init__(k, **kwargs)
-
-    def compute(self) -> dict[str, Tensor]:
-        """``density`` and ``coverage``, float64."""
-        values = density_coverage(*self._both(), k=self.k)._asdict()
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}

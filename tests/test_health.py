@@ -2,8 +2,6 @@
 
 import csv
 import math
-import warnings
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from toys import dirac, fit, points, sgd, small, trainer, weights, zeros
+from toys import dirac, fit, ignoring, points, sgd, small, trainer, weights, zeros
 
 from lightning_gan_stability import (
     MLP,
@@ -44,13 +42,6 @@ from lightning_gan_stability.callbacks.health import (
     vanishing_gradient,
     weak_discriminator,
 )
-
-
-@contextmanager
-def ignoring():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def said(monitor):

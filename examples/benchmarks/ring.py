@@ -40,6 +40,7 @@ from lightning_gan_stability import (
     Ring,
     Unrolling,
 )
+from lightning_gan_stability.metrics import mode_coverage
 
 TENTHS = [tenth / 10 for tenth in range(1, 11)]
 MARKS = (0.2, 0.4, 1.0)  # shown in the table: 5,000, 10,000 and 25,000 steps of 25,000
@@ -56,12 +57,8 @@ class Coverage(NamedTuple):
 
 def coverage(samples: Tensor, centers: Tensor, std: float) -> Coverage:
     """Count the samples near each centre."""
-    distance, mode = torch.cdist(samples.double(), centers.double()).min(dim=1)
-    counts = torch.bincount(mode[distance <= 3 * std], minlength=len(centers)).double()
-    shares = counts / counts.sum()
-    kl = torch.special.xlogy(shares, shares * len(centers)).sum().item() if counts.sum() else math.inf
-    modes = int((counts >= 20 * len(samples) / 2500).sum())
-    return Coverage(modes, int((counts > 0).sum()), (counts.sum() / len(samples)).item(), kl)
+    found = mode_coverage(samples, centers, std, least=math.ceil(20 * len(samples) / 2500))
+    return Coverage(found.modes, int((found.counts > 0).sum()), found.high_quality, found.reverse_kl)
 
 
 def draw(module: GANModule, n: int, average: bool = False) -> Tensor:

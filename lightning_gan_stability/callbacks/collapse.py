@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_gan_stability.callbacks.base import Remembering, check_positive_int
 from lightning_gan_stability.callbacks.quality import QualityMonitor, Values
-from lightning_gan_stability.callbacks.rollback import Remedy, give_weights, put_back, save, take, weights_of
+from lightning_gan_stability.callbacks.rollback import Remedy, give_weights, put_back, take, weights_of
+from lightning_gan_stability.doors import save
 
 if TYPE_CHECKING:
     from lightning_gan_stability import GANModule
@@ -139,9 +140,9 @@ class CollapseDetector(Remembering):
     After each measurement of the run's :class:`~lightning_gan_stability.callbacks.quality.QualityMonitor` it asks two
     questions: is this bad (:func:`is_bad`), and is it better than ever before (:func:`is_progress`)? ``patience``
     measurements in a row that are bad, and none of them progress (or all the same modes are lost that were held before,
-    :func:`has_lost`), are a ``"collapse"``, ``"partial collapse"``, ``"mode
-    hopping"`` or ``"divergence"`` (:func:`name_trouble`). Samples that are not finite are a divergence at once. All
-    ranks decide from the same reduced values.
+    :func:`has_lost`), are a ``"collapse"``, ``"partial collapse"``, ``"mode hopping"`` or ``"divergence"``
+    (:func:`name_trouble`). Samples that are not finite are a divergence at once. All ranks decide from the same reduced
+    values.
 
     Every event has ``step`` (Trainer's), ``verdict``, ``action`` and ``evidence`` (the measurement, and the best so
     far); it goes into ``events``, to the loggers as ``health/<verdict>`` and ``collapse/<evidence>``, and is a warning.
@@ -188,8 +189,8 @@ class CollapseDetector(Remembering):
         check_positive_int("patience", patience)
         check_positive_int("max_rollbacks", max_rollbacks)
         check_positive_int("alert_every", alert_every)
-        remedies = [remedy] if remedy is None or callable(remedy) else remedy
-        if not isinstance(remedies, list | tuple) or not all(one is None or callable(one) for one in remedies):
+        remedies = [] if remedy is None else [remedy] if callable(remedy) else remedy
+        if not isinstance(remedies, list | tuple) or not all(map(callable, remedies)):
             raise ValueError(f"`remedy` must be one or several functions of (trainer, module), got {remedy!r}.")
         if action != "rollback" and (remedy is not None or folder is not None):
             raise ValueError(f"`remedy` and `folder` belong to action='rollback', got action={action!r}.")
@@ -197,7 +198,7 @@ class CollapseDetector(Remembering):
         self.rescues = action == "rollback"
         self.patience = patience
         self.max_rollbacks = max_rollbacks
-        self.remedy = remedy
+        self.remedies = remedies
         self.folder = folder
         self.alert_every = alert_every
         self.events: list[Event] = []
@@ -342,7 +343,7 @@ class CollapseDetector(Remembering):
         self._rollbacks += 1
         put_back(trainer, module, state)
         for _ in range(self._rollbacks - state["rollbacks"]):  # what was kept has only the remedies before it
-            for remedy in [self.remedy] if callable(self.remedy) else self.remedy or ():
+            for remedy in self.remedies:
                 remedy(trainer, module)
         self._weights = weights_of(trainer)
         self._begin()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any, TypeAlias, final
@@ -11,10 +12,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_gan_stability.batches import from_start
 from lightning_gan_stability.callbacks.base import Remembering, check_bool, check_positive_int, evaluation
+from lightning_gan_stability.callbacks.quality import loader_of, real_samples
 from lightning_gan_stability.doors import dtype_of, generator
 
 if TYPE_CHECKING:
@@ -198,10 +199,11 @@ class HealthMonitor(Remembering):
         self.verdicts: list[dict[str, Any]] = []
         self._windows: list[dict[str, float]] = []
         self._rows: list[Tensor] = []  # of signals, since the last decision
-        self._positions: list[Tensor] = []
+        self._positions: deque[Tensor] = deque(maxlen=(POINTS + 1) * LEVELS[-1])
         self._counts: dict[str, int] = {}  # decisions in a row
         self._fids: list[tuple[float, float]] = []  # generator loss and FID at each measurement
         self._held: tuple[Tensor, Tensor | None] | None = None
+        self._followed: list[nn.Parameter] = []  # each player's two largest, the discriminator's first
         self._first = 0
 
     def _forget(self, module: GANModule) -> None:
@@ -213,7 +215,7 @@ class HealthMonitor(Remembering):
             "verdicts": self.verdicts,
             "windows": self._windows,
             "rows": torch.stack(self._rows).cpu() if self._rows else [],
-            "positions": torch.stack(self._positions).cpu() if self._positions else [],
+            "positions": torch.stack([*self._positions]).cpu() if self._positions else [],
             "counts": self._counts,
             "fids": self._fids,
         }
@@ -222,7 +224,8 @@ class HealthMonitor(Remembering):
         """Go on from a checkpoint."""
         super().load_state_dict(state_dict)
         self.verdicts, self._windows = list(state_dict["verdicts"]), list(state_dict["windows"])
-        self._rows, self._positions = (list(state_dict[key]) for key in ("rows", "positions"))
+        self._rows = list(state_dict["rows"])
+        self._positions = deque(state_dict["positions"], self._positions.maxlen)
         self._counts, self._fids = dict(state_dict["counts"]), [tuple(pair) for pair in state_dict["fids"]]
 
     # ---------- what the Trainer calls
@@ -232,9 +235,12 @@ class HealthMonitor(Remembering):
         super().on_train_start(trainer, pl_module)
         module: GANModule = pl_module  # type: ignore[assignment]
         self._first = module.iteration
-        self._rows, self._positions = ([x.to(module.device) for x in kept] for kept in (self._rows, self._positions))
+        self._rows = [row.to(module.device) for row in self._rows]
+        self._positions = deque((x.to(module.device) for x in self._positions), self._positions.maxlen)
+        moving = [sorted(module._moving(player), key=Tensor.numel, reverse=True)[:2] for player in ("d", "g")]
+        self._followed = [p for two in moving for p in two]
         with isolate_rng():
-            self._held = _held_out(trainer, module) if self.held_out else None
+            self._held = _held_out(trainer) if self.held_out else None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -242,7 +248,7 @@ class HealthMonitor(Remembering):
         """Keep this step's signals; decide if it is time."""
         module: GANModule = pl_module  # type: ignore[assignment]
         self._rows.append(_signals(module))
-        self._positions = [*self._positions[1 - POINTS * LEVELS[-1] - LEVELS[-1] :], _position(module)]
+        self._positions.append(_position(self._followed))
         if module.iteration % self.every == 0:
             self._decide(trainer, module, batch)
         self._iteration = module.iteration
@@ -327,8 +333,9 @@ class HealthMonitor(Remembering):
         }
 
     def _rotation(self) -> Evidence | None:
-        for level in LEVELS if self._positions else ():
-            found = rotation(torch.stack(self._positions[::-level][POINTS::-1]).cpu())
+        positions = list(self._positions)
+        for level in LEVELS:
+            found = rotation(torch.stack(positions[::-level][POINTS::-1]).cpu())
             if found is not None:
                 return found | {"period": found["period"] * level}
         return None
@@ -350,21 +357,15 @@ class HealthMonitor(Remembering):
             print(f"  {said['step']:>10}  {said['verdict']:<25}  {_text(said['evidence'])}; {said['advice']}")
 
 
-def _held_out(trainer: Trainer, module: GANModule) -> tuple[Tensor, Tensor | None] | None:
+def _held_out(trainer: Trainer) -> tuple[Tensor, Tensor | None] | None:
     """This rank's samples of the (first) validation loader, and their labels; the loader stays where it is."""
-    source = trainer.fit_loop.epoch_loop.val_loop._data_source
-    loader: Any = source.dataloader() if source.instance is not None and source.is_defined() else []
+    loader = loader_of(trainer, "val")
     while isinstance(loader, Mapping | list | tuple):
         if not loader:
             return None
         loader = next(iter(loader.values() if isinstance(loader, Mapping) else loader))
-    batches: list[tuple[Tensor, Tensor | None]] = []
-    for batch in from_start(loader, HELD_OUT * trainer.world_size, trainer.global_rank, trainer.world_size):
-        batches.append(module.unpack(trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))))
-        if sum(len(real) for real, _ in batches) >= HELD_OUT:
-            break
-    labels = [part for _, part in batches if part is not None]
-    return torch.cat([real for real, _ in batches])[:HELD_OUT], torch.cat(labels)[:HELD_OUT] if labels else None
+    parts, labels = real_samples(trainer, loader, HELD_OUT * trainer.world_size)
+    return (torch.cat(parts), labels) if parts else None
 
 
 def _text(evidence: Evidence) -> str:
@@ -387,11 +388,9 @@ def _signals(module: GANModule) -> Tensor:
     return torch.stack([known.get(name, nan) for name in SIGNALS])
 
 
-@torch.no_grad()
-def _position(module: GANModule) -> Tensor:
-    """At most 64 entries of each of a player's two largest parameters, the discriminator's first."""
-    moving = [sorted(module._moving(player), key=Tensor.numel, reverse=True)[:2] for player in ("d", "g")]
-    return torch.cat([p.detach().flatten()[:: math.ceil(p.numel() / 64)].float() for two in moving for p in two])
+def _position(parameters: list[nn.Parameter]) -> Tensor:
+    """At most 64 entries of each."""
+    return torch.cat([p.detach().flatten()[:: math.ceil(p.numel() / 64)].float() for p in parameters])
 
 
 def _mean(rows: Tensor) -> Tensor:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final, get_args
@@ -18,13 +17,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_gan_stability.batches import from_start
 from lightning_gan_stability.callbacks.base import Remembering, check_positive_int, evaluation
-from lightning_gan_stability.doors import describe, dtype_of, generator
+from lightning_gan_stability.doors import describe, dtype_of, generator, save
 from lightning_gan_stability.extractors import Inception
 from lightning_gan_stability.metrics import (
     ModeCoverage,
@@ -290,7 +288,7 @@ class QualityMonitor(Remembering):
             z = latents[rows].to(module.device, dtype_of(module, latents.dtype))
             with evaluation(module):
                 seen.append(self._see(module.sample(len(rows), chosen, z)))
-        return _together(seen)
+        return _together(_joined(seen))
 
     def _see(self, samples: Tensor) -> Seen:
         assert self.extractor is not None
@@ -315,11 +313,11 @@ class QualityMonitor(Remembering):
     def _prepare(self, trainer: Trainer, module: GANModule) -> None:
         data = getattr(trainer, "datamodule", None)
         centers, std = getattr(data, "centers", None), getattr(data, "std", None)
-        batches = [module.unpack(batch) for batch in real_batches(trainer, self.split, self.n_samples)]
-        if not batches:
+        parts, labels = real_samples(trainer, self._loader(trainer), self.n_samples)
+        if not parts:
             raise MisconfigurationException(f"QualityMonitor(split='{self.split}') found no batch in the loader.")
         if self.extractor is None:
-            self.extractor = nn.Identity() if batches[0][0].dim() == 2 else Inception()
+            self.extractor = nn.Identity() if parts[0].dim() == 2 else Inception()
             rank_zero_info(f"QualityMonitor: no extractor is given, so it takes {type(self.extractor).__name__}.")
         self._classified = hasattr(self.extractor, "classify")
         known = self._classified or (isinstance(centers, Tensor) and std is not None)
@@ -330,15 +328,26 @@ class QualityMonitor(Remembering):
             )
         default = [name for name in get_args(Name) if name != "ndb" and (known or name != "modes")]
         self._wanted = frozenset(default if self.metrics is None else self.metrics)
-        labels = [part for _, part in batches if part is not None]
-        self._labels = _interleaved(torch.cat(labels)).cpu() if labels else None
-        self._real = self._features([real for real, _ in batches])
+        self._labels = None if labels is None else _interleaved(labels).cpu()
+        self._real = self._features(parts)
         if not bool(self._real.features.isfinite().all()):
             raise ValueError("QualityMonitor: the real samples have features that are not finite.")
         self._cells = Cells(self._real, centers if known else None, std, self._classified)
         self.null = trainer.strategy.broadcast(self._compare(self._real.features[::2], self._real.features[1::2]))
         for logger in trainer.loggers:
             logger.log_hyperparams({"quality": self.protocol})
+
+    def _loader(self, trainer: Trainer) -> Any:
+        loader = loader_of(trainer, self.split)
+        if isinstance(loader, list | tuple) and len(loader) == 1:
+            loader = loader[0]
+        a_list_of_batches = isinstance(loader, list) and loader and self.split == "train"
+        if isinstance(loader, dict | list | tuple) and not a_list_of_batches:
+            raise MisconfigurationException(
+                f"QualityMonitor(split='{self.split}') needs one {self.split} loader, but there are {len(loader)}: set "
+                f"split='{'val' if self.split == 'train' else 'train'}', or give one."
+            )
+        return loader
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -353,55 +362,55 @@ class QualityMonitor(Remembering):
         }
 
     def _features(self, samples: list[Tensor]) -> Seen:
-        """Real features of all ranks: from the cache, or seen now and put there."""
-        if self.cache is None:
-            return _cut(_together([self._see(part) for part in samples]), self.n_samples)
+        """Real features of all ranks: from the cache, or seen now."""
+        mine = self._cached(Path(self.cache), samples) if self.cache else _joined(map(self._see, samples))
+        whole = _together(mine)
+        return Seen(whole.features[: self.n_samples], whole.modes[: self.n_samples])
+
+    def _cached(self, folder: Path, samples: list[Tensor]) -> Seen:
         self._see(samples[0][:1])  # lets a lazy extractor read its weights
-        file = Path(self.cache) / f"{_digest(self.extractor, samples)}.pt"
+        file = folder / f"{_digest(self.extractor, samples)}.pt"
         try:
             mine = Seen(*torch.load(file, weights_only=True))
         except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError):  # none, or one that was torn
-            parts = [self._see(part) for part in samples]
-            mine = Seen(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(tuple(mine), temporary := file.with_suffix(f".{os.getpid()}"))
-            os.replace(temporary, file)  # all of it or nothing
-        device = samples[0].device
-        return _cut(_together([Seen(*(column.to(device) for column in mine))]), self.n_samples)
+            mine = _joined(map(self._see, samples))
+            save(tuple(column.cpu() for column in mine), file)
+        return Seen(*(column.to(samples[0].device) for column in mine))
 
 
-def real_batches(trainer: Trainer, split: Split, n: int) -> Iterator[Any]:
-    """This rank's share of n real samples, as batches on its device; the training loader does not move.
+def loader_of(trainer: Trainer, split: Split) -> Any:
+    """The run's loader of a split, as its owner gives it: none is an empty list, several are a collection."""
+    loop = trainer.fit_loop if split == "train" else trainer.fit_loop.epoch_loop.val_loop
+    source = loop._data_source
+    return source.dataloader() if source.instance is not None and source.is_defined() else []
+
+
+def real_samples(trainer: Trainer, loader: Any, n: int) -> tuple[list[Tensor], Tensor | None]:
+    """This rank's share of n real samples, in parts, and their labels, on its device; the loader does not move.
 
     A map-style data set gives a random choice of its samples, the same each time; another loader its first ones.
     """
-    loop = trainer.fit_loop if split == "train" else trainer.fit_loop.epoch_loop.val_loop
-    source = loop._data_source
-    loader = source.dataloader() if source.is_defined() and source.instance is not None else []
-    if isinstance(loader, list | tuple) and len(loader) == 1:
-        loader = loader[0]
-    if isinstance(loader, dict | list | tuple) and not (isinstance(loader, list) and loader and split == "train"):
-        raise MisconfigurationException(
-            f"QualityMonitor(split='{split}') needs one {split} loader, but there are {len(loader)}: set split="
-            f"'{'val' if split == 'train' else 'train'}', or give one."
-        )
+    parts: list[Tensor] = []
+    labels: list[Tensor] = []
     left = math.ceil(n / trainer.world_size)
     for batch in from_start(loader, n, trainer.global_rank, trainer.world_size):
         moved = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
-        real, _ = trainer.lightning_module.unpack(moved)  # type: ignore[operator]
-        yield moved if len(real) <= left else apply_to_collection(moved, Tensor, _first, left, len(real))
+        real, kinds = trainer.lightning_module.unpack(moved)  # type: ignore[operator]
+        parts.append(real[:left])
+        labels += [] if kinds is None else [kinds[:left]]
         left -= len(real)
         if left <= 0:
-            return
+            break
+    return parts, torch.cat(labels) if labels else None
 
 
-def _first(tensor: Tensor, n: int, size: int) -> Tensor:
-    return tensor[:n] if tensor.dim() and len(tensor) == size else tensor
+def _joined(parts: Iterable[Seen]) -> Seen:
+    return Seen(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _together(seen: list[Seen]) -> Seen:
+def _together(seen: Seen) -> Seen:
     """What all ranks have seen, in the order of one process that takes every rank's rows in turn."""
-    return Seen(*(_interleaved(torch.cat(column)) for column in zip(*seen, strict=True)))
+    return Seen(*map(_interleaved, seen))
 
 
 def _interleaved(rows: Tensor) -> Tensor:
@@ -414,10 +423,6 @@ def _interleaved(rows: Tensor) -> Tensor:
     for rank, part in enumerate(parts):
         whole[rank :: len(parts)] = part
     return whole
-
-
-def _cut(seen: Seen, n: int) -> Seen:
-    return Seen(seen.features[:n], seen.modes[:n])
 
 
 def _named(values: Values) -> dict[str, Tensor]:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import abc
-import os
 from collections.abc import Sequence
 from copy import deepcopy
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -35,7 +32,7 @@ def take(trainer: Trainer, module: GANModule) -> State:
         "callbacks": [callback.state_dict() for callback in _rewound(trainer)],
         "weights": weights_of(trainer),
     }
-    return deepcopy(apply_to_collection(state, Tensor, lambda tensor: tensor.detach().cpu().clone()))
+    return deepcopy(apply_to_collection(state, Tensor, lambda tensor: tensor.detach().cpu()))
 
 
 def put_back(trainer: Trainer, module: GANModule, state: State) -> None:
@@ -52,13 +49,6 @@ def put_back(trainer: Trainer, module: GANModule, state: State) -> None:
         callback.load_state_dict(kept)
         callback._loaded = False
     give_weights(trainer, state["weights"])
-
-
-def save(state: State, file: Path) -> None:
-    """Write a state, all of it or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, temporary := file.with_suffix(f".{os.getpid()}"))
-    os.replace(temporary, file)
 
 
 def weights_of(trainer: Trainer) -> list[tuple[float, float | None]]:
@@ -82,9 +72,9 @@ class Remedy(abc.ABC):
     """What a rollback changes, lest the same happens again; as a class, so that a YAML file can name it.
 
     Example:
-        >>> class SwapLoss(Remedy):
+        >>> class Clip(Remedy):
         ...     def __call__(self, trainer, module):
-        ...         module.loss = torch.nn.Identity()
+        ...         module.clip_norm = 1.0
         >>> isinstance(ScalePenalty(), Remedy)
         True
     """
