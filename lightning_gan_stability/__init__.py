@@ -35,7 +35,6 @@ from lightning_gan_stability.callbacks import (
 from lightning_gan_stability.callbacks.rollback import Remedy, ScaleLearningRate, ScalePenalty
 from lightning_gan_stability.data import Digits, Grid, Images, Ring
 from lightning_gan_stability.doors import Play
-from lightning_gan_stability.extractors import DigitClassifier, Inception
 from lightning_gan_stability.losses import (
     AdversarialLoss,
     BoundaryEquilibrium,
@@ -47,6 +46,14 @@ from lightning_gan_stability.losses import (
     Relativistic,
     RelativisticAverage,
     Wasserstein,
+)
+from lightning_gan_stability.metrics import (
+    DensityCoverage,
+    DigitClassifier,
+    FrechetDistance,
+    Inception,
+    KernelDistance,
+    PrecisionRecall,
 )
 from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.nets import (
@@ -78,10 +85,12 @@ __all__ = [
     "DCGANDiscriminator",
     "DCGANGenerator",
     "DRAGANPenalty",
+    "DensityCoverage",
     "DigitClassifier",
     "Digits",
     "Extragradient",
     "FDivergence",
+    "FrechetDistance",
     "GANModule",
     "GeneratorEMA",
     "GradientPenalty",
@@ -90,6 +99,7 @@ __all__ = [
     "Hinge",
     "Images",
     "Inception",
+    "KernelDistance",
     "LeCam",
     "LeastSquares",
     "LogitDrift",
@@ -104,6 +114,7 @@ __all__ = [
     "Packed",
     "PathLengthPenalty",
     "Play",
+    "PrecisionRecall",
     "QualityMonitor",
     "R1Penalty",
     "R2Penalty",

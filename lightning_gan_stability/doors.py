@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_gan_stability.spectral import has_spectral_norm
+from lightning_gan_stability.layers import has_spectral_norm
 
 M = TypeVar("M", bound=nn.Module)
 

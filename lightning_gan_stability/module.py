@@ -19,8 +19,8 @@ from lightning_gan_stability.callbacks.base import NETWORKS, Player, check_numbe
 from lightning_gan_stability.clock import LRSchedulerCallable, OptimizerCallable
 from lightning_gan_stability.doors import Play
 from lightning_gan_stability.gradients import Primitives
+from lightning_gan_stability.layers import restore_parametrizations
 from lightning_gan_stability.losses import AdversarialLoss, NonSaturating
-from lightning_gan_stability.spectral import restore_parametrizations
 
 
 class GANModule(Primitives):

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_gan_stability.packing import Packed as Packed
+from lightning_gan_stability.layers import Packed as Packed
 
 __all__ = ["MLP", "AutoEncoder", "DCGANDiscriminator", "DCGANGenerator", "ResNetDiscriminator", "ResNetGenerator"]
 

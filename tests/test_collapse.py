@@ -142,6 +142,15 @@ def test_nothing_makes_up_for_a_mode_that_was_held():
     assert said([GOOD, *[values | {"coverage": 0.02} for values in young]]) == []  # its samples were nowhere
 
 
+def test_modes_are_held_after_as_many_measurements_in_a_row_as_are_lost():
+    """A loss hides behind progress in coverage, which is low throughout, until `patience` measurements are sure."""
+    rough = [GOOD | {"coverage": 0.05 * 1.3**i, "fid": 0.85**i} for i in range(8)]
+    dropped = [values | {"missing": 0.125} for values in rough]
+    assert said([GOOD, *rough[:3], *dropped[3:6]]) == [(6, "partial collapse")]
+    assert said([GOOD, *rough[:2], *dropped[2:5]]) == []
+    assert said([GOOD, *[values | {"coverage": 0.01} for values in rough[:3]], *dropped[3:6]]) == []
+
+
 def test_the_same_trouble_is_said_again_after_it_was_gone():
     assert said([GOOD, GOOD, LOST, LOST, LOST, LOST, GOOD, LOST, LOST, LOST]) == [(4, "collapse"), (9, "collapse")]
 

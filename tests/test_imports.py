@@ -14,15 +14,14 @@ PURE = (
     "losses",
     "penalties",
     "nets",
-    "packing",
+    "layers",
     "optim",
     "doors",
-    "spectral",
     "batches",
-    "extractors",
-    "features",
-    "metrics",
-    "statistics",
+    "metrics.extractors",
+    "metrics.features",
+    "metrics.statistics",
+    "metrics.values",
 )
 LAYERS = [set(PURE), {"callbacks.base"}, {"clock"}, {"gradients"}, {"module"}]
 

@@ -10,9 +10,11 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
-from lightning_gan_stability import features as parts
-from lightning_gan_stability.features import Pairs
 from lightning_gan_stability.metrics import (
+    DensityCoverage,
+    FrechetDistance,
+    KernelDistance,
+    PrecisionRecall,
     bin_difference,
     birthday_support,
     density_coverage,
@@ -24,7 +26,8 @@ from lightning_gan_stability.metrics import (
     pairwise_diversity,
     precision_recall,
 )
-from lightning_gan_stability.statistics import DensityCoverage, FrechetDistance, KernelDistance, PrecisionRecall
+from lightning_gan_stability.metrics import features as parts
+from lightning_gan_stability.metrics.features import Pairs
 
 # (n, m, d): unequal sizes, fewer samples than features, one feature, narrow and wide
 SIZES = [(60, 40, 1), (200, 150, 5), (300, 400, 40), (50, 70, 100), (30, 200, 64), (120, 100, 33)]
@@ -230,6 +233,31 @@ def test_many_duplicates_have_radius_0():
     assert Pairs(same, same).radii(3).tolist() == [0.0] * 50
     assert tuple(precision_recall(same, same)) == (1, 1)
     assert density_coverage(same, same).coverage == 0  # strict
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-4])
+def test_many_duplicates_of_few_samples_have_exact_radii(noise, monkeypatch):
+    """What a collapsed generator makes; few rows need all their differences."""
+    source = torch.Generator().manual_seed(0)
+    samples = 3 * torch.randn(2, 64, generator=source).repeat(60, 1)
+    samples += noise * torch.randn(samples.shape, generator=source)
+    expected = torch.cdist(samples.double(), samples.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    taken = []
+    at_once = parts.rows_at_once
+    monkeypatch.setattr(parts, "rows_at_once", lambda width: taken.append(width) or at_once(width))
+    radii = Pairs(samples, samples).radii(3)
+    torch.testing.assert_close(radii, expected.kthvalue(4, dim=1).values, rtol=1e-12, atol=0)
+    assert samples.numel() not in taken  # the width of all differences of a row
+
+
+@pytest.mark.parametrize("n", [3, 256, 300, 520])
+def test_products_by_blocks_are_the_whole_ones(n):
+    source = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2 * n, n, generator=source, dtype=torch.float64) for _ in range(2))
+    torch.testing.assert_close(parts.gram(x), x.T @ x)
+    lower = torch.linalg.cholesky(x.T @ x)
+    whole = lower.T @ (y.T @ y) @ lower
+    torch.testing.assert_close(parts.sandwich(lower, y.T @ y).tril(), whole.tril())
 
 
 def test_nulls():

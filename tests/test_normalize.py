@@ -23,7 +23,7 @@ from lightning_gan_stability import (
     Wasserstein,
     WeightClipping,
 )
-from lightning_gan_stability.spectral import normalize_spectrum
+from lightning_gan_stability.layers import normalize_spectrum
 
 # ---------- SpectralNorm
 

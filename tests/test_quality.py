@@ -1,6 +1,7 @@
 """QualityMonitor: the same numbers as the functions on the same samples, no trace in training, and what it refuses."""
 
 import csv
+import json
 import math
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from toys import small, trainer, weights
@@ -26,8 +27,8 @@ from lightning_gan_stability import (
     Ring,
 )
 from lightning_gan_stability.batches import digits, from_start
-from lightning_gan_stability.callbacks.quality import Cells, Seen, distance
 from lightning_gan_stability.metrics import density_coverage, frechet_distance, mode_coverage, precision_recall
+from lightning_gan_stability.metrics.statistics import Cells, Seen, distance
 
 FEW = {"n_samples": 100, "every": 2}
 
@@ -81,6 +82,21 @@ def test_the_null_is_that_of_real_halves():
     real = torch.cat([stream.batch(i) for i in range(6)])
     assert monitor.null["coverage"] == density_coverage(real[::2], real[1::2]).coverage
     assert monitor.null["coverage"] > 0.9
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb.*")
+def test_weights_and_biases_get_a_table_of_all_measurements(tmp_path):
+    import wandb
+
+    logger = WandbLogger(offline=True, save_dir=tmp_path, project="test")
+    monitor = QualityMonitor(metrics=["fid"], **FEW)
+    fit(small(), ring(), monitor, logger=logger)
+    wandb.finish()
+    (file,) = tmp_path.rglob("media/table/quality/table*.json")
+    table = json.loads(file.read_text())
+    assert table["columns"] == ["step", "fid", "missing", "imbalance", "moved"]
+    assert [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] == monitor.history
+    assert [row["step"] for row in monitor.history] == [0, 2, 4]
 
 
 def test_the_average_is_measured_when_there_is_one():

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 
 from lightning_gan_stability.callbacks.base import Remembering, check_number, check_positive_int
 from lightning_gan_stability.callbacks.normalize import WeightClipping
-from lightning_gan_stability.spectral import follow_spectrum
+from lightning_gan_stability.layers import follow_spectrum
 
 if TYPE_CHECKING:
     from lightning_gan_stability import GANModule

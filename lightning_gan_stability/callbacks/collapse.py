@@ -26,6 +26,7 @@ Event: TypeAlias = dict[str, Any]
 Act = Literal["warn", "alert", "stop", "rollback"]
 
 MISSED = 0.03  # share of the real data that a healthy generator may miss
+NOWHERE = 0.02  # below this part of its null, coverage says that samples are nowhere near the data
 GAIN = 0.05  # what counts as progress of a share; of FID, twice that part of it
 ADVICE = {
     "collapse": "Add Unrolling, nets.Packed or R1Penalty and R2Penalty with a relativistic loss.",
@@ -56,7 +57,7 @@ def is_bad(values: Mapping[str, float], best: Mapping[str, float], null: Mapping
     return (
         values["missing"] > MISSED
         or values.get("diversity", 1.0) < 0.1
-        or values.get("coverage", 1.0) < 0.02 * null.get("coverage", 1.0)
+        or values.get("coverage", 1.0) < NOWHERE * null.get("coverage", 1.0)
         or (bool(fell) and all(fell))
     )
 
@@ -64,8 +65,7 @@ def is_bad(values: Mapping[str, float], best: Mapping[str, float], null: Mapping
 def has_lost(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
     """Whether modes are missed that were held before, 3 % of the real data's mass or more; nothing makes up for that.
 
-    They were held when the samples also lay on the data (coverage a tenth of its null): a young generator's samples are
-    all over the place.
+    They were held (:func:`held`) when the samples also lay on the data: a young generator's are all over the place.
 
     Example:
         >>> has_lost({"missing": 0.1}, {"held": 0.0})
@@ -93,7 +93,7 @@ def name_trouble(recent: Sequence[Mapping[str, float]]) -> Verdict:
         return "mode hopping" if mean["moved"] >= 0.5 else "collapse"
     if mean.get("diversity", 1.0) < 0.3:
         return "collapse"
-    return "divergence" if mean["missing"] >= 0.5 or mean.get("coverage", 1.0) < 0.02 else "partial collapse"
+    return "divergence" if mean["missing"] >= 0.5 or mean.get("coverage", 1.0) < NOWHERE else "partial collapse"
 
 
 def is_progress(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
@@ -116,13 +116,31 @@ def is_progress(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
     )
 
 
-def better_of(values: Mapping[str, float], best: Mapping[str, float], null: Mapping[str, float]) -> Values:
-    """The best of each value, and the least that was missed (``held``) by samples that lay on the data."""
-    low = ("fid", "kid", "missing", "imbalance", "reverse_kl")
+def held(recent: Sequence[Mapping[str, float]], null: Mapping[str, float], patience: int) -> float:
+    """The share that is missed by a generator that has surely learned the other modes; 1 if it is not yet sure.
+
+    Sure is one measurement with a coverage of a tenth of its null, or ``patience`` in a row with 2 % of it.
+
+    Example:
+        >>> held([{"missing": 0.0, "coverage": 0.5}], {"coverage": 0.9}, patience=3)
+        0.0
+        >>> held([{"missing": 0.0, "coverage": 0.05}], {"coverage": 0.9}, patience=3)
+        1.0
+    """
+    if not recent:
+        return 1.0
+    coverage = [values.get("coverage", 1.0) / null.get("coverage", 1.0) for values in recent[-patience:]]
+    if coverage[-1] > 0.1:
+        return recent[-1]["missing"]
+    sure = len(coverage) == patience and min(coverage) >= NOWHERE
+    return max(values["missing"] for values in recent[-patience:]) if sure else 1.0
+
+
+def better_of(values: Mapping[str, float], best: Mapping[str, float]) -> Values:
+    """The best of each value so far."""
+    low = ("fid", "kid", "missing", "imbalance", "reverse_kl", "held")
     pairs = {name: (value, best.get(name, value)) for name, value in values.items()}
-    better = {name: min(pair) if name in low else max(pair) for name, pair in pairs.items()}
-    on_data = values.get("coverage", 1.0) > 0.1 * null.get("coverage", 1.0)
-    return better | {"held": min(values["missing"] if on_data else 1.0, best.get("held", 1.0))}
+    return {name: min(pair) if name in low else max(pair) for name, pair in pairs.items()}
 
 
 def _finite(values: Mapping[str, float]) -> bool:
@@ -209,6 +227,7 @@ class CollapseDetector(Remembering):
 
     def _begin(self) -> None:
         self._best: Values = {}
+        self._seen: list[Values] = []  # the last measurements
         self._recent: list[Values] = []  # bad measurements in a row
         self._said: Verdict | None = None
 
@@ -217,6 +236,7 @@ class CollapseDetector(Remembering):
         return super().state_dict() | {
             "events": self.events,
             "best": self._best,
+            "seen": self._seen,
             "recent": self._recent,
             "said": self._said,
             "rollbacks": self._rollbacks,
@@ -228,7 +248,8 @@ class CollapseDetector(Remembering):
         """Go on from a checkpoint."""
         super().load_state_dict(state_dict)
         self.events, self._best = list(state_dict["events"]), dict(state_dict["best"])
-        self._recent, self._said = list(state_dict["recent"]), state_dict["said"]
+        self._seen, self._recent = list(state_dict["seen"]), list(state_dict["recent"])
+        self._said = state_dict["said"]
         self._rollbacks, self._healthy = state_dict["rollbacks"], state_dict["healthy"]
         self._weights = list(state_dict["weights"])
 
@@ -270,7 +291,8 @@ class CollapseDetector(Remembering):
         progress = is_progress(values, self._best) and not has_lost(values, self._best)
         bad = is_bad(values, self._best, null)
         if _finite(values):
-            self._best = better_of(values, self._best, null)
+            self._seen = [*self._seen, dict(values)][-self.patience :]
+            self._best = better_of(values | {"held": held(self._seen, null, self.patience)}, self._best)
         if progress or not bad:
             self._recent, self._said = [], None
             if not bad and self.action == "rollback":

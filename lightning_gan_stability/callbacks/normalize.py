@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gan_stability.callbacks.base import GANCallback, Player, check_number, check_positive_int
-from lightning_gan_stability.spectral import SpectralScale, has_spectral_norm, normalize_spectrum, rescale_spectrum
+from lightning_gan_stability.layers import SpectralScale, has_spectral_norm, normalize_spectrum, rescale_spectrum
 
 if TYPE_CHECKING:
     from lightning_gan_stability import GANModule

@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final, get_args
+from typing import TYPE_CHECKING, Any, Literal, final, get_args
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -23,14 +24,13 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from lightning_gan_stability.batches import from_start
 from lightning_gan_stability.callbacks.base import Remembering, check_positive_int, evaluation
 from lightning_gan_stability.doors import describe, dtype_of, generator, save
-from lightning_gan_stability.extractors import Inception
-from lightning_gan_stability.metrics import (
-    ModeCoverage,
+from lightning_gan_stability.metrics.extractors import Inception
+from lightning_gan_stability.metrics.statistics import Cells, Seen, distance
+from lightning_gan_stability.metrics.values import (
     bin_difference,
     density_coverage,
     frechet_distance,
     kernel_distance,
-    mode_coverage,
     pairwise_diversity,
     precision_recall,
 )
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 Split = Literal["train", "val"]
 Name = Literal["fid", "kid", "precision", "recall", "density", "coverage", "diversity", "modes", "ndb"]
 Values = dict[str, float]
-CELLS = 30  # K-means cells of the real features, where modes are not known
-HELD = 0.2  # a mode or cell is missed if it has less than this part of what the real data have there
 BATCH = 256  # generated at once
 
 # what each function of (real, fake) features gives
@@ -54,72 +52,6 @@ _VALUES: tuple[tuple[tuple[Name, ...], Callable[[Tensor, Tensor], Sequence[float
     (("diversity",), lambda real, fake: [pairwise_diversity(fake) / max(pairwise_diversity(real), 1e-12)]),
     (("ndb",), lambda real, fake: bin_difference(real, fake, bins=min(100, len(real) // 10))[:1]),
 )
-
-
-class Seen(NamedTuple):
-    """What is kept of samples: features (n, d), and what tells their modes: the samples (n, ...) or probabilities."""
-
-    features: Tensor
-    modes: Tensor
-
-
-class Cells:
-    """Where samples lie: in modes that are known, by centres or by a classifier, or in K-means cells of real features.
-
-    Args:
-        real: what was seen of real samples.
-        centers: (K, d) of known modes, with ``std``; or None.
-        std: standard deviation of a mode.
-        classified: ``Seen.modes`` is probabilities.
-    """
-
-    def __init__(self, real: Seen, centers: Tensor | None, std: float | None, classified: bool) -> None:
-        self.known = classified or centers is not None
-        self.centers = None if centers is None or classified else centers.to(real.modes)
-        self.std = std
-        if not self.known:
-            self.centers = _means(real.features)
-        self.shares = self.split(real)
-
-    def cover(self, modes: Tensor) -> ModeCoverage:
-        """The coverage of known modes."""
-        if self.centers is None:
-            return mode_coverage(modes, classes=modes.shape[1])
-        return mode_coverage(modes, self.centers, self.std)
-
-    def split(self, seen: Seen) -> list[float]:
-        """The share of samples in each mode or cell, by the nearest centre or the likeliest class."""
-        if self.centers is None:
-            nearest, k = seen.modes.argmax(1), seen.modes.shape[1]
-        else:
-            samples, k = seen.modes if self.known else seen.features, len(self.centers)
-            nearest = torch.cdist(samples.double(), self.centers.double()).argmin(1)
-        shares: list[float] = (torch.bincount(nearest, minlength=k) / len(nearest)).tolist()
-        return shares
-
-    def compare(self, seen: Seen) -> tuple[Values, list[float]]:
-        """What real data have and generated samples have not, and the generated shares."""
-        shares = self.split(seen)
-        missing = sum(p for p, q in zip(self.shares, shares, strict=True) if q < HELD * p)
-        return {"missing": missing, "imbalance": distance(shares, self.shares)}, shares
-
-
-def _means(features: Tensor) -> Tensor:
-    from sklearn.cluster import KMeans  # slow to import
-
-    k = min(CELLS, len(features) // 10)
-    means = KMeans(k, n_init=1, random_state=0).fit(features[:2500].double().cpu().numpy()).cluster_centers_
-    return torch.from_numpy(means).to(features.device)
-
-
-def distance(p: Sequence[float], q: Sequence[float]) -> float:
-    """Total variation distance ½ Σ |p − q| of two histograms.
-
-    Example:
-        >>> distance([1.0, 0.0], [0.5, 0.5])
-        0.5
-    """
-    return sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2
 
 
 @final
@@ -144,11 +76,11 @@ class QualityMonitor(Remembering):
     metrics give for one half of the real data against the other) is added to the loggers' hyperparameters, because
     values under another protocol do not compare. Modes are known if the data module has ``centers`` and ``std``
     (:class:`~lightning_gan_stability.data.Ring`), or the extractor has a method ``classify(samples)`` that gives
-    probabilities (:class:`~lightning_gan_stability.extractors.DigitClassifier`).
+    probabilities (:class:`~lightning_gan_stability.metrics.extractors.DigitClassifier`).
 
     Args:
         extractor: from samples to features (n, ...), which are flattened. None: vectors are their own features, images
-            (n, c, h, w) are seen by :class:`~lightning_gan_stability.extractors.Inception`.
+            (n, c, h, w) are seen by :class:`~lightning_gan_stability.metrics.extractors.Inception`.
         metrics: which of ``fid``, ``kid``, ``precision``, ``recall``, ``density``, ``coverage``, ``diversity`` (mean
             pairwise distance, relative to real), ``modes`` (with ``high_quality`` and ``reverse_kl``) and ``ndb``.
             None: all but ``ndb``; ``modes`` if they are known.
@@ -159,6 +91,7 @@ class QualityMonitor(Remembering):
 
     Attributes:
         values: the last measurement, without ``quality/``.
+        history: all measurements, with their ``step``; at the end of a fit also a table in Weights & Biases.
         null: what the metrics give for real data.
 
     Raises:
@@ -202,22 +135,24 @@ class QualityMonitor(Remembering):
         self.cache = cache
         self.values: Values = {}
         self.null: Values = {}
+        self.history: list[Values] = []
         self._shares: list[float] = []  # of generated samples in each cell
         self._at = -1  # global step of the last measurement
         self._spent = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """The last measurement."""
-        return super().state_dict() | {"values": self.values, "shares": self._shares, "at": self._at}
+        """All measurements."""
+        mine = {"values": self.values, "history": self.history, "shares": self._shares, "at": self._at}
+        return super().state_dict() | mine
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         super().load_state_dict(state_dict)
         self.values, self._shares = dict(state_dict["values"]), list(state_dict["shares"])
-        self._at = state_dict["at"]
+        self.history, self._at = list(state_dict["history"]), state_dict["at"]
 
     def _forget(self, module: GANModule) -> None:
-        self.values, self._shares, self._at = {}, [], -1
+        self.values, self.history, self._shares, self._at = {}, [], [], -1
 
     # ---------- what the Trainer calls
 
@@ -238,6 +173,14 @@ class QualityMonitor(Remembering):
         """Measure if this step is due."""
         self.observe(trainer, pl_module)  # type: ignore[arg-type]
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give Weights & Biases the table of all measurements."""
+        columns = list(dict.fromkeys(name for row in self.history for name in row))
+        rows = [[row.get(name) for name in columns] for row in self.history]
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_table("quality/table", columns, rows, step=trainer.global_step)
+
     def observe(self, trainer: Trainer, module: GANModule) -> bool:
         """Measure if this step is due and has not been measured; say whether there is a measurement of this step."""
         self._iteration = module.iteration
@@ -255,6 +198,7 @@ class QualityMonitor(Remembering):
             self.values, shares = trainer.strategy.broadcast(self._evaluate(self._generate(trainer, module)))
         self.values["moved"] = distance(shares, self._shares) if self._shares else 0.0
         self._shares, self._at = shares, trainer.global_step
+        self.history.append({"step": trainer.global_step} | self.values)
         trainer.callback_metrics.update(_named(self.values))
         time_share = self._spent / max(time.monotonic() - self._started, 1e-9)
         for logger in trainer.loggers:

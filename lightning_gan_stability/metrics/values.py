@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_gan_stability.batches import check_integer
-from lightning_gan_stability.features import (
+from lightning_gan_stability.metrics.features import (
     Pairs,
     centred,
     checked,

@@ -9,6 +9,7 @@ from torch import Tensor
 CHUNK = 2**22  # values in the largest intermediate: 32 MB of float64
 NARROW = 32  # up to this width, differences are as quick as a matrix product
 SPARE = 8  # neighbours looked at besides the k nearest
+BLOCK = 256  # columns of symmetric and triangular products done at once
 
 
 def checked(k: int = 0, **features: Tensor) -> list[Tensor]:
@@ -126,11 +127,16 @@ class Pairs:
         radii = distances.kthvalue(k + 1, dim=1).values
         # rows of which further neighbours may be as near, for all that the product says: duplicates, above all
         doubt = self.rounding * (self.norm_a[start : start + len(low)] + self.norm_b.max())
-        doubtful = (near.values[:, -1] <= near.values[:, k] + 2 * doubt).nonzero().flatten()
-        if count < low.shape[1]:
-            for part in doubtful.split(rows_at_once(self.b.numel())):  # type: ignore[no-untyped-call]
-                whole = (self.a[part + start, None] - self.b).square().sum(2).sqrt()
-                radii[part] = whole.kthvalue(k + 1, dim=1).values
+        doubtful = (near.values[:, -1] <= near.values[:, k] + 2 * doubt) & (radii > 0)
+        left = doubtful.nonzero().flatten() + start
+        if count == low.shape[1] or not len(left):
+            return radii
+        if low.dtype == torch.float32:  # products in float64 leave less in doubt
+            radii[left - start] = Pairs(self.a[left], self.b).radii(k)
+            return radii
+        for part in left.split(rows_at_once(self.b.numel())):  # type: ignore[no-untyped-call]
+            whole = (self.a[part, None] - self.b).square().sum(2).sqrt()
+            radii[part - start] = whole.kthvalue(k + 1, dim=1).values
         return radii
 
 
@@ -164,8 +170,23 @@ def centred(features: Tensor) -> Tensor:
 
 
 def gram(x: Tensor) -> Tensor:
-    """XᵀX."""
-    return x.T @ x
+    """XᵀX, of which one half is computed."""
+    product = x.new_empty(x.shape[1], x.shape[1])
+    for i in range(0, len(product), BLOCK):
+        rows = x[:, i : i + BLOCK].T @ x[:, i:]
+        product[i : i + BLOCK, i:], product[i:, i : i + BLOCK] = rows, rows.T
+    return product
+
+
+def sandwich(lower: Tensor, symmetric: Tensor) -> Tensor:
+    """LᵀCL, its lower triangle alone; zeros of L are left out, block by block: a third of the two products."""
+    starts = range(0, len(lower), BLOCK)
+    right = torch.cat([symmetric[:, i:] @ lower[i:, i : i + BLOCK] for i in starts], dim=1)
+    product = torch.zeros_like(lower)
+    for i in starts:
+        stop = i + BLOCK
+        product[i:stop, :stop] = lower[i:, i:stop].T @ right[i:, :stop]
+    return product
 
 
 def factor(x: Tensor) -> Tensor:
@@ -190,7 +211,7 @@ def frechet(
     if covariances is not None:
         lower, info = torch.linalg.cholesky_ex(covariances[0])
         if not info:
-            values = torch.linalg.eigvalsh(lower.T @ covariances[1] @ lower).clamp(min=0)
+            values = torch.linalg.eigvalsh(sandwich(lower, covariances[1])).clamp(min=0)
             distance = float(total - 2 * values.sqrt().sum())
             # what rounding of the eigenvalues may have done to the sum of their roots
             rounding = 16 * torch.finfo(values.dtype).eps * values[-1]

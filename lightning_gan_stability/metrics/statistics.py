@@ -1,7 +1,7 @@
-"""Statistics of features that arrive in batches, as torchmetrics: their states are reduced over ranks."""
+"""Statistics of features: torchmetrics, whose states are reduced over ranks, and where samples lie."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,15 +9,20 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_gan_stability.batches import check_integer
-from lightning_gan_stability.features import checked
-from lightning_gan_stability.metrics import (
+from lightning_gan_stability.metrics.features import checked
+from lightning_gan_stability.metrics.values import (
     DensityAndCoverage,
+    ModeCoverage,
     PrecisionAndRecall,
     density_coverage,
     frechet_from_moments,
     kernel_distance,
+    mode_coverage,
     precision_recall,
 )
+
+CELLS = 30  # K-means cells of the real features, where modes are not known
+HELD = 0.2  # a mode or cell is missed if it has less than this part of what the real data have there
 
 
 class FrechetDistance(Metric):
@@ -171,3 +176,69 @@ class DensityCoverage(PrecisionRecall):
 
     def __init__(self, k: int = 5, **kwargs: Any) -> None:
         super().__init__(k, **kwargs)
+
+
+class Seen(NamedTuple):
+    """What is kept of samples: features (n, d), and what tells their modes: the samples (n, ...) or probabilities."""
+
+    features: Tensor
+    modes: Tensor
+
+
+class Cells:
+    """Where samples lie: in modes that are known, by centres or by a classifier, or in K-means cells of real features.
+
+    Args:
+        real: what was seen of real samples.
+        centers: (K, d) of known modes, with ``std``; or None.
+        std: standard deviation of a mode.
+        classified: ``Seen.modes`` is probabilities.
+    """
+
+    def __init__(self, real: Seen, centers: Tensor | None, std: float | None, classified: bool) -> None:
+        self.known = classified or centers is not None
+        self.centers = None if centers is None or classified else centers.to(real.modes)
+        self.std = std
+        if not self.known:
+            self.centers = _means(real.features)
+        self.shares = self.split(real)
+
+    def cover(self, modes: Tensor) -> ModeCoverage:
+        """The coverage of known modes."""
+        if self.centers is None:
+            return mode_coverage(modes, classes=modes.shape[1])
+        return mode_coverage(modes, self.centers, self.std)
+
+    def split(self, seen: Seen) -> list[float]:
+        """The share of samples in each mode or cell, by the nearest centre or the likeliest class."""
+        if self.centers is None:
+            nearest, k = seen.modes.argmax(1), seen.modes.shape[1]
+        else:
+            samples, k = seen.modes if self.known else seen.features, len(self.centers)
+            nearest = torch.cdist(samples.double(), self.centers.double()).argmin(1)
+        shares: list[float] = (torch.bincount(nearest, minlength=k) / len(nearest)).tolist()
+        return shares
+
+    def compare(self, seen: Seen) -> tuple[dict[str, float], list[float]]:
+        """What real data have and generated samples have not, and the generated shares."""
+        shares = self.split(seen)
+        missing = sum(p for p, q in zip(self.shares, shares, strict=True) if q < HELD * p)
+        return {"missing": missing, "imbalance": distance(shares, self.shares)}, shares
+
+
+def _means(features: Tensor) -> Tensor:
+    from sklearn.cluster import KMeans  # slow to import
+
+    k = min(CELLS, len(features) // 10)
+    means = KMeans(k, n_init=1, random_state=0).fit(features[:2500].double().cpu().numpy()).cluster_centers_
+    return torch.from_numpy(means).to(features.device)
+
+
+def distance(p: Sequence[float], q: Sequence[float]) -> float:
+    """Total variation distance ½ Σ |p − q| of two histograms.
+
+    Example:
+        >>> distance([1.0, 0.0], [0.5, 0.5])
+        0.5
+    """
+    return sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2
