@@ -102,6 +102,21 @@ def game(loss: Any, lr: float) -> tuple[GANModule, Any]:
     return module, DataLoader(torch.zeros(100, 1), batch_size=1)
 
 
+class Exponential(nn.Module):
+    """Gives samples of a log-normal distribution to a linear layer of normal latents."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.exp()
+
+
+def heavy_tails() -> tuple[GANModule, Any]:
+    """A log-normal generator and data of that kind, one sample at a time: few samples have most of the gradient."""
+    scale = nn.Linear(1, 1)
+    nn.init.constant_(scale.weight, 3.0)
+    module = GANModule(nn.Sequential(scale, Exponential()), MLP([1, 16, 1]), 1, Wasserstein(), sgd(1e-9), sgd(1e-9))
+    return module, DataLoader((3 * torch.randn(2000, 1)).exp(), batch_size=1)
+
+
 def by_heart() -> tuple[GANModule, Any]:
     """A perfect generator, and 64 samples that a large discriminator can learn by heart."""
     perfect = nn.Linear(30, 30, bias=False)
@@ -117,6 +132,7 @@ FAILING: dict[str, tuple[str, Callable[[], tuple[GANModule, Any]], Callable[[], 
     "critic without bounds": (
         "exploding_gradient", lambda: points(1e-5, 1e-3, Wasserstein(), 1.005, shift=3.0), list, 1500,
     ),
+    "heavy tails, batches of one": ("noisy_gradient", heavy_tails, list, 1000),
     "discriminator that hardly learns": ("weak_discriminator", lambda: points(1e-2, 1e-7), list, 1000),
     "Dirac-GAN, in turn": ("oscillation", lambda: game(Wasserstein(), 0.1), list, 1000),
     "Dirac-GAN, simultaneous": ("oscillation", lambda: game(Minimax(), 0.05), lambda: [Simultaneous()], 1500),
