@@ -46,6 +46,9 @@ class GANModule(Primitives):
         clip_norm: largest L2 norm of a player's gradient, clipped separately for each player. None: no limit.
         accumulate: micro-batches per update: less memory, the same gradient (unless a network has BatchNorm).
         noise_seed: seed of the module's own noise, together with the process's rank and the iteration.
+        compile: compile both networks in place when a fit begins; True, or the name of a backend of ``torch.compile``.
+            Plain steps run compiled; penalties and rules with second derivatives, which compiled graphs do not have,
+            run in eager.
 
     Raises:
         ValueError: if an argument has a bad value.
@@ -70,6 +73,7 @@ class GANModule(Primitives):
         clip_norm: float | None = None,
         accumulate: int = 1,
         noise_seed: int = 0,
+        compile: bool | str = False,
     ) -> None:
         super().__init__({"d": d_optimizer, "g": g_optimizer}, {"d": d_scheduler, "g": g_scheduler})
         self.clip_norm, self.accumulate, self.noise_seed = clip_norm, accumulate, noise_seed
@@ -78,6 +82,9 @@ class GANModule(Primitives):
         if clip_norm is not None:
             check_number("clip_norm", clip_norm, positive=True)
         _check_type("noise_seed", noise_seed, int)
+        if not isinstance(compile, bool) and compile not in torch.compiler.list_backends(exclude_tags=()):
+            names = ", ".join(torch.compiler.list_backends())
+            raise ValueError(f"`compile` must be True, False, or a backend such as {names}, got {compile!r}.")
         makers = {"g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
         for name, make in (makers | {"g_scheduler": g_scheduler, "d_scheduler": d_scheduler}).items():
             if make is not None and not callable(make):
@@ -93,6 +100,7 @@ class GANModule(Primitives):
         self.generator_ema: nn.Module | None
         self.register_module("generator_ema", None)
         self._average_rests = False
+        self._backend = "inductor" if compile is True else compile
         self.augment: nn.Module = nn.Identity()
         self.latent_dim = latent_dim
         self._loss_given = loss is not None
@@ -224,6 +232,9 @@ class GANModule(Primitives):
     def _forward(self, name: str, network: nn.Module, inputs: Tensor, labels: Tensor | None) -> Tensor:
         """Run a network on what it takes, and explain its failure before the first step."""
         labels = labels if labels is None else labels.to(self.device)
+        if network._compiled_call_impl is not None:
+            # one graph for all batch sizes: Dynamo gives up after eight of one class of network
+            torch._dynamo.maybe_mark_dynamic(inputs, 0)
         try:
             return doors.call(network, inputs, labels)
         except torch.OutOfMemoryError:
@@ -252,7 +263,7 @@ class GANModule(Primitives):
             )
 
     def on_fit_start(self) -> None:
-        """Refuse networks in eval mode, and an average that nothing moves."""
+        """Refuse networks in eval mode, and an average that nothing moves; compile."""
         if not self.training:
             raise MisconfigurationException(
                 "The module is in eval mode, in which BatchNorm, dropout and spectral norm do not train: call "
@@ -269,6 +280,9 @@ class GANModule(Primitives):
                 "The module has an average of its generator from an earlier run, which `sample` draws from in eval "
                 "mode, but no GeneratorEMA moves it: add one, or set `module.generator_ema = None`."
             )
+        for network in (self.generator, self.discriminator):
+            if self._backend and network._compiled_call_impl is None:
+                network.compile(backend=self._backend)
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         """Samples from given latents: ``sample(len(latents), labels, latents)``."""

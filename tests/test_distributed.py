@@ -1,7 +1,7 @@
-"""Two processes on the halves of a batch equal one process on all of it.
+"""Two or four processes on the parts of a batch equal one process on all of it.
 
 By design ranks draw different noise, so here every sample brings its own latents: they are columns of the data.
-One pair of processes trains all cases; the parent trains them on the whole batches and compares.
+One pair of processes trains all cases, four train some; the parent trains them on the whole batches and compares.
 """
 
 import multiprocessing
@@ -85,15 +85,15 @@ class Given(GANModule):
         return self.batch["alpha"]
 
 
-def data(rank=None, dtype=torch.float32, shape=(2,)):
-    """Batches with their noise: all of it, or a rank's half."""
+def data(rank=None, dtype=torch.float32, shape=(2,), ranks=2):
+    """Batches with their noise: all of it, or a rank's part."""
     generator = torch.Generator().manual_seed(0)
-    mine = slice(None) if rank is None else slice(rank * BATCH_SIZE // 2, (rank + 1) * BATCH_SIZE // 2)
+    mine = slice(None) if rank is None else slice(rank * BATCH_SIZE // ranks, (rank + 1) * BATCH_SIZE // ranks)
     shapes = {"image": shape, "d_latents": (4,), "g_latents": (4,), "noise": (2,)}
     batches = []
     for _ in range(BATCHES):
         batch = {k: torch.randn(BATCH_SIZE, *s, generator=generator, dtype=torch.float64) for k, s in shapes.items()}
-        batch["image"] += torch.linspace(-1, 1, BATCH_SIZE).reshape(-1, *[1] * len(shape))  # the halves differ
+        batch["image"] += torch.linspace(-1, 1, BATCH_SIZE).reshape(-1, *[1] * len(shape))  # the parts differ
         batch["alpha"] = torch.rand(BATCH_SIZE, generator=generator, dtype=torch.float64)
         batches.append({k: v[mine].to(dtype) for k, v in batch.items()})
     return batches
@@ -224,13 +224,28 @@ CASES = {
     "ModeSeeking, float64": (lambda: turn().double(), [ModeSeeking()]),
 }
 
+FOUR = [
+    "plain",
+    "R1 and R2, Relativistic",
+    "WGAN-GP, float64",
+    "accumulate, lazy R1, WGAN-GP",
+    "clip_norm",
+    "RelativisticAverage, float64",
+    "BEGAN",
+    "Unrolling, R1, R2, float64",
+    "Extragradient",
+    "ConsensusOptimization, float64",
+    "SpectralNorm, GeneratorEMA",
+    *[case for case in CASES if case.startswith("AdaptiveUpdateRatio")],
+]
+
 
 def train(case, rank=None, **kwargs):
     torch.manual_seed(0)
     make, callbacks = CASES[case]
     module = make()
     dtype = next(module.parameters()).dtype
-    batches = data(rank, dtype, (1, 8, 8) if case.startswith("BEGAN") else (2,))
+    batches = data(rank, dtype, (1, 8, 8) if case.startswith("BEGAN") else (2,), kwargs.get("devices", 1))
     before = weights(module.discriminator)
     precision = {"precision": "bf16-mixed"} if case.startswith("bf16") else {}
     run = fit(module, batches, callbacks=callbacks, **precision, **kwargs)
@@ -309,16 +324,17 @@ def quality(rank=None, **kwargs):
     return {"weights": weights(module), "first": first, "events": detector.events, "iteration": module.iteration}
 
 
-def worker(rank, port, folder):
-    """Train every case as one of two ranks, as torchrun would start it, and leave the results in files."""
+def worker(rank, port, folder, names):
+    """Train every case as one of two or four ranks, as torchrun would start it, and leave the results in files."""
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
+    size = 2 if names is None else 4
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "RANK": str(rank)}
     os.environ |= {"LOCAL_RANK": str(rank), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests", "OMP_NUM_THREADS": "1"}
     os.chdir(folder)
-    options = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
+    options = {"strategy": "ddp", "devices": size, "use_distributed_sampler": False}
     results = {}
     others = {"noise": noise, "quality": quality}
-    for name in [*CASES, *others]:
+    for name in [*CASES, *others] if names is None else names:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
@@ -332,14 +348,14 @@ def worker(rank, port, folder):
     torch.distributed.destroy_process_group()
 
 
-def run_two_processes(folder, limit=120):
+def run_processes(folder, size, names=None, limit=120):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # as with "spawn" nothing of this process is inherited, but the imports are made once for both
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lightning.pytorch"])
-    processes = [context.Process(target=worker, args=(rank, port, folder), daemon=True) for rank in range(2)]
+    processes = [context.Process(target=worker, args=(rank, port, folder, names), daemon=True) for rank in range(size)]
     end = time.monotonic() + limit
     try:
         for process in processes:
@@ -354,26 +370,35 @@ def run_two_processes(folder, limit=120):
             process.join()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """The results of both ranks by case; test workers share one pair of processes."""
-    folder = tmp_path_factory.getbasetemp()
+def shared(factory, size, names=None):
+    """The results of all ranks by case; test workers share one group of processes."""
+    folder = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
-    folder /= "two_processes"
+    folder /= f"{size}_processes"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()
-            run_two_processes(folder)
-    files = [folder / f"{rank}.pickle" for rank in range(2)]
+            run_processes(folder, size, names)
+    files = [folder / f"{rank}.pickle" for rank in range(size)]
     return [pickle.loads(file.read_bytes()) if file.exists() else {} for file in files]
 
 
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return shared(tmp_path_factory, 2)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return shared(tmp_path_factory, 4, FOUR)
+
+
 def results(ranks, case):
-    for rank in range(2):
-        assert case in ranks[rank], f"rank {rank} did not get to this case"
-        assert "error" not in ranks[rank][case], ranks[rank][case]["error"]
-    return [rank[case] for rank in ranks]
+    for rank, cases in enumerate(ranks):
+        assert case in cases, f"rank {rank} did not get to this case"
+        assert "error" not in cases[case], cases[case]["error"]
+    return [cases[case] for cases in ranks]
 
 
 # ---------- tests
@@ -383,20 +408,30 @@ def difference(a, b):
     return (a - b).abs().max().item()
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_equal_one_on_the_whole_batch(ranks, case):
-    first, second = results(ranks, case)
+def check(case, results):
+    first, *others = results
     one = train(case)
-    assert torch.equal(first["weights"], second["weights"])
     limit = 1e-12 if "float64" in case else 1e-3 if "bf16" in case else 1e-6
     assert difference(first["weights"], one["weights"]) <= limit
     assert one["moved"] > 1e-3
-    assert first["global_step"] == second["global_step"] == one["global_step"] == BATCHES
-    assert first["iteration"] == second["iteration"] == one["iteration"] == BATCHES
+    assert first["global_step"] == first["iteration"] == one["global_step"] == one["iteration"] == BATCHES
+    for other in others:
+        assert torch.equal(first["weights"], other["weights"])
+        assert (first["global_step"], first["iteration"]) == (other["global_step"], other["iteration"])
     if one["k"] is not None:
-        assert torch.equal(first["k"], second["k"])
+        assert all(torch.equal(first["k"], other["k"]) for other in others)
         assert 0 < one["k"] < 1
         assert difference(first["k"], one["k"]) <= 1e-6
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one_on_the_whole_batch(ranks, case):
+    check(case, results(ranks, case))
+
+
+@pytest.mark.parametrize("case", FOUR)
+def test_four_processes_equal_one_on_the_whole_batch(four, case):
+    check(case, results(four, case))
 
 
 @pytest.mark.parametrize("case", ["plain", "R1", "accumulate=3, R1", "RelativisticAverage", "BEGAN", "Hinge, patches"])

@@ -3,13 +3,16 @@
 On a CPU a float16 gradient scaler stands in for the one that a GPU has: the plugin is the same.
 """
 
+import pickle
+
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from torch.nn.functional import softplus
-from toys import fit, points, sgd, small, weights
+from torch.utils.data import DataLoader
+from toys import fit, points, sgd, small, trainer, weights
 
 from lightning_gan_stability import (
     MLP,
@@ -19,12 +22,15 @@ from lightning_gan_stability import (
     ConsensusOptimization,
     ConsistencyPenalty,
     DRAGANPenalty,
+    Extragradient,
     GANModule,
+    GeneratorEMA,
     GradientPenalty,
     NonSaturating,
     R1Penalty,
     R2Penalty,
     Regularizer,
+    SampleGrid,
     Simultaneous,
     Unrolling,
 )
@@ -467,6 +473,56 @@ def test_both_networks_compiled_in_mixed_precision(dynamo):
         fit(m, points(4), callbacks=[R1Penalty(0.5, every=2)], precision="bf16-mixed")
     assert len(runs) > 8
     assert (weights(module) - weights(plain)).abs().max() <= 1e-5
+
+
+def ragged(n):
+    """Batches of 8, and a smaller one at the end of each epoch of 4."""
+    return [batch[: 5 if i % 4 == 3 else 8] for i, batch in enumerate(points(n))]
+
+
+def train_compiled(backend, rule, batches):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    module = small(compile=backend)
+    callbacks = [R1Penalty(0.5, every=4), GeneratorEMA(half_life=2), SampleGrid(every=4, n=9), *rule]
+    run = trainer(callbacks=callbacks, max_steps=len(batches), max_epochs=-1, val_check_interval=4)
+    run.fit(module, DataLoader(batches, batch_size=None), DataLoader(batches[:4], batch_size=None))
+    return module, counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "most"),
+    # D judges in its own step, in G's and in validation; G makes samples without a gradient, with one, in validation
+    [([], 6), ([Unrolling(2)], 6), ([Extragradient()], 6)],
+    ids=["plain", "Unrolling", "Extragradient"],
+)
+def test_compiled_runs_equal_eager_ones_with_few_graphs(dynamo, rule, most):
+    plain, none = train_compiled(False, rule, ragged(8))
+    module, few = train_compiled("aot_eager", rule, ragged(8))
+    _, same = train_compiled("aot_eager", rule, ragged(24))
+    assert (none, few) == (0, same)
+    assert 2 <= few <= most
+    assert (weights(module) - weights(plain)).abs().max() <= 1e-5
+    assert list(module.state_dict()) == list(plain.state_dict())
+    assert module.generator_ema._compiled_call_impl is None
+    again = small()
+    again.load_state_dict(pickle.loads(pickle.dumps(module.state_dict())))
+
+
+def test_networks_that_are_compiled_already_keep_their_backend(dynamo):
+    backend, runs = dynamo
+    module = small(compile="aot_eager")
+    module.discriminator.compile(backend=backend)
+    fit(module, points(2))
+    assert len(runs) == 2 * 3
+
+
+@pytest.mark.parametrize("value", ["no_such_backend", 1, None])
+def test_compile_takes_a_backend(value):
+    with pytest.raises(ValueError, match=r"`compile` must be True, False, or a backend such as .*inductor.*, got "):
+        small(compile=value)
 
 
 # ---------- attention
