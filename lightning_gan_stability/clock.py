@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ParallelStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -121,6 +122,30 @@ class Clockwork(LightningModule):
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         self._rule()
 
+    def configure_model(self) -> None:
+        """Shard both networks over the processes of a ModelParallelStrategy; override it to shard single layers too."""
+        mesh = self.device_mesh
+        if mesh is None or self._sharded():
+            return
+        if mesh["tensor_parallel"].size() > 1:
+            raise MisconfigurationException(
+                "GANModule shards its networks over data-parallel processes, but ModelParallelStrategy has "
+                f"tensor_parallel_size={mesh['tensor_parallel'].size()}: set tensor_parallel_size=1 and "
+                "data_parallel_size to the number of processes."
+            )
+        for network in self._networks():
+            fully_shard(network, mesh=mesh["data_parallel"])
+            # second derivatives need weights that the first ones' backward pass would have freed
+            network.set_reshard_after_backward(False)  # type: ignore[operator]
+
+    def _networks(self) -> list[nn.Module]:
+        names = (*NETWORKS.values(), "generator_ema")
+        return [network for name in names if (network := getattr(self, name)) is not None]
+
+    def _sharded(self) -> list[FSDPModule]:
+        """The networks and layers that are sharded."""
+        return [m for network in self._networks() for m in network.modules() if isinstance(m, FSDPModule)]
+
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         """The two optimizers, discriminator first, and the schedulers; keep the order when you override it."""
         optimizers, schedulers = [], []
@@ -199,6 +224,35 @@ class Clockwork(LightningModule):
         """The parameters that a player's optimizer steps."""
         groups = self._optimizer(player).param_groups
         return [p for group in groups for p in group["params"] if p.requires_grad]
+
+    @contextmanager
+    def _toggled(self, optimizer: LightningOptimizer) -> Iterator[None]:
+        """Without gradients for the other player, whose own ones stay."""
+        if not self._sharded():
+            with self.toggled_optimizer(optimizer):
+                yield
+            return
+        # `requires_grad` of sharded parameters does not reach the whole ones, which get gradients in vain
+        groups = [
+            group
+            for other in self.trainer.optimizers
+            if other is not optimizer.optimizer
+            for group in other.param_groups
+        ]
+        others = [p for group in groups for p in group["params"]]
+        kept = [p.grad for p in others]
+        for p in others:
+            p.grad = None
+        try:
+            yield
+        finally:
+            for p, gradient in zip(others, kept, strict=True):
+                p.grad = gradient
+
+    def _reshard(self) -> None:
+        """Let shards take the place of whole weights: who steps those would not move these."""
+        for layer in self._sharded():
+            layer.reshard()
 
     def _optimizer(self, player: Player) -> LightningOptimizer:
         optimizers = self.optimizers()
@@ -295,8 +349,9 @@ class Clockwork(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Check and clip the gradient; here, because here a gradient scaler has unscaled it."""
         player = PLAYERS[0 if optimizer is self.trainer.optimizers[0] else 1]
+        self._reshard()
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = {f"{player}/grad_norm": nn.utils.get_total_norm(gradients)}
+        norm = {f"{player}/grad_norm": doors.whole(nn.utils.get_total_norm(gradients))}
         self._now.logs.update(norm)
         # a gradient scaler skips the steps whose gradient overflows, and is right to
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_gan_stability.layers import has_spectral_norm
 
@@ -159,6 +160,29 @@ def dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
     return next((p.dtype for p in module.parameters()), default)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with all of its parts if they are spread over processes; all processes must ask.
+
+    Example:
+        >>> whole(torch.ones(1))
+        tensor([1.])
+    """
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def assign(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy values into tensors, one by one: there is no joint copy of sharded ones.
+
+    Example:
+        >>> x = torch.zeros(1)
+        >>> assign([x], [torch.ones(1)])
+        >>> x
+        tensor([1.])
+    """
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
 def mean_over_ranks(x: Tensor) -> Tensor:
     """The mean of a tensor over all processes; the tensor itself if there is one.
 
@@ -245,6 +269,15 @@ class Substitution:
             (m._buffers, name) for m in still.modules() for name, b in m._buffers.items() if b is not None
         ]
         self.spectral = [m for m in still.modules() if has_spectral_norm(m)]
+        # a sharded module's own hooks would put its own weights into place
+        self.hooks: list[tuple[dict[int, Any], int]] = [
+            (hooks, key)
+            for m in module.modules()
+            for hooks in (m._forward_pre_hooks, m._forward_hooks)
+            for key, hook in hooks.items()
+            if type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp")
+            if any(id(p) in number for p in m.parameters())
+        ]
         layers = (m for m in module.modules() if isinstance(m, nn.RNNBase))
         recurrent = next((m for m in layers if any(id(p) in number for p in m.parameters())), None)
         if recurrent is not None:
@@ -262,9 +295,15 @@ class Substitution:
             owner[name] = buffer.clone()
         for m in self.spectral:
             m.training = False
+        hooks = [(every, every.copy()) for every, _ in self.hooks]  # all of them, for their order
+        for every, key in self.hooks:
+            del every[key]
         try:
             yield
         finally:
+            for every, before in hooks:
+                every.clear()
+                every.update(before)
             for owner, name, tensor in (*kept, *still):
                 owner[name] = tensor
             for m, mode in training:

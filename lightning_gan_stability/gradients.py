@@ -80,7 +80,7 @@ class Primitives(Clockwork):
         self._now.differentiate = _differentiated(due)
         self._now.terms[player] = {}
         n = 0 if self.accumulate == 1 else len(self.unpack(batch)[0])
-        with self.toggled_optimizer(optimizer), self._held_loss():
+        with self._toggled(optimizer), self._held_loss():
             optimizer.zero_grad()
             parts = self._micro_batches(batch, n, self._pack)
             play = join([self._backward(player, part, share, due, objective) for part, share in parts])
@@ -146,7 +146,7 @@ class Primitives(Clockwork):
         """Put given gradients, averaged over ranks, into the ``grad`` of the player's parameters."""
         optimizer, parameters = self._optimizer(player), self._moving(player)
         pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
-        with self.toggled_optimizer(optimizer):
+        with self._toggled(optimizer):
             optimizer.zero_grad()
             # the gradient of Σ p·g is g, and takes the way through the strategy that every loss's gradient takes
             self.manual_backward(torch.stack([(p * g.detach()).sum() for p, g in pairs]).sum())

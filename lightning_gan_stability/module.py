@@ -329,8 +329,11 @@ class GANModule(Primitives):
         """Take the iteration and, as far as they are not there, the loss, the parametrizations and the average."""
         if "gan" not in checkpoint:
             raise ValueError("This is no checkpoint of a GANModule: it has no entry 'gan'.")
-        gan, state = checkpoint["gan"], checkpoint["state_dict"]
+        gan = checkpoint["gan"]
         self.iteration, self._steps, self._now.draw = gan["iteration"], dict(gan["steps"]), gan["draw"]
+        if "state_dict" not in checkpoint:
+            return  # a distributed checkpoint, which the strategy has read into the shards
+        state = checkpoint["state_dict"]
         if self._trainer is None and not self._loss_given:
             self.loss = doors.cook(AdversarialLoss, gan["loss"])  # type: ignore[type-abstract]
         if type(self.loss).__qualname__ != gan["loss"]["name"]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from lightning_gan_stability.doors import mean_over_ranks
+from lightning_gan_stability.doors import mean_over_ranks, whole
 
 __all__ = ["NegativeMomentum", "OptimisticAdam", "OptimisticSGD"]
 
@@ -363,11 +363,15 @@ class Differentiable:
         states = [self.optimizer.state.get(self.parameters[row], {}) for row in rows]
         start: State = {"step": step}
         if states[0].get("momentum_buffer") is not None:
-            start["momentum_buffer"] = torch.cat([state["momentum_buffer"].reshape(-1) for state in states])
+            start["momentum_buffer"] = _joined(state["momentum_buffer"] for state in states)
         for name in self.needs(group):
             zeros = [torch.zeros_like(self.parameters[row]) for row in rows]
-            start[name] = torch.cat([s.get(name, z).reshape(-1) for s, z in zip(states, zeros, strict=True)])
+            start[name] = _joined(s.get(name, z) for s, z in zip(states, zeros, strict=True))
         return start
+
+
+def _joined(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([whole(tensor).reshape(-1) for tensor in tensors])
 
 
 def _flat(tensors: Sequence[Tensor | None], rows: Sequence[int]) -> Tensor:

@@ -15,8 +15,9 @@ import warnings
 import pytest
 import torch
 from filelock import FileLock
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader, TensorDataset
 from toys import fit, points, small, trainer, weights
 
@@ -51,6 +52,7 @@ from lightning_gan_stability import (
     Regularizer,
     Relativistic,
     RelativisticAverage,
+    Ring,
     Simultaneous,
     SpectralNorm,
     Unrolling,
@@ -224,6 +226,7 @@ CASES = {
     "ModeSeeking, float64": (lambda: turn().double(), [ModeSeeking()]),
 }
 
+SHARDED = [case for case in CASES if not any(name in case for name in ("Consensus", "Competitive", "ACGD", "bf16"))]
 FOUR = [
     "plain",
     "R1 and R2, Relativistic",
@@ -324,6 +327,42 @@ def quality(rank=None, **kwargs):
     return {"weights": weights(module), "first": first, "events": detector.events, "iteration": module.iteration}
 
 
+def sharding(full=True):
+    return ModelParallelStrategy(2, 1, save_distributed_checkpoint=not full, process_group_backend="gloo")
+
+
+def sharded(case):
+    """A case on shards of both networks."""
+    return lambda rank, **kwargs: train(case, rank, **kwargs | {"strategy": sharding()})
+
+
+def resumed(rank, **kwargs):
+    """Weights after six steps on shards: at one go, and interrupted after three, with either kind of checkpoint."""
+    seen = {}
+    for name, first, full in (("whole", None, True), ("full", 3, True), ("distributed", 3, False)):
+        for steps, path in [(6, None)] if first is None else [(3, None), (6, f"{name}.ckpt")]:
+            module, source = small(), Ring(batch_size=16, epoch_length=4)
+            callbacks = [R1Penalty(0.5, every=2), Unrolling(2), GeneratorEMA(half_life=2)]
+            options = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0, "callbacks": callbacks}
+            run = trainer(**kwargs | options | {"strategy": sharding(full)})
+            run.fit(module, source, ckpt_path=path)
+            if steps == 3:
+                run.save_checkpoint(f"{name}.ckpt")
+            seen[name] = {"weights": weights(module), "iteration": module.iteration}
+    return seen
+
+
+def refused(rank, **kwargs):
+    """What a rule that cannot work on shards says, and one that shards another way."""
+    said, tensors = [], ModelParallelStrategy(1, 2, process_group_backend="gloo")
+    for rule, strategy in ((ConsensusOptimization(1.0), sharding()), (Unrolling(), tensors)):
+        try:
+            fit(small(), points(2), callbacks=[rule], **kwargs | {"strategy": strategy})
+        except MisconfigurationException as error:
+            said.append(str(error))
+    return {"said": said}
+
+
 def worker(rank, port, folder, names):
     """Train every case as one of two or four ranks, as torchrun would start it, and leave the results in files."""
     torch.set_num_threads(1)
@@ -333,7 +372,8 @@ def worker(rank, port, folder, names):
     os.chdir(folder)
     options = {"strategy": "ddp", "devices": size, "use_distributed_sampler": False}
     results = {}
-    others = {"noise": noise, "quality": quality}
+    others = {"noise": noise, "quality": quality, "resumed": resumed, "refused": refused}
+    others |= {f"sharded {case}": sharded(case) for case in SHARDED}
     for name in [*CASES, *others] if names is None else names:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -427,6 +467,26 @@ def check(case, results):
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one_on_the_whole_batch(ranks, case):
     check(case, results(ranks, case))
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_sharded_networks_equal_whole_ones(ranks, case):
+    first, *others = results(ranks, f"sharded {case}")
+    check(case, [first, *others])
+
+
+def test_sharded_runs_resume_bit_for_bit(ranks):
+    for rank in results(ranks, "resumed"):
+        assert rank["whole"]["iteration"] == 6
+        for name in ("full", "distributed"):
+            assert torch.equal(rank[name]["weights"], rank["whole"]["weights"])
+            assert rank[name]["iteration"] == 6
+
+
+def test_what_cannot_be_sharded_is_refused(ranks):
+    rule, mesh = results(ranks, "refused")[0]["said"]
+    assert "ConsensusOptimization differentiates by both players' whole parameters, which ModelParallel" in rule
+    assert "ModelParallelStrategy has tensor_parallel_size=2: set tensor_parallel_size=1" in mesh
 
 
 @pytest.mark.parametrize("case", FOUR)

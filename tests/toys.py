@@ -80,7 +80,9 @@ def fit(module, batches, ckpt_path=None, **kwargs):
 
 
 def weights(module):
-    return torch.cat([p.detach().flatten() for p in module.parameters()])
+    """All parameters as one vector, whole if they are sharded."""
+    whole = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in module.parameters())
+    return torch.cat([p.detach().flatten() for p in whole])
 
 
 @contextmanager

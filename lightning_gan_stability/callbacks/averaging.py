@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 from lightning_gan_stability.callbacks.base import Remembering, check_number, check_positive_int
 from lightning_gan_stability.callbacks.normalize import WeightClipping
+from lightning_gan_stability.doors import assign
 from lightning_gan_stability.layers import follow_spectrum
 
 if TYPE_CHECKING:
@@ -204,12 +205,12 @@ class Lookahead(Remembering):
         if self._steps % self.k == 0:
             weights = _weights(trainer)
             torch._foreach_lerp_(self._slow, weights, self.alpha)
-            torch._foreach_copy_(weights, self._slow)
+            assign(weights, self._slow)
             clippings = [callback for callback in module._callbacks() if isinstance(callback, WeightClipping)]
             for clipping in clippings:
                 clipping.clip()
             if clippings:
-                torch._foreach_copy_(self._slow, weights)
+                assign(self._slow, weights)
 
 
 def _weights(trainer: Trainer) -> list[Tensor]:

@@ -282,6 +282,11 @@ class UpdateRule(GANCallback, abc.ABC):
             )
         if self.whole_batch and self.second_order:
             _refuse_layers(name, module)
+        if self.whole_batch and self.joint and module._sharded():
+            raise MisconfigurationException(
+                f"{name} differentiates by both players' whole parameters, which ModelParallelStrategy shards: use "
+                f"strategy='ddp', or Unrolling or Extragradient instead of {name}."
+            )
         if self.whole_batch and module.accumulate > 1:
             raise MisconfigurationException(
                 f"{name} differentiates gradients of the whole batch, which accumulate={module.accumulate} would take "

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_gan_stability.callbacks.base import Regularizer, UpdateRule, check_bool, check_once, check_positive_int
 from lightning_gan_stability.callbacks.normalize import WeightClipping
-from lightning_gan_stability.doors import Play, Substitution
+from lightning_gan_stability.doors import Play, Substitution, whole
 from lightning_gan_stability.gradients import Terms, same
 from lightning_gan_stability.optim import Differentiable, Part
 
@@ -129,6 +129,7 @@ class _Inner:
 
     def __init__(self, rule: Unrolling, module: GANModule) -> None:
         self.rule, self.module = rule, module
+        module._reshard()
         self.parameters = module._moving("d")  # asked for here, because the generator's turn freezes them
         self.generator = module._moving("g")
         limits = [
@@ -144,7 +145,7 @@ class _Inner:
         module, rule = self.module, self.rule
         self.due = module._due("d")
         module._now.differentiate = module._now.differentiate.union(*(r.differentiates for r in self.due))
-        weights = [p.detach().requires_grad_() for p in self.parameters]
+        weights = [whole(p).detach().requires_grad_() for p in self.parameters]
         with module._precise(), self.meet(weights):
             play = module._judge(module.play("g", batch), only_missing=True)
         self.start = module._randomness()

@@ -22,7 +22,7 @@ from lightning_gan_stability.callbacks.base import (
     check_once,
     check_positive_int,
 )
-from lightning_gan_stability.doors import mean_over_ranks
+from lightning_gan_stability.doors import assign, mean_over_ranks
 
 if TYPE_CHECKING:
     from lightning_gan_stability import GANModule
@@ -106,7 +106,7 @@ class Extragradient(UpdateRule):
             # a gradient that is not finite stops the run where it stood before the batch
             with torch.no_grad():
                 for player, start in away.items():
-                    torch._foreach_copy_(moving[player], start)  # type: ignore[arg-type]
+                    assign(moving[player], start)
             raise
 
 
