@@ -36,6 +36,7 @@ from lightning_gan_stability import (
     GANModule,
     GeneratorEMA,
     GradientPenalty,
+    HealthMonitor,
     Hinge,
     LeCam,
     LogitDrift,
@@ -313,7 +314,7 @@ class First(Callback):
 
     def on_train_start(self, trainer, module):
         monitor = next(c for c in trainer.callbacks if isinstance(c, QualityMonitor))
-        self.values, self.null, self.shares = dict(monitor.values), dict(monitor.null), list(monitor._shares)
+        self.seen = {"values": dict(monitor.values), "null": dict(monitor.null), "shares": list(monitor._shares)}
 
 
 def quality(rank=None, **kwargs):
@@ -322,9 +323,11 @@ def quality(rank=None, **kwargs):
     real = torch.randn(150, 2, generator=torch.Generator().manual_seed(0))
     module = small()
     options = {"max_steps": 6, "max_epochs": -1} | kwargs
-    run = trainer(callbacks=[QualityMonitor(n_samples=101, every=1), detector, first], **options)
+    health = HealthMonitor(every=2)
+    run = trainer(callbacks=[QualityMonitor(n_samples=101, every=1), detector, health, first], **options)
     run.fit(module, DataLoader(TensorDataset(real), batch_size=10))
-    return {"weights": weights(module), "first": first, "events": detector.events, "iteration": module.iteration}
+    seen = {"events": detector.events, "windows": health._windows, "verdicts": health.verdicts}
+    return seen | {"weights": weights(module), "first": first.seen, "iteration": module.iteration}
 
 
 def sharding(full=True):
@@ -374,6 +377,7 @@ def worker(rank, port, folder, names):
     results = {}
     others = {"noise": noise, "quality": quality, "resumed": resumed, "refused": refused}
     others |= {f"sharded {case}": sharded(case) for case in SHARDED}
+    others["sharded quality"] = lambda rank, **kwargs: quality(rank, **kwargs | {"strategy": sharding()})
     for name in [*CASES, *others] if names is None else names:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -503,23 +507,32 @@ def test_logged_values_are_means_over_ranks(ranks, case):
     assert first["logged"] == pytest.approx(one, rel=1e-5, abs=1e-6)
 
 
-def test_two_processes_measure_what_one_measures(ranks):
-    first, second = results(ranks, "quality")
+@pytest.mark.parametrize("case", ["quality", "sharded quality"])
+def test_two_processes_measure_what_one_measures(ranks, case):
+    first, second = results(ranks, case)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         one = quality()
-    assert first["first"].values == second["first"].values == pytest.approx(one["first"].values, rel=1e-6, abs=1e-9)
-    assert first["first"].null == pytest.approx(one["first"].null, rel=1e-6)
-    assert first["first"].shares == one["first"].shares
+    assert (
+        first["first"]["values"]
+        == second["first"]["values"]
+        == pytest.approx(one["first"]["values"], rel=1e-6, abs=1e-9)
+    )
+    assert first["first"]["null"] == pytest.approx(one["first"]["null"], rel=1e-6)
+    assert first["first"]["shares"] == one["first"]["shares"]
 
 
-def test_two_processes_go_back_together(ranks):
+@pytest.mark.parametrize("case", ["quality", "sharded quality"])
+def test_two_processes_decide_and_go_back_together(ranks, case):
     """Their batches and their noise differ, what they decide does not."""
-    first, second = results(ranks, "quality")
+    first, second = results(ranks, case)
     assert first["events"] == second["events"]
     assert [event["action"] for event in first["events"]][:1] == ["rollback"]
     assert first["iteration"] == second["iteration"] < 6
     assert torch.equal(first["weights"], second["weights"])
+    assert len(first["windows"]) > 1
+    assert str(first["windows"]) == str(second["windows"])  # as text, for NaN
+    assert str(first["verdicts"]) == str(second["verdicts"])
 
 
 def test_ranks_draw_different_noise(ranks):

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_gan_stability.callbacks.base import Remembering, check_bool, check_positive_int, evaluation
 from lightning_gan_stability.callbacks.quality import loader_of, real_samples
@@ -271,7 +272,7 @@ class HealthMonitor(Remembering):
         news = self._note_quality(trainer, window)
         self._windows.append(window)
         found = {name: f(self._windows) for name, (f, sign) in DECISIONS.items() if not math.isnan(window[sign])}
-        found["oscillation"] = self._rotation()
+        found["oscillation"] = trainer.strategy.broadcast(self._rotation())  # of rank 0, where networks are sharded
         if news:
             found["loss_tells_nothing"] = loss_tells_nothing(*zip(*self._fids, strict=True))
         for name, evidence in found.items():
@@ -389,8 +390,9 @@ def _signals(module: GANModule) -> Tensor:
 
 
 def _position(parameters: list[nn.Parameter]) -> Tensor:
-    """At most 64 entries of each."""
-    return torch.cat([p.detach().flatten()[:: math.ceil(p.numel() / 64)].float() for p in parameters])
+    """At most 64 entries of each, or of this process's shard of it."""
+    parts = [(p.to_local() if isinstance(p, DTensor) else p).detach().flatten() for p in parameters]
+    return torch.cat([part[:: max(1, math.ceil(len(part) / 64))].float() for part in parts])
 
 
 def _mean(rows: Tensor) -> Tensor:
