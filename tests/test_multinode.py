@@ -1,0 +1,120 @@
+"""Two launchers as on two nodes: a process is killed, and all go on from the last checkpoint."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+ROOT = Path(__file__).parent.parent
+HOSTS = ("gan-stability-0", "gan-stability-1")  # network namespaces
+STEPS, EVERY, FATAL = 10, 4, 7
+
+
+class Mortal(Callback):
+    """Notes where each start begins; the second process dies once, in the middle of a run."""
+
+    def __init__(self, folder: str, fatal: int):
+        self.folder, self.fatal = Path(folder), fatal
+
+    def on_train_start(self, trainer, module):
+        with (self.folder / f"starts-{trainer.global_rank}").open("a") as file:
+            file.write(f"{module.iteration}\n")
+
+    def on_train_batch_end(self, trainer, module, *_):
+        mark = self.folder / "died"
+        if module.iteration == self.fatal and trainer.global_rank == 1 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def shell(*words):
+    return subprocess.run(words, capture_output=True, text=True, timeout=20)
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces with a cable between them; empty if the machine does not let one make them."""
+    made = []
+    try:
+        for name in HOSTS:
+            if shell("ip", "netns", "add", name).returncode:
+                break
+            made.append(name)
+        else:
+            shell("ip", "link", "add", "veth0", "netns", HOSTS[0], "type", "veth", "peer", "veth0", "netns", HOSTS[1])
+            for i, name in enumerate(HOSTS):
+                for words in (f"addr add 10.77.0.{i + 1}/24 dev veth0", "link set veth0 up", "link set lo up"):
+                    shell("ip", "-n", name, *words.split())
+        reached = len(made) == 2 and shell("ip", "netns", "exec", HOSTS[1], "true").returncode == 0
+        yield HOSTS if reached else ()
+    except FileNotFoundError:  # no `ip`
+        yield ()
+    finally:
+        for name in made:
+            shell("ip", "netns", "del", name)
+
+
+def launch(folder, hosts, fatal):
+    """One launcher per node, by the script that users start; the last checkpoint that it leaves."""
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "NODES": "2", "HEAD": "10.77.0.1" if hosts else "127.0.0.1", "PORT": str(port), "RUN": str(folder / "run"),
+        "EVERY": str(EVERY), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "GLOO_SOCKET_IFNAME": "veth0" if hosts else "lo", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    callback = ["--trainer.callbacks+=test_multinode.Mortal", f"--trainer.callbacks.folder={folder}"]
+    command = [
+        str(ROOT / "examples" / "multinode" / "torchrun.sh"), "fit", "--config", str(ROOT / "configs" / "digits.yaml"),
+        f"--trainer.max_steps={STEPS}", *callback, f"--trainer.callbacks.fatal={fatal}",
+    ]  # fmt: skip
+    nodes = []
+    for i in range(2):
+        inside = ["ip", "netns", "exec", hosts[i]] if hosts else []
+        own = environment | ({"ADDRESS": f"10.77.0.{i + 1}"} if hosts else {})
+        with (folder / f"log-{i}").open("w") as log:
+            options = {"env": own, "cwd": folder, "stdout": log, "stderr": log, "start_new_session": True}
+            nodes.append(subprocess.Popen([*inside, "bash", *command], **options))
+    end = time.monotonic() + 120
+    try:
+        while time.monotonic() < end and any(node.poll() is None for node in nodes):
+            time.sleep(0.1)
+        codes = [node.poll() for node in nodes]
+    finally:
+        for node in nodes:
+            if node.poll() is None:
+                os.killpg(node.pid, signal.SIGKILL)
+                node.wait()
+    assert codes == [0, 0], "".join((folder / f"log-{i}").read_text()[-3000:] for i in range(2))
+    return torch.load(folder / "run" / "last.ckpt", weights_only=True)
+
+
+def differences(a, b, path=""):
+    """Where two states differ."""
+    if isinstance(a, dict):
+        return [d for key in a.keys() | b.keys() for d in differences(a.get(key), b.get(key), f"{path}.{key}")]
+    if isinstance(a, list | tuple):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}.{i}")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    return [] if same else [path]
+
+
+@pytest.mark.timeout(290)
+def test_a_killed_process_costs_no_more_than_the_steps_since_the_last_checkpoint(tmp_path, hosts):
+    whole = launch(tmp_path / "whole", hosts, fatal=0)  # between network namespaces, where there are any
+    killed = launch(tmp_path / "killed", (), fatal=FATAL)
+    for rank in range(2):
+        assert (tmp_path / "whole" / f"starts-{rank}").read_text().split() == ["0"]
+        assert (tmp_path / "killed" / f"starts-{rank}").read_text().split() == ["0", str(EVERY)]
+    assert whole["gan"]["iteration"] == killed["gan"]["iteration"] == 8
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "gan"):
+        assert differences(whole[part], killed[part]) == []
