@@ -161,6 +161,18 @@ class Clockwork(LightningModule):
                 )
         return optimizers, schedulers
 
+    def on_train_epoch_start(self) -> None:
+        """Refuse processes with different numbers of batches: those with more would wait for the others for ever."""
+        mine = self.trainer.num_training_batches
+        if self.trainer.world_size > 1 and math.isfinite(mine):
+            count = torch.tensor(float(mine), device=self.device)
+            most, least = (self.trainer.strategy.reduce(c, reduce_op="max").item() for c in (count.clone(), -count))
+            if most != -least:
+                raise MisconfigurationException(
+                    f"The processes have between {-least:.0f} and {most:.0f} batches in an epoch, this one {mine}: "
+                    "give all the same number, by drop_last=True, a DistributedSampler or limit_train_batches."
+                )
+
     def on_train_epoch_end(self) -> None:
         """Say so if there was nothing to train on."""
         if self.trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:

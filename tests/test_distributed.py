@@ -366,6 +366,34 @@ def refused(rank, **kwargs):
     return {"said": said}
 
 
+def unequal(rank, **kwargs):
+    """What is said of processes with three and four batches."""
+    try:
+        fit(small(), points(3 + rank), **kwargs)
+    except MisconfigurationException as error:
+        return {"said": str(error)}
+    return {"said": ""}
+
+
+def lone(path=None, steps=4, **kwargs):
+    """Some steps, from a checkpoint or to one."""
+    module, source = small(), Ring(batch_size=16, epoch_length=6)
+    callbacks = [R1Penalty(0.5, every=2), GeneratorEMA(half_life=2), HealthMonitor(every=3)]
+    options = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0, "callbacks": callbacks} | kwargs
+    run = trainer(**options)
+    run.fit(module, source, ckpt_path=path)
+    return run, module
+
+
+def more(rank, **kwargs):
+    """Two processes go on from a checkpoint of one."""
+    before = torch.load("one.ckpt", weights_only=True)["state_dict"]
+    run, module = lone("one.ckpt", steps=9, **kwargs)
+    moved = difference(before["generator.layers.0.weight"], module.generator.layers[0].weight)
+    run.save_checkpoint("two.ckpt")
+    return {"weights": weights(module), "iteration": module.iteration, "step": run.global_step, "moved": moved}
+
+
 def worker(rank, port, folder, names):
     """Train every case as one of two or four ranks, as torchrun would start it, and leave the results in files."""
     torch.set_num_threads(1)
@@ -376,6 +404,7 @@ def worker(rank, port, folder, names):
     options = {"strategy": "ddp", "devices": size, "use_distributed_sampler": False}
     results = {}
     others = {"noise": noise, "quality": quality, "resumed": resumed, "refused": refused}
+    others |= {"unequal": unequal, "more": more}
     others |= {f"sharded {case}": sharded(case) for case in SHARDED}
     others["sharded quality"] = lambda rank, **kwargs: quality(rank, **kwargs | {"strategy": sharding()})
     for name in [*CASES, *others] if names is None else names:
@@ -423,6 +452,7 @@ def shared(factory, size, names=None):
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()
+            lone()[0].save_checkpoint(folder / "one.ckpt")
             run_processes(folder, size, names)
     files = [folder / f"{rank}.pickle" for rank in range(size)]
     return [pickle.loads(file.read_bytes()) if file.exists() else {} for file in files]
@@ -491,6 +521,24 @@ def test_what_cannot_be_sharded_is_refused(ranks):
     rule, mesh = results(ranks, "refused")[0]["said"]
     assert "ConsensusOptimization differentiates by both players' whole parameters, which ModelParallel" in rule
     assert "ModelParallelStrategy has tensor_parallel_size=2: set tensor_parallel_size=1" in mesh
+
+
+def test_different_numbers_of_batches_are_refused_on_all_ranks(ranks):
+    for rank, seen in enumerate(results(ranks, "unequal")):
+        assert f"have between 3 and 4 batches in an epoch, this one {3 + rank}: give all the same" in seen["said"]
+
+
+def test_a_run_goes_on_with_more_processes_or_with_fewer(ranks, tmp_path_factory):
+    first, second = results(ranks, "more")
+    assert torch.equal(first["weights"], second["weights"])
+    assert (first["iteration"], first["step"]) == (second["iteration"], second["step"]) == (9, 9)
+    assert first["moved"] > 1e-4
+    (path,) = tmp_path_factory.getbasetemp().parent.rglob("two.ckpt")
+    kept = torch.load(path, weights_only=True)["state_dict"]
+    run, module = lone(path, steps=9)  # which is done already
+    assert all(torch.equal(value, kept[name]) for name, value in module.state_dict().items())
+    run, module = lone(path, steps=11)
+    assert (module.iteration, run.global_step) == (11, 11)
 
 
 @pytest.mark.parametrize("case", FOUR)

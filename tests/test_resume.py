@@ -8,11 +8,12 @@ from copy import deepcopy
 
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileOpener
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
-from toys import points, sgd, small, trainer, weights
+from toys import fit, points, sgd, small, trainer, weights
 
 from lightning_gan_stability import (
     MLP,
@@ -609,3 +610,41 @@ def test_every_callback_is_resumed():
     used = {type(c).__name__ for case in CASES.values() for c in case.get("callbacks", list)()}
     bases = {"Alternating", "Regularizer", "UpdateRule"}
     assert {name for name in callbacks.__all__ if name not in bases} <= used
+
+
+# ---------- files
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    run = fit(small(), points(2))
+    run.save_checkpoint(tmp_path / "good.ckpt")
+    return tmp_path / "good.ckpt"
+
+
+def test_a_torn_checkpoint_is_an_error_and_changes_nothing(checkpoint):
+    torn = checkpoint.with_name("torn.ckpt")
+    torn.write_bytes(checkpoint.read_bytes()[:-200])
+    module = small()
+    before = weights(module)
+    with pytest.raises((OSError, RuntimeError)):  # torch's own, from where Lightning reads the file
+        fit(module, points(4), ckpt_path=torn)
+    assert torch.equal(weights(module), before)
+
+
+def test_a_crash_while_a_checkpoint_is_written_leaves_the_one_before(checkpoint, monkeypatch):
+    good = checkpoint.read_bytes()
+    run = fit(small(), points(3))
+    write = LocalFileOpener.write
+
+    def half(file, data):
+        write(file, data[: len(data) // 2])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(LocalFileOpener, "write", half)
+    with pytest.raises(OSError, match="no space left"):
+        run.save_checkpoint(checkpoint)
+    assert checkpoint.read_bytes() == good
+    monkeypatch.undo()
+    run.save_checkpoint(checkpoint)
+    assert checkpoint.read_bytes() != good
