@@ -157,3 +157,13 @@ def test_coverage_of_known_samples(monkeypatch):
     assert (found.modes, found.touched, found.share) == (2, 2, 25 / 75)  # 20 of 2,500 are 0.6 of 75
     assert found.kl == pytest.approx(0.8 * math.log(0.8 * 4) + 0.2 * math.log(0.2 * 4))
     assert coverage(torch.full((9, 2), 0.5), centers, 0.01) == (0, 0, 0.0, math.inf)
+
+
+@pytest.mark.timeout(200)
+def test_scaling_benchmark_smoke(run, monkeypatch):
+    rows = [line.split("|")[1:-1] for line in benchmark(run, monkeypatch, "scaling").splitlines() if "(" in line][1:]
+    assert [row[1].strip() for row in rows] == ["1", "2", "2"]
+    assert all(float(row[2].split("(")[0]) > 0 for row in rows)
+    sent, own = (float(x) for x in rows[2][3:])
+    if sent:  # where the system counts bytes: an all-reduce between two sends each gradient once
+        assert sent == pytest.approx(own, rel=0.3)
