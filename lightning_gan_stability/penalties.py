@@ -10,6 +10,8 @@ there are n / m logits, and a pack counts as one sample.
 import torch
 from torch import Tensor
 
+from lightning_gan_stability.doors import mean_over_ranks
+
 
 def input_gradients(samples: Tensor, logits: Tensor) -> Tensor:
     """Each sample's ∇ₓl(x), flattened, in float32 or better.
@@ -101,7 +103,7 @@ def perturb(real: Tensor, alpha: Tensor, noise: Tensor) -> Tensor:
     """DRAGAN's points x + ½·α·std(x)·u around the data, as a leaf that requires grad.
 
     "On Convergence and Stability of GANs", https://arxiv.org/abs/1705.07215, as in the authors' code: std(x) is one
-    number, the standard deviation of all values in the batch.
+    number, the standard deviation of all values in the batch, of all processes.
 
     Args:
         real: (n, ...).
@@ -115,7 +117,9 @@ def perturb(real: Tensor, alpha: Tensor, noise: Tensor) -> Tensor:
         >>> perturb(torch.tensor([[-1.0], [1.0]]), torch.ones(2), torch.ones(2, 1)).tolist()
         [[-0.5], [1.5]]
     """
-    return (real + 0.5 * _per_sample(alpha, real) * real.std(correction=0) * noise).detach().requires_grad_()
+    real = real.detach()
+    std = mean_over_ranks((real - mean_over_ranks(real.mean())).square().mean()).sqrt()
+    return (real + 0.5 * _per_sample(alpha, real) * std * noise).requires_grad_()
 
 
 def differences(logits: Tensor, others: Tensor) -> Tensor:

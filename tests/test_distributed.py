@@ -8,9 +8,12 @@ import multiprocessing
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import time
 import traceback
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +35,7 @@ from lightning_gan_stability import (
     CompetitiveGradientDescent,
     ConsensusOptimization,
     ConsistencyPenalty,
+    DRAGANPenalty,
     Extragradient,
     GANModule,
     GeneratorEMA,
@@ -85,7 +89,7 @@ class Given(GANModule):
         return self.batch[f"{self.player}_latents"] if shape == (4,) else self.batch["noise"]
 
     def rand(self, n, *shape):
-        return self.batch["alpha"]
+        return self.batch["uniform" if shape else "alpha"]
 
 
 def data(rank=None, dtype=torch.float32, shape=(2,), ranks=2):
@@ -98,6 +102,7 @@ def data(rank=None, dtype=torch.float32, shape=(2,), ranks=2):
         batch = {k: torch.randn(BATCH_SIZE, *s, generator=generator, dtype=torch.float64) for k, s in shapes.items()}
         batch["image"] += torch.linspace(-1, 1, BATCH_SIZE).reshape(-1, *[1] * len(shape))  # the parts differ
         batch["alpha"] = torch.rand(BATCH_SIZE, generator=generator, dtype=torch.float64)
+        batch["uniform"] = torch.rand(BATCH_SIZE, 2, generator=generator, dtype=torch.float64)
         batches.append({k: v[mine].to(dtype) for k, v in batch.items()})
     return batches
 
@@ -181,6 +186,7 @@ CASES = {
     "R1 and R2, Relativistic": (lambda: gan(Relativistic()), [R1Penalty(0.5), R2Penalty(0.5)]),
     "WGAN-GP": (critic, [GradientPenalty(0.5)]),
     "WGAN-GP, float64": (lambda: critic().double(), [GradientPenalty(0.5)]),
+    "DRAGANPenalty, float64": (lambda: double(), [DRAGANPenalty(0.5)]),
     "accumulate": (lambda: gan(accumulate=2), []),
     "accumulate=3, R1": (lambda: gan(accumulate=3), [R1Penalty(0.5)]),
     "accumulate, lazy R1, WGAN-GP": (lambda: critic(accumulate=2), [R1Penalty(0.1, every=2), GradientPenalty(0.5)]),
@@ -644,3 +650,19 @@ def test_ddp_spawn():
     assert run.callback_metrics["d/r1"] > 0
     assert not torch.equal(weights(module), before)
     assert weights(module).isfinite().all()
+
+
+def test_ddp_notebook():
+    """It forks, which a process with threads of its own must not: so from a fresh one."""
+    code = (
+        "from toys import *; from lightning_gan_stability import *; "
+        "module = small(); before = weights(module).clone(); "
+        "run = trainer(strategy='ddp_notebook', devices=2, callbacks=[R1Penalty(0.1)], max_epochs=2); "
+        "run.fit(module, DataLoader(torch.cat(points(6)), batch_size=8)); "
+        "assert run.callback_metrics['d/r1'] > 0; assert not torch.equal(weights(module), before)"
+    )
+    path = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(__file__).parent.parent))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr

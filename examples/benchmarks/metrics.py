@@ -13,11 +13,11 @@ many threads as `--threads`; memory is how much the largest resident set of a pr
 import argparse
 import json
 import math
-import resource
 import statistics
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,15 +109,22 @@ def prdc(real: Tensor, fake: Tensor) -> list[float]:
 SIDES = {"ours": ours, "ours, all four": ours_of_four, "torch-fidelity": fidelity, "prdc, all four": prdc}
 
 
+def resident(which: str) -> float:
+    """Megabytes of this process's resident set, now or at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(which))
+
+
 def alone(side: str, n: int, d: int, threads: int) -> None:
     """One measurement in a process of its own, for its memory; prints a line."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     real, fake = features(n, d, 0), features(n, d, 1)
     SIDES[side](real[:50], fake[:50])  # imports
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the largest resident set so far
+    before = resident("VmRSS")
     seconds, values = timed(lambda: SIDES[side](real, fake))
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    grown = resident("VmHWM") - before
     print(json.dumps({"seconds": seconds, "values": values, "megabytes": grown}))
 
 

@@ -138,8 +138,8 @@ class DRAGANPenalty(Regularizer):
     """Adds weight · E(‖∇ₓD(x̂)‖ − target)² over points x̂ around the data to the discriminator's loss.
 
     x̂ = x + ½·α·std(x)·u with α ~ U[0, 1] for each sample and u ~ U[0, 1) for each value. "On Convergence and Stability
-    of GANs", https://arxiv.org/abs/1705.07215, as in the authors' code. std(x) is of the batch at hand: of the
-    micro-batch with ``accumulate``, of the process's own batch on many processes. Costs a forward pass of its own.
+    of GANs", https://arxiv.org/abs/1705.07215, as in the authors' code. std(x) is of the batch of all processes,
+    but of the micro-batch with ``accumulate``. Costs a forward pass of its own.
 
     Args:
         weight: λ, not negative.

@@ -1,0 +1,94 @@
+"""The table of docs/strategies.md, cell by cell: what works does, what is refused says so."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from test_compose import ALL, EXTRAS
+from test_distributed import CASES, SHARDED
+from test_precision import scaled
+from toys import fit, points, sgd, weights
+
+from lightning_gan_stability import MLP, GANModule, Minimax
+
+DOC = Path(__file__).parent.parent / "docs" / "strategies.md"
+METHODS = {name: make for name, make in (ALL | EXTRAS).items() if name != "none"}
+WAYS = {
+    "16-mixed": lambda: scaled(),
+    "bf16-mixed": lambda: {"precision": "bf16-mixed"},
+    "bf16-true": lambda: {"precision": "bf16-true"},
+    "64-true": lambda: {"precision": "64-true"},
+    "compiled": dict,
+}
+# how far a step may be from that of float32, as a part of it; other types draw other noise, and cannot be compared
+ERROR = {"16-mixed": 2e-3, "bf16-mixed": 5e-2, "compiled": 1e-5}
+
+pytestmark = [
+    pytest.mark.timeout(100),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed"),
+    pytest.mark.filterwarnings("ignore:.*(collapse|divergence|hopping) at step"),
+]
+
+
+def table():
+    rows = [line.split("|")[1:-1] for line in DOC.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    head, *rows = ([cell.strip().strip("`") for cell in row] for row in rows)
+    return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
+
+
+def step(name, **kwargs):
+    """The change of all weights over three batches."""
+    torch.manual_seed(0)
+    networks = MLP([3, 8, 2], torch.nn.SiLU), MLP([2, 8, 1], torch.nn.SiLU)
+    compiled = "aot_eager" if kwargs.pop("compile", False) else False
+    module = GANModule(*networks, 3, Minimax(), sgd(0.05), sgd(0.05), compile=compiled)
+    before = weights(module).double()
+    data = [batch.double() if kwargs.get("precision") == "64-true" else batch for batch in points(3, 32)]
+    fit(module, data, callbacks=METHODS[name](), **kwargs)
+    after = weights(module).double()
+    assert module.iteration == 3 or name == "CollapseDetector"
+    return after[: len(before)] - before  # without the weights of an average
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_in_every_precision(name, way, tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    kwargs = WAYS[way]() | ({"compile": True} if way == "compiled" else {})
+    cell = table()[name][way]
+    if cell == "refused":
+        with pytest.raises(MisconfigurationException, match=name.split(",")[0]):
+            step(name, **kwargs)
+        return
+    assert cell == "yes"
+    moved = step(name, **kwargs)
+    assert moved.isfinite().all()
+    assert moved.norm() > 1e-3
+    if way in ERROR:
+        exact = step(name)
+        assert (moved - exact).norm() <= ERROR[way] * exact.norm()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_the_table_says_of_several_processes(name):
+    """Cells that say "yes" have a case in test_distributed.py, those that say "refused" have none."""
+    kind = type(METHODS[name]()[0])
+    elsewhere = kind.__name__ in ("QualityMonitor", "CollapseDetector", "HealthMonitor", "SampleGrid", "Alternating")
+    for column, names, other in (("DDP", CASES, "not tried"), ("shards", SHARDED, "refused")):
+        tried = any(isinstance(callback, kind) for case in names for callback in CASES[case][1])
+        assert table()[name][column] == ("yes" if tried or elsewhere else other)
+
+
+def test_every_method_is_in_the_table():
+    assert list(table()) == list(METHODS)
+
+
+def test_the_tests_that_the_page_names_exist():
+    folder = Path(__file__).parent
+    files = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("test_*.py")}
+    names = re.findall(r"`(?:tests/(test_\w+\.py))?::(\w+)`", DOC.read_text(encoding="utf-8"))
+    assert len(names) > 5
+    for file, name in names:
+        assert f"def {name}(" in files[file or "test_distributed.py"]
