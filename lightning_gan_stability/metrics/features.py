@@ -62,15 +62,13 @@ class Pairs:
     """
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
-        self.a, self.b = a.double(), b.double()
         self.narrow = a.shape[1] <= NARROW
+        self.a, self.b = (a.double(), b.double()) if self.narrow else (a, b)
         # products that autocast or TF32 round are not those whose rounding is known
         rounded = torch.is_autocast_enabled(a.device.type) or torch.get_float32_matmul_precision() != "highest"
-        precise = torch.float64 in (a.dtype, b.dtype) or rounded
-        center = self.b.mean(0)  # products of centred features lose least
-        self.low_a, self.low_b = (
-            (x - center).to(torch.float64 if precise else torch.float32) for x in (self.a, self.b)
-        )
+        dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) or rounded else torch.float32
+        center = b.mean(0, dtype=torch.float64).to(dtype)  # products of centred features lose least
+        self.low_a, self.low_b = (x.to(dtype) - center for x in (a, b))
         self.norm_a, self.norm_b = (x.square().sum(1) for x in (self.low_a, self.low_b))
         # rounding of a product of d terms, relative to the sum of both squared norms
         self.rounding = (4 + math.sqrt(a.shape[1])) * torch.finfo(self.low_a.dtype).eps
@@ -91,7 +89,7 @@ class Pairs:
         """The distance of each pair of a row of a and a row of b."""
         size = rows_at_once(16 * self.a.shape[1])  # small parts stay in the processor's cache
         parts = zip(rows.split(size), columns.split(size), strict=True)  # type: ignore[no-untyped-call]
-        return torch.cat([(self.a[i] - self.b[j]).square().sum(1).sqrt() for i, j in parts])
+        return torch.cat([(self.a[i].double() - self.b[j].double()).square().sum(1).sqrt() for i, j in parts])
 
     def within(self, start: int, low: Tensor, radii: Tensor, strict: bool = False) -> Tensor:
         """Which pairs of a chunk are at most (or less than) a radius apart, as a boolean tensor like ``low``.
@@ -122,20 +120,24 @@ class Pairs:
             return low.kthvalue(k + 1, dim=1).values
         count = min(k + 1 + SPARE, low.shape[1])
         near = low.topk(count, dim=1, largest=False)
-        rows = torch.arange(len(low), device=low.device)
-        distances = self.exact((rows + start).repeat_interleave(count), near.indices.flatten()).reshape(-1, count)
-        radii = distances.kthvalue(k + 1, dim=1).values
-        # rows of which further neighbours may be as near, for all that the product says: duplicates, above all
-        doubt = self.rounding * (self.norm_a[start : start + len(low)] + self.norm_b.max())
-        doubtful = (near.values[:, -1] <= near.values[:, k] + 2 * doubt) & (radii > 0)
+        rows = torch.arange(start, start + len(low), device=low.device)
+        radii = self.exact(rows, near.indices[:, k])
+        # rows where the product does not say which is the k-th neighbour: the next ones are as near, as far as it knows
+        doubt = 2 * self.rounding * (self.norm_a[start : start + len(low)] + self.norm_b.max())
+        apart = near.values.diff(dim=1)[:, k - 1 : k + 1] > doubt[:, None]
+        unsure = apart.logical_not().any(1).nonzero().flatten()
+        distances = self.exact(rows[unsure].repeat_interleave(count), near.indices[unsure].flatten())
+        radii[unsure] = distances.reshape(-1, count).kthvalue(k + 1, dim=1).values
+        # and where these are not all that may be it: duplicates, above all
+        doubtful = (near.values[:, -1] <= near.values[:, k] + doubt) & (radii > 0)
         left = doubtful.nonzero().flatten() + start
         if count == low.shape[1] or not len(left):
             return radii
         if low.dtype == torch.float32:  # products in float64 leave less in doubt
-            radii[left - start] = Pairs(self.a[left], self.b).radii(k)
+            radii[left - start] = Pairs(self.a[left].double(), self.b).radii(k)
             return radii
         for part in left.split(rows_at_once(self.b.numel())):  # type: ignore[no-untyped-call]
-            whole = (self.a[part, None] - self.b).square().sum(2).sqrt()
+            whole = (self.a[part, None].double() - self.b.double()).square().sum(2).sqrt()
             radii[part - start] = whole.kthvalue(k + 1, dim=1).values
         return radii
 
