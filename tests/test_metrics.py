@@ -211,6 +211,14 @@ def test_ties_and_near_duplicates(d):
         assert tuple(precision_recall(a, a)) == (1, 1)
 
 
+def test_one_sample_far_away_decides_nothing_for_others():
+    """The rounding of its products is larger than all other distances."""
+    real, fake = pair(150, 120, 64, dtype=torch.float32)
+    real[7] *= 1e5
+    fake[3] *= -1e5
+    assert ours(real, fake) == pytest.approx(by_numpy(real, fake), rel=1e-12)
+
+
 @pytest.mark.parametrize("way", ["autocast", "medium"])
 def test_rounded_products_decide_nothing(way):
     real, fake = pair(200, 150, 256, dtype=torch.float32)

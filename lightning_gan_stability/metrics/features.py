@@ -89,6 +89,8 @@ class Pairs:
         """The distance of each pair of a row of a and a row of b."""
         size = rows_at_once(16 * self.a.shape[1])  # small parts stay in the processor's cache
         parts = zip(rows.split(size), columns.split(size), strict=True)  # type: ignore[no-untyped-call]
+        if not len(rows):
+            return self.a.new_empty(0, dtype=torch.float64)
         return torch.cat([(self.a[i].double() - self.b[j].double()).square().sum(1).sqrt() for i, j in parts])
 
     def within(self, start: int, low: Tensor, radii: Tensor, strict: bool = False) -> Tensor:
@@ -102,13 +104,18 @@ class Pairs:
         """
         if self.narrow:
             return low < radii if strict else low <= radii
-        gap = low - radii.square()
-        doubt = self.rounding * (self.norm_a[start : start + len(low), None] + self.norm_b)
-        inside = gap < -doubt
-        rows, columns = (gap.abs() <= doubt).nonzero(as_tuple=True)
-        if len(rows):
-            distance, radius = self.exact(rows + start, columns), radii.expand_as(low)[rows, columns]
-            inside[rows, columns] = distance < radius if strict else distance <= radius
+        a, b, square = self.norm_a[start : start + len(low)], self.norm_b, radii.square()
+        # a bound for each column or for each row alone, in the chunk's own type, takes two looks at the chunk
+        slack = self.rounding * (b + a.max() if radii.dim() == 1 else a[:, None] + b.max())
+        slack = slack + 2 * torch.finfo(low.dtype).eps * square
+        inside = low < (square - slack).to(low.dtype)
+        rows, columns = (low <= (square + slack).to(low.dtype)).logical_xor_(inside).nonzero(as_tuple=True)
+        gap = low[rows, columns] - square.expand_as(low)[rows, columns]
+        inside[rows, columns] = gap < 0
+        doubtful = gap.abs() <= self.rounding * (a[rows] + b[columns])
+        rows, columns = rows[doubtful], columns[doubtful]
+        distance, radius = self.exact(rows + start, columns), radii.expand_as(low)[rows, columns]
+        inside[rows, columns] = distance < radius if strict else distance <= radius
         return inside
 
     def radii(self, k: int) -> Tensor:
