@@ -113,7 +113,9 @@ def test_rollback_benchmark_smoke(run, monkeypatch):
 def test_health_benchmark_smoke(run, monkeypatch):
     out = benchmark(run, monkeypatch, "health")
     assert "times without" in out
-    assert sum(line.startswith("| ") for line in out.splitlines()) == 2 + 4 + 9  # heads, healthy runs, others
+    assert (
+        sum(line.startswith("| ") for line in out.splitlines()) == 3 + 4 + 10 + 3
+    )  # heads, healthy runs, others, losses
 
 
 def test_damaged_generators_show_what_is_left_of_them(monkeypatch):
@@ -167,3 +169,35 @@ def test_scaling_benchmark_smoke(run, monkeypatch):
     sent, own = (float(x) for x in rows[2][3:])
     if sent:  # where the system counts bytes: an all-reduce between two sends each gradient once
         assert sent == pytest.approx(own, rel=0.3)
+
+
+WHY = sorted(path for path in (ROOT / "examples" / "why_gans_are_hard").glob("*.py") if path.stem != "shared")
+# steps that are enough to run, and what the output ends with
+SHORT = {
+    "balance": (["--steps", "12"], 12),
+    "collapse": (["--steps", "20"], 3),
+    "digits": (["--steps", "20"], 2),
+    "divergences": ([], 12),
+    "equal": (["--steps", "10", "--draws", "2"], 8),
+    "loss_vs_quality": (["--steps", "80"], 5),
+    "nash": (["--steps", "200"], 9),
+    "vanishing": (["--steps", "40"], 8),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("path", WHY, ids=lambda path: path.stem)
+def test_why_gans_are_hard(path, run, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(path.parent)
+    options, lines = SHORT[path.stem]
+    out = run(path, *options, "--out", str(tmp_path / "picture.png")).splitlines()
+    assert len([line for line in out if line.strip()]) == lines
+    assert (tmp_path / "picture.png").stat().st_size > 5000
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 80
+    if path.stem == "nash":  # measured and closed rates
+        pairs = [line.split("rate ")[1].split(", closed form ") for line in out]
+        assert all(other == "–" or float(own) == pytest.approx(float(other), abs=2e-3) for own, other in pairs)
+    if path.stem == "divergences":  # JS and both gradients of shifted Gaussians
+        row = next(line.split() for line in out if line.split()[0] == "5.0")
+        assert [float(x) for x in row[1:]] == pytest.approx([12.5, 12.5, 0.6759, 4.738e-2, 4.953], rel=1e-3)
