@@ -179,7 +179,7 @@ SHORT = {
     "digits": (["--steps", "20"], 2),
     "divergences": ([], 12),
     "equal": (["--steps", "10", "--draws", "2"], 8),
-    "loss_vs_quality": (["--steps", "80"], 5),
+    "loss_vs_quality": (["--steps", "80"], 6),
     "nash": (["--steps", "200"], 9),
     "vanishing": (["--steps", "40"], 8),
 }

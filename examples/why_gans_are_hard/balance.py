@@ -16,7 +16,7 @@ RULES = ["accuracy", "loss_change", "logit_gap", "gradient_norm"]
 
 
 def main():
-    options = arguments(__doc__, steps=1200)
+    options = arguments(__doc__, steps=1000)
     runs = {f"{d}:{g}": lambda d=d, g=g: UpdateRatio(d, g) for d, g in RATIOS}
     runs |= {rule: lambda rule=rule: AdaptiveUpdateRatio(rule) for rule in RULES}
     figure, axis = plt.subplots(figsize=(8, 4), constrained_layout=True)

@@ -2,8 +2,8 @@
 
     python examples/why_gans_are_hard/digits.py --out digits.png
 
-The first lets the generator learn twenty times as fast as the discriminator, without a penalty; the second is that of
-configs/digits.yaml. A classifier that is right on 97 % of digits that it has not seen counts what comes out.
+The first lets the generator learn a hundred times as fast as the discriminator, without a penalty; the second is that
+of configs/digits.yaml. A classifier that is right on 97 % of digits that it has not seen counts what comes out.
 """
 
 import matplotlib.pyplot as plt
@@ -16,7 +16,7 @@ from lightning_gan_stability import DigitClassifier, Digits, NonSaturating, R1Pe
 def main():
     options = arguments(__doc__, steps=3000)
     recipes = {
-        "one digit": (digits(options.seed, NonSaturating(), 1e-3, 5e-5), []),
+        "one digit": (digits(options.seed, NonSaturating(), 1e-3, 1e-5), []),
         "ten digits": (digits(options.seed, Relativistic()), [R1Penalty(1.0), R2Penalty(1.0)]),
     }
     figure, axes = plt.subplots(2, 2, figsize=(8, 6), constrained_layout=True)

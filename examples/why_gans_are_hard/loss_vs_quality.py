@@ -24,33 +24,34 @@ class Losses(Callback):
             self.sum = []
 
 
-def main():
-    options = arguments(__doc__, steps=3000)
-    monitor = QualityMonitor(DigitClassifier(), ["fid", "recall"], n_samples=1000, every=max(1, options.steps // 40))
-    look = Losses(monitor)
-    train(
-        digits(options.seed, NonSaturating()), Digits(seed=options.seed), options.steps, R1Penalty(1.0), monitor, look
-    )
+def watch(options, penalties):
+    """Steps, mean generator losses and FIDs of a run."""
+    monitor = QualityMonitor(DigitClassifier(), ["fid"], n_samples=1000, every=max(1, options.steps // 40))
+    look, gan = Losses(monitor), digits(options.seed, NonSaturating())
+    train(gan, Digits(seed=options.seed), options.steps, *penalties, monitor, look)
     rows = [row for row in monitor.history if row["step"] > 0]
-    fids, losses = [row["fid"] for row in rows], look.losses
-    rho = spearmanr(losses, fids).statistic
-    late = spearmanr(losses[len(rows) // 4 :], fids[len(rows) // 4 :]).statistic
-    by_loss, by_fid = losses.index(min(losses)), fids.index(min(fids))
-    print(f"rank correlation of loss and FID: {rho:.2f}; without the first quarter of the run {late:.2f}")
-    print("(1 would be a loss that shows quality, −1 one that shows the opposite)")
-    for name, best in (("loss", by_loss), ("FID", by_fid), ("last", len(rows) - 1)):
-        print(f"best by {name:<5} step {rows[best]['step']:5.0f}: loss {losses[best]:.3f}, FID {fids[best]:.2f}")
-    figure, axis = plt.subplots(figsize=(7, 4), constrained_layout=True)
-    steps = [row["step"] for row in rows]
-    axis.semilogy(steps, fids, "tab:red", label="FID")
-    axis.set(xlabel="step", ylabel="FID")
-    other = axis.twinx()
-    other.plot(steps, losses, "tab:blue", label="generator loss")
-    other.set(ylabel="generator loss")
-    for best, colour in ((by_loss, "tab:blue"), (by_fid, "tab:red")):
-        axis.axvline(steps[best], color=colour, linestyle=":")
-    figure.legend(loc="upper right")
-    figure.savefig(options.out, dpi=80)
+    return [row["step"] for row in rows], look.losses, [row["fid"] for row in rows]
+
+
+def main():
+    options = arguments(__doc__, steps=2000)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    for axis, (name, penalties) in zip(axes, {"plain": [], "R1Penalty": [R1Penalty(1.0)]}.items(), strict=True):
+        steps, losses, fids = watch(options, penalties)
+        print(
+            f"{name}: rank correlation of loss and FID {spearmanr(losses, fids).statistic:.2f} (1: loss shows quality)"
+        )
+        for what, values, colour in (("loss", losses, "tab:blue"), ("FID", fids, "tab:red")):
+            best = values.index(min(values))
+            print(f"  best by {what:<4}: step {steps[best]:5.0f}, loss {losses[best]:.3f}, FID {fids[best]:6.2f}")
+            axis.axvline(steps[best], color=colour, linestyle=":")
+        axis.semilogy(steps, fids, "tab:red")
+        axis.set(xlabel="step", title=name)
+        axis.set_ylabel("FID", color="tab:red")
+        other = axis.twinx()
+        other.plot(steps, losses, "tab:blue")
+        other.set_ylabel("generator loss", color="tab:blue")
+    figure.savefig(options.out, dpi=60)
 
 
 if __name__ == "__main__":

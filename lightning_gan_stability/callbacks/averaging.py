@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 
 from lightning_gan_stability.callbacks.base import Remembering, check_number, check_positive_int
 from lightning_gan_stability.callbacks.normalize import WeightClipping
-from lightning_gan_stability.doors import assign
+from lightning_gan_stability.doors import assign, copied
 from lightning_gan_stability.layers import follow_spectrum
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class GeneratorEMA(Remembering):
     def _forget(self, module: GANModule) -> None:
         """Start from a copy of the generator."""
         assert module.generator_ema is not None
-        module.generator_ema.load_state_dict(module.generator.state_dict())
+        module.generator_ema.load_state_dict({k: copied(v) for k, v in module.generator.state_dict().items()})
         self._updates, self._precise = 0, {}
 
     def on_train_batch_end(
@@ -186,7 +186,7 @@ class Lookahead(Remembering):
         super().on_train_start(trainer, pl_module)
         weights = _weights(trainer)
         if not self._slow:
-            self._slow = [p.detach().clone() for p in weights]
+            self._slow = [copied(p) for p in weights]
         self._slow = [slow.to(p.device) for slow, p in zip(self._slow, weights, strict=True)]
 
     def _forget(self, module: GANModule) -> None:

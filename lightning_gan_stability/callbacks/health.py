@@ -385,7 +385,8 @@ def _signals(module: GANModule) -> Tensor:
     for player in module.moved:
         keys = {"loss": f"{player}/adversarial", "norm": f"{player}/grad_norm"}
         values |= {f"{player}_{name}": now.logs[key] for name, key in keys.items() if key in now.logs}
-    known = {name: value.detach().float().nan_to_num(math.inf, math.inf, math.inf) for name, value in values.items()}
+    infinite = torch.full_like(nan, math.inf)
+    known = {name: torch.where(value.isfinite(), value.detach().float(), infinite) for name, value in values.items()}
     return torch.stack([known.get(name, nan) for name in SIGNALS])
 
 
