@@ -1,3 +1,4 @@
+import importlib.util
 import os
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+
+# needs the environment of its own requirements.txt
+collect_ignore = [] if importlib.util.find_spec("torch_xla") else ["xla"]
 
 
 @pytest.fixture(autouse=True)

@@ -89,7 +89,7 @@ def test_recipes_benchmark_smoke(run, monkeypatch):
 @pytest.mark.timeout(200)
 def test_metrics_benchmark_smoke(run, monkeypatch):
     out = benchmark(run, monkeypatch, "metrics")
-    assert out.count("torchmetrics") == 2
+    assert out.count("torchmetrics") == 6
     assert "| torch-fidelity |" in out
 
 
