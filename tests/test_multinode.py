@@ -61,15 +61,30 @@ def hosts():
             shell("ip", "netns", "del", name)
 
 
+def stop(nodes, folder):
+    """End the launchers, and the processes that they have started, which have the folder in their arguments."""
+    for node in nodes:
+        if node.poll() is None:
+            node.kill()
+            node.wait()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(folder).encode() in path.read_bytes():
+                os.kill(int(path.parent.name), signal.SIGKILL)
+        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            pass
+
+
 def launch(folder, hosts, fatal):
-    """One launcher per node, by the script that users start; the last checkpoint that it leaves."""
-    folder.mkdir()
+    """One launcher per node, by the script that users start, until both end or one fails; their exit codes."""
+    folder.mkdir(exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
         "NODES": "2", "HEAD": "10.77.0.1" if hosts else "127.0.0.1", "PORT": str(port), "RUN": str(folder / "run"),
-        "EVERY": str(EVERY), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "EVERY": str(EVERY), "RESTARTS": "0", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "GLOO_SOCKET_IFNAME": "veth0" if hosts else "lo", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
     callback = ["--trainer.callbacks+=test_multinode.Mortal", f"--trainer.callbacks.folder={folder}"]
@@ -82,20 +97,19 @@ def launch(folder, hosts, fatal):
         inside = ["ip", "netns", "exec", hosts[i]] if hosts else []
         own = environment | ({"ADDRESS": f"10.77.0.{i + 1}"} if hosts else {})
         with (folder / f"log-{i}").open("w") as log:
-            options = {"env": own, "cwd": folder, "stdout": log, "stderr": log, "start_new_session": True}
+            options = {"env": own, "cwd": folder, "stdout": log, "stderr": log}
             nodes.append(subprocess.Popen([*inside, "bash", *command], **options))
     end = time.monotonic() + 120
     try:
-        while time.monotonic() < end and any(node.poll() is None for node in nodes):
+        while time.monotonic() < end and None in (codes := [node.poll() for node in nodes]) and not any(codes):
             time.sleep(0.1)
-        codes = [node.poll() for node in nodes]
     finally:
-        for node in nodes:
-            if node.poll() is None:
-                os.killpg(node.pid, signal.SIGKILL)
-                node.wait()
-    assert codes == [0, 0], "".join((folder / f"log-{i}").read_text()[-3000:] for i in range(2))
-    return torch.load(folder / "run" / "last.ckpt", weights_only=True)
+        stop(nodes, folder)
+    return codes
+
+
+def said(folder):
+    return "".join((folder / f"log-{i}").read_text()[-3000:] for i in range(2))
 
 
 def differences(a, b, path=""):
@@ -110,8 +124,11 @@ def differences(a, b, path=""):
 
 @pytest.mark.timeout(290)
 def test_a_killed_process_costs_no_more_than_the_steps_since_the_last_checkpoint(tmp_path, hosts):
-    whole = launch(tmp_path / "whole", hosts, fatal=0)  # between network namespaces, where there are any
-    killed = launch(tmp_path / "killed", (), fatal=FATAL)
+    folders = tmp_path / "whole", tmp_path / "killed"
+    assert launch(folders[0], hosts, fatal=0) == [0, 0], said(folders[0])  # between namespaces, where there are any
+    assert any(launch(folders[1], (), fatal=FATAL))
+    assert launch(folders[1], (), fatal=FATAL) == [0, 0], said(folders[1])  # the same line again
+    whole, killed = (torch.load(folder / "run" / "last.ckpt", weights_only=True) for folder in folders)
     for rank in range(2):
         assert (tmp_path / "whole" / f"starts-{rank}").read_text().split() == ["0"]
         assert (tmp_path / "killed" / f"starts-{rank}").read_text().split() == ["0", str(EVERY)]
