@@ -143,7 +143,9 @@ class Clockwork(LightningModule):
         return [network for name in names if (network := getattr(self, name)) is not None]
 
     def _sharded(self) -> list[FSDPModule]:
-        """The networks and layers that are sharded."""
+        """The networks and layers that are sharded; none, without a look at all layers, but on a mesh."""
+        if self.device_mesh is None:
+            return []
         return [m for network in self._networks() for m in network.modules() if isinstance(m, FSDPModule)]
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:

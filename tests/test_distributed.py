@@ -7,7 +7,6 @@ One pair of processes trains all cases, four train some; the parent trains them 
 import multiprocessing
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader, TensorDataset
-from toys import fit, points, small, trainer, weights
+from toys import fit, free_port, points, small, trainer, weights
 
 from lightning_gan_stability import (
     MLP,
@@ -428,9 +427,7 @@ def worker(rank, port, folder, names):
 
 
 def run_processes(folder, size, names=None, limit=120):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     # as with "spawn" nothing of this process is inherited, but the imports are made once for both
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lightning.pytorch"])

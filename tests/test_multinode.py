@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from toys import free_port
 
 ROOT = Path(__file__).parent.parent
 HOSTS = ("gan-stability-0", "gan-stability-1")  # network namespaces
@@ -78,12 +78,9 @@ def stop(nodes, folder):
 def launch(folder, hosts, fatal):
     """One launcher per node, by the script that users start, until both end or one fails; their exit codes."""
     folder.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = os.environ | {
-        "NODES": "2", "HEAD": "10.77.0.1" if hosts else "127.0.0.1", "PORT": str(port), "RUN": str(folder / "run"),
-        "EVERY": str(EVERY), "RESTARTS": "0", "OMP_NUM_THREADS": "1",
+        "NODES": "2", "HEAD": "10.77.0.1" if hosts else "127.0.0.1", "PORT": str(free_port()),
+        "RUN": str(folder / "run"), "EVERY": str(EVERY), "RESTARTS": "0", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "GLOO_SOCKET_IFNAME": "veth0" if hosts else "lo", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """Games whose moves are known in closed form, and a Trainer without noise around it."""
 
+import socket
 import warnings
 from contextlib import contextmanager
 
@@ -77,6 +78,13 @@ def fit(module, batches, ckpt_path=None, **kwargs):
     run = trainer(**kwargs)
     run.fit(module, DataLoader(batches, batch_size=None), ckpt_path=ckpt_path)
     return run
+
+
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def weights(module):

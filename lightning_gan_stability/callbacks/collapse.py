@@ -119,7 +119,8 @@ def is_progress(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
 def held(recent: Sequence[Mapping[str, float]], null: Mapping[str, float], patience: int) -> float:
     """The share that is missed by a generator that has surely learned the other modes; 1 if it is not yet sure.
 
-    Sure is one measurement with a coverage of a tenth of its null, or ``patience`` in a row with 2 % of it.
+    Sure is one measurement with a coverage of a tenth of its null, or ``patience`` in a row with 2 % of it. ``recent``
+    are the last ones, ``patience`` at most.
 
     Example:
         >>> held([{"missing": 0.0, "coverage": 0.5}], {"coverage": 0.9}, patience=3)
@@ -127,13 +128,11 @@ def held(recent: Sequence[Mapping[str, float]], null: Mapping[str, float], patie
         >>> held([{"missing": 0.0, "coverage": 0.05}], {"coverage": 0.9}, patience=3)
         1.0
     """
-    if not recent:
-        return 1.0
-    coverage = [values.get("coverage", 1.0) / null.get("coverage", 1.0) for values in recent[-patience:]]
+    coverage = [values.get("coverage", 1.0) / null.get("coverage", 1.0) for values in recent]
     if coverage[-1] > 0.1:
         return recent[-1]["missing"]
     sure = len(coverage) == patience and min(coverage) >= NOWHERE
-    return max(values["missing"] for values in recent[-patience:]) if sure else 1.0
+    return max(values["missing"] for values in recent) if sure else 1.0
 
 
 def better_of(values: Mapping[str, float], best: Mapping[str, float]) -> Values:
