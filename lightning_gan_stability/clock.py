@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ParallelStrategy
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -31,6 +30,7 @@ from lightning_gan_stability.callbacks.base import (
     UpdateRule,
     check_positive_int,
 )
+from lightning_gan_stability.processes import Processes
 
 # as in lightning.pytorch.cli, which takes long to import
 OptimizerCallable = Callable[[Iterable], Optimizer]  # type: ignore[type-arg]
@@ -70,7 +70,7 @@ class Moment:
     unchecked: list[tuple[int, Player, dict[str, Tensor]]] = field(default_factory=list)
 
 
-class Clockwork(LightningModule):
+class Clockwork(Processes):
     """The base of :class:`~lightning_gan_stability.module.GANModule`: everything that is not about networks and losses.
 
     Args:
@@ -101,18 +101,10 @@ class Clockwork(LightningModule):
     # ---------- the set-up
 
     def setup(self, stage: str) -> None:
-        """Refuse what cannot work; let plain ``strategy: ddp`` work."""
+        """Refuse what cannot work."""
         if stage != "fit":
             return
-        strategy = self.trainer.strategy
-        if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
-            raise MisconfigurationException(
-                f"{type(strategy).__name__} cannot train two optimizers by manual optimization: use strategy='ddp', or "
-                "ModelParallelStrategy to shard the networks."
-            )
-        if isinstance(strategy, DDPStrategy):
-            # each player's backward leaves the other's parameters unused
-            strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+        self._check_strategy()
         if any(isinstance(c, ModelCheckpoint) and c._train_time_interval is not None for c in self._callbacks()):
             raise MisconfigurationException(
                 "ModelCheckpoint(train_time_interval=...) saves nothing under manual optimization, which GANModule "
@@ -121,32 +113,6 @@ class Clockwork(LightningModule):
         # Lightning asks for the state before the step; resuming exactly needs the one after it, which it saves
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         self._rule()
-
-    def configure_model(self) -> None:
-        """Shard both networks over the processes of a ModelParallelStrategy; override it to shard single layers too."""
-        mesh = self.device_mesh
-        if mesh is None or self._sharded():
-            return
-        if mesh["tensor_parallel"].size() > 1:
-            raise MisconfigurationException(
-                "GANModule shards its networks over data-parallel processes, but ModelParallelStrategy has "
-                f"tensor_parallel_size={mesh['tensor_parallel'].size()}: set tensor_parallel_size=1 and "
-                "data_parallel_size to the number of processes."
-            )
-        for network in self._networks():
-            fully_shard(network, mesh=mesh["data_parallel"])
-            # second derivatives need weights that the first ones' backward pass would have freed
-            network.set_reshard_after_backward(False)  # type: ignore[operator]
-
-    def _networks(self) -> list[nn.Module]:
-        names = (*NETWORKS.values(), "generator_ema")
-        return [network for name in names if (network := getattr(self, name)) is not None]
-
-    def _sharded(self) -> list[FSDPModule]:
-        """The networks and layers that are sharded; none, without a look at all layers, but on a mesh."""
-        if self.device_mesh is None:
-            return []
-        return [m for network in self._networks() for m in network.modules() if isinstance(m, FSDPModule)]
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         """The two optimizers, discriminator first, and the schedulers; keep the order when you override it."""
@@ -162,18 +128,6 @@ class Clockwork(LightningModule):
                     "every optimizer step here: use a scheduler that counts steps."
                 )
         return optimizers, schedulers
-
-    def on_train_epoch_start(self) -> None:
-        """Refuse processes with different numbers of batches: those with more would wait for the others for ever."""
-        mine = self.trainer.num_training_batches
-        if self.trainer.world_size > 1 and math.isfinite(mine):
-            count = torch.tensor(float(mine), device=self.device)
-            most, least = (self.trainer.strategy.reduce(c, reduce_op="max").item() for c in (count.clone(), -count))
-            if most != -least:
-                raise MisconfigurationException(
-                    f"The processes have between {-least:.0f} and {most:.0f} batches in an epoch, this one {mine}: "
-                    "give all the same number, by drop_last=True, a DistributedSampler or limit_train_batches."
-                )
 
     def on_train_epoch_end(self) -> None:
         """Say so if there was nothing to train on."""
@@ -238,35 +192,6 @@ class Clockwork(LightningModule):
         """The parameters that a player's optimizer steps."""
         groups = self._optimizer(player).param_groups
         return [p for group in groups for p in group["params"] if p.requires_grad]
-
-    @contextmanager
-    def _toggled(self, optimizer: LightningOptimizer) -> Iterator[None]:
-        """Without gradients for the other player, whose own ones stay."""
-        if not self._sharded():
-            with self.toggled_optimizer(optimizer):
-                yield
-            return
-        # `requires_grad` of sharded parameters does not reach the whole ones, which get gradients in vain
-        groups = [
-            group
-            for other in self.trainer.optimizers
-            if other is not optimizer.optimizer
-            for group in other.param_groups
-        ]
-        others = [p for group in groups for p in group["params"]]
-        kept = [p.grad for p in others]
-        for p in others:
-            p.grad = None
-        try:
-            yield
-        finally:
-            for p, gradient in zip(others, kept, strict=True):
-                p.grad = gradient
-
-    def _reshard(self) -> None:
-        """Let shards take the place of whole weights: who steps those would not move these."""
-        for layer in self._sharded():
-            layer.reshard()
 
     def _optimizer(self, player: Player) -> LightningOptimizer:
         optimizers = self.optimizers()

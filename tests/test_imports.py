@@ -23,7 +23,7 @@ PURE = (
     "metrics.statistics",
     "metrics.values",
 )
-LAYERS = [set(PURE), {"callbacks.base"}, {"clock"}, {"gradients"}, {"module"}]
+LAYERS = [set(PURE), {"callbacks.base"}, {"processes"}, {"clock"}, {"gradients"}, {"module"}]
 
 
 def layer(name):

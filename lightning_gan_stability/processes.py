@@ -1,0 +1,100 @@
+"""What several processes need of the module: networks in shards, one count of batches, the strategies that can work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from lightning_gan_stability.callbacks.base import NETWORKS
+
+
+class Processes(LightningModule):
+    """The base of :class:`~lightning_gan_stability.clock.Clockwork`."""
+
+    def _check_strategy(self) -> None:
+        """Refuse strategies that cannot work; let plain ``strategy: ddp`` work."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
+            raise MisconfigurationException(
+                f"{type(strategy).__name__} cannot train two optimizers by manual optimization: use strategy='ddp', or "
+                "ModelParallelStrategy to shard the networks."
+            )
+        if isinstance(strategy, DDPStrategy):
+            # each player's backward leaves the other's parameters unused
+            strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+
+    def configure_model(self) -> None:
+        """Shard both networks over the processes of a ModelParallelStrategy; override it to shard single layers too."""
+        mesh = self.device_mesh
+        if mesh is None or self._sharded():
+            return
+        if mesh["tensor_parallel"].size() > 1:
+            raise MisconfigurationException(
+                "GANModule shards its networks over data-parallel processes, but ModelParallelStrategy has "
+                f"tensor_parallel_size={mesh['tensor_parallel'].size()}: set tensor_parallel_size=1 and "
+                "data_parallel_size to the number of processes."
+            )
+        for network in self._networks():
+            fully_shard(network, mesh=mesh["data_parallel"])
+            # second derivatives need weights that the first ones' backward pass would have freed
+            network.set_reshard_after_backward(False)  # type: ignore[operator]
+
+    def _networks(self) -> list[nn.Module]:
+        names = (*NETWORKS.values(), "generator_ema")
+        return [network for name in names if (network := getattr(self, name)) is not None]
+
+    def _sharded(self) -> list[FSDPModule]:
+        """The networks and layers that are sharded; none, without a look at all layers, but on a mesh."""
+        if self.device_mesh is None:
+            return []
+        return [m for network in self._networks() for m in network.modules() if isinstance(m, FSDPModule)]
+
+    def on_train_epoch_start(self) -> None:
+        """Refuse processes with different numbers of batches: those with more would wait for the others for ever."""
+        mine = self.trainer.num_training_batches
+        if self.trainer.world_size > 1 and math.isfinite(mine):
+            count = torch.tensor(float(mine), device=self.device)
+            most, least = (self.trainer.strategy.reduce(c, reduce_op="max").item() for c in (count.clone(), -count))
+            if most != -least:
+                raise MisconfigurationException(
+                    f"The processes have between {-least:.0f} and {most:.0f} batches in an epoch, this one {mine}: "
+                    "give all the same number, by drop_last=True, a DistributedSampler or limit_train_batches."
+                )
+
+    @contextmanager
+    def _toggled(self, optimizer: LightningOptimizer) -> Iterator[None]:
+        """Without gradients for the other player, whose own ones stay."""
+        if not self._sharded():
+            with self.toggled_optimizer(optimizer):
+                yield
+            return
+        # `requires_grad` of sharded parameters does not reach the whole ones, which get gradients in vain
+        groups = [
+            group
+            for other in self.trainer.optimizers
+            if other is not optimizer.optimizer
+            for group in other.param_groups
+        ]
+        others = [p for group in groups for p in group["params"]]
+        kept = [p.grad for p in others]
+        for p in others:
+            p.grad = None
+        try:
+            yield
+        finally:
+            for p, gradient in zip(others, kept, strict=True):
+                p.grad = gradient
+
+    def _reshard(self) -> None:
+        """Let shards take the place of whole weights: who steps those would not move these."""
+        for layer in self._sharded():
+            layer.reshard()
