@@ -35,8 +35,7 @@ class Stream(Dataset[Batch]):
         num_workers: Processes that prepare batches ahead; `position` counts only what was yielded.
         repeat: Start every pass at position 0, as validation does.
 
-    Example::
-
+    Example:
         >>> stream = Stream(lambda position: torch.tensor(position), length=2)
         >>> [int(batch) for epoch in range(2) for batch in stream], stream.state_dict()
         ([0, 1, 2, 3], {'position': 4})

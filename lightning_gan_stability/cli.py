@@ -20,9 +20,8 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: the command line; None: ``sys.argv``.
 
-    Example::
-
-        gan-stability fit --config configs/ring.yaml --trainer.max_steps=1000
+    Example:
+        ``gan-stability fit --config configs/ring.yaml --trainer.max_steps=1000``
     """
     sys.path.insert(0, os.getcwd())  # so that `class_path: my_project.MyGAN` works, as with `python -m`
     # of no use to a reader: both are about Lightning's inside, and checkpoints are meant to come after the step here

@@ -97,9 +97,9 @@ class _Gaussians(_Streamed):
 
 
 class Ring(_Gaussians):
-    r"""Draw points from Gaussians on a circle, the standard test for mode collapse.
+    """Draw points from Gaussians on a circle, the standard test for mode collapse.
 
-    .. math:: p(x) = \tfrac1K \sum_{k<K} N(x;\ r\,(\cos 2\pi k/K, \sin 2\pi k/K),\ \sigma^2 I)
+    p(x) = 1/K · Σ_k N(x; r (cos 2πk/K, sin 2πk/K), σ² I), k = 0 ... K − 1.
 
     Batches are float32 of shape `(batch_size, 2)` in data units, not scaled to [-1, 1]. Training batches never repeat;
     validation and prediction are one fixed sample.
@@ -126,8 +126,7 @@ class Ring(_Gaussians):
     Raises:
         ValueError: If an argument is out of its range.
 
-    Example::
-
+    Example:
         >>> next(iter(Ring(batch_size=4).train_dataloader())).shape
         torch.Size([4, 2])
     """
@@ -153,9 +152,9 @@ class Ring(_Gaussians):
 
 
 class Grid(_Gaussians):
-    r"""Draw points from Gaussians on a square grid, a harder test for mode collapse than the ring.
+    """Draw points from Gaussians on a square grid, a harder test for mode collapse than the ring.
 
-    .. math:: p(x) = \tfrac1{m^2} \sum_{i,j<m} N(x;\ s\,(i - \tfrac{m-1}2, j - \tfrac{m-1}2),\ \sigma^2 I)
+    p(x) = 1/m² · Σ_ij N(x; s (i − (m − 1)/2, j − (m − 1)/2), σ² I), i, j = 0 ... m − 1.
 
     Batches and held-out data are like those of :class:`Ring`.
 
@@ -179,8 +178,7 @@ class Grid(_Gaussians):
     Raises:
         ValueError: If an argument is out of its range.
 
-    Example::
-
+    Example:
         >>> Grid(side=2).centers.tolist()
         [[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]]
     """
@@ -225,9 +223,9 @@ class _Pictures(_Streamed):
 
 
 class Digits(_Pictures):
-    r"""Serve the 1,797 real handwritten digits that come with scikit-learn, so nothing is downloaded.
+    """Serve the 1,797 real handwritten digits that come with scikit-learn, so nothing is downloaded.
 
-    .. math:: x = \text{pixel} / 8 - 1, \qquad \text{pixel} \in \{0, \dots, 16\}
+    x = pixel / 8 − 1, pixel = 0 ... 16.
 
     Optical Recognition of Handwritten Digits, test part, https://archive.ics.uci.edu/dataset/80. A batch is `(images,
     labels)`: float32 of shape `(batch_size, 1, 8, 8)` in [-1, 1], and int64 of shape `(batch_size,)` in 0 ... 9. Each
@@ -241,8 +239,7 @@ class Digits(_Pictures):
     Raises:
         ValueError: If an argument is out of its range, or one batch of all processes exceeds the training set.
 
-    Example::
-
+    Example:
         >>> images, labels = next(iter(Digits(batch_size=32).train_dataloader()))
         >>> images.shape, labels.shape
         (torch.Size([32, 1, 8, 8]), torch.Size([32]))
@@ -257,9 +254,9 @@ class Digits(_Pictures):
 
 
 class Images(_Pictures):
-    r"""Serve your own images: a folder of files, or any map-style data set.
+    """Serve your own images: a folder of files, or any map-style data set.
 
-    .. math:: x = \text{pixel} / 127.5 - 1, \qquad \text{pixel} \in \{0, \dots, 255\}
+    x = pixel / 127.5 − 1, pixel = 0 ... 255.
 
     An image is converted to RGB or greyscale, its shorter side resized to `size` (antialiased), and its centre cut out.
     A batch is float32 of shape `(batch_size, channels, size, size)` in [-1, 1], or `(images, labels)` if there are
@@ -283,8 +280,7 @@ class Images(_Pictures):
         ValueError: If an argument is out of its range; if not exactly one of `folder` and `dataset` is given; if there
             are fewer images than one batch; if a file cannot be read; if a tensor has another shape or range.
 
-    Example::
-
+    Example:
         >>> from torchvision.datasets import FakeData
         >>> images = Images(dataset=FakeData(size=8, image_size=(3, 40, 50)), size=16, batch_size=4)
         >>> pixels, labels = next(iter(images.train_dataloader()))

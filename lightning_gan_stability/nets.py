@@ -74,7 +74,7 @@ def _draw(layer: Layer, std: float, mean: float = 0.0) -> Layer:
 class MLP(nn.Module):
     """Multilayer perceptron: a generator or a discriminator of points and of small images.
 
-    .. math:: h_0 = [s x, e_y], \\quad h_i = a(W_i h_{i-1} + b_i), \\quad f(x, y) = o(W_L h_{L-1} + b_L)
+    h₀ = [s x, e_y], hᵢ = a(Wᵢ hᵢ₋₁ + bᵢ), f(x, y) = o(W_L h_(L−1) + b_L).
 
     Input (n, ...), flattened to (n, sizes[0]), and labels (n,) to (n, sizes[-1]) or (n, *output_shape).
 
