@@ -1,4 +1,4 @@
-"""Every code block of the README runs, and what it names is there."""
+"""Every code block of the README and of docs/ runs, and what they name is there."""
 
 import re
 import subprocess
@@ -12,42 +12,104 @@ from lightning_gan_stability.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
+SNIPPET = re.compile(r"^--8<--\n(.+)\n--8<--$", flags=re.MULTILINE)
+SHORT = ["--trainer.max_steps=3", "--trainer.log_every_n_steps=1"]
 
 
-def blocks(language):
-    return [pytest.param(text, id=f"{language}{i}") for i, (kind, text) in enumerate(BLOCKS) if kind == language]
+def blocks_of(page):
+    text = PAGES[page].read_text(encoding="utf-8")
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_there_is_nothing_but_known_blocks():
-    assert {language for language, _ in BLOCKS} == {"bash", "python", "yaml"}
+BLOCKS = {page: blocks_of(page) for page in PAGES}
 
 
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("text", blocks("python"))
-def test_python(text, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert len([line for line in text.splitlines() if line]) <= 17
-    exec(compile(text, "README.md", "exec"), {"__name__": "__main__"})
+def own(language):
+    """The blocks of a language that are written on the page itself."""
+    return [
+        pytest.param(page, text, id=f"{page}-{i}")
+        for page, blocks in BLOCKS.items()
+        for i, (kind, text) in enumerate(blocks)
+        if kind == language and not SNIPPET.search(text)
+    ]
+
+
+def base():
+    """The README's YAML file, which the shorter ones are laid over."""
+    return next(text for kind, text in BLOCKS["README.md"] if kind == "yaml")
+
+
+def fit_file(*texts, options):
+    files = []
+    for i, text in enumerate(texts):
+        Path(f"{i}.yaml").write_text(text, encoding="utf-8")
+        files += ["--config", f"{i}.yaml"]
+    if not any("logger:" in text for text in texts):
+        options = [*options, "--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir=."]
+    main(["fit", *files, "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", *options])
+
+
+def finish(text):
     if "Wandb" in text:
         import wandb
 
         wandb.finish()
 
 
+def test_there_is_nothing_but_known_blocks():
+    assert {language for blocks in BLOCKS.values() for language, _ in blocks} == {"bash", "python", "yaml"}
+
+
+def test_the_readmes_blocks_are_short():
+    assert all(len([line for line in text.splitlines() if line]) <= 17 for kind, text in BLOCKS["README.md"])
+
+
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("text", blocks("yaml"))
-def test_yaml(text, tmp_path):
-    (tmp_path / "readme.yaml").write_text(text)
-    logger = ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir=."]
-    main(
-        ["fit", "--config", "readme.yaml", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", *logger]
-    )
-    assert list(tmp_path.rglob("samples/000100.png"))
+@pytest.mark.parametrize("text", [pytest.param(p.values[1], id=p.id) for p in own("python") if "README" in p.id])
+def test_python(text, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    exec(compile(text, "README.md", "exec"), {"__name__": "__main__"})
+    finish(text)
 
 
-@pytest.mark.parametrize("text", blocks("bash"))
-def test_shell_commands_name_what_is_there(text):
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("page", sorted({p.values[0] for p in own("python")} - {"README.md"}))
+def test_python_of_a_page(page, monkeypatch):
+    """The blocks of a page run one after the other, each with what those before have made."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    names = {"__name__": "__main__"}
+    for text in [p.values[1] for p in own("python") if p.values[0] == page]:
+        exec(compile(text, page, "exec"), names)
+        finish(text)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("page", "text"), own("yaml"))
+def test_yaml(page, text, tmp_path):
+    """A file with a model runs as it is, another one laid over the README's."""
+    if page == "README.md":
+        fit_file(text, options=[])
+        assert list(tmp_path.rglob("samples/000100.png"))
+    elif "strategy:" in text:  # several processes: read, not run
+        with pytest.raises(SystemExit, match="0"):
+            fit_file(base(), text, options=["--print_config"])
+    else:
+        fit_file(*([] if "model:" in text else [base()]), text, options=SHORT)
+        finish(text)
+
+
+ENTRIES = re.findall(r"`(\{class_path: .+?\})`", PAGES["docs/guides/recipes.md"].read_text(encoding="utf-8"))
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: re.findall(r"\w+", entry)[1])
+def test_an_entry_that_a_recipe_names(entry):
+    fit_file(base(), f"trainer:\n  callbacks:\n  - {entry}\n", options=SHORT)
+
+
+@pytest.mark.parametrize(("page", "text"), own("bash"))
+def test_shell_commands_name_what_is_there(page, text):
     """The commands themselves run in .ci/run and in test_configs.py, in a fresh environment and in this one."""
     subprocess.run(["bash", "-n", "-c", text], check=True, timeout=20)
     for extra in re.findall(r"\.\[(\w+)\]", text):
@@ -56,9 +118,20 @@ def test_shell_commands_name_what_is_there(text):
         assert (ROOT / path).exists()
 
 
+def test_files_that_are_shown_run_elsewhere():
+    """In test_examples.py, test_configs.py and test_multinode.py."""
+    shown = [path for blocks in BLOCKS.values() for _, text in blocks for path in SNIPPET.findall(text)]
+    assert len(shown) >= 8
+    for path in shown:
+        assert (ROOT / path).exists()
+        assert path.startswith(("examples/own_", "examples/image_to_image", "examples/multinode/", "configs/"))
+
+
 def test_names_and_paths_in_the_text_exist():
-    for path in re.findall(r"`((?:configs|examples|docs)/[\w./]*)`|\]\(((?:docs|examples)/[^)]+)\)", README):
-        assert (ROOT / (path[0] or path[1])).exists(), path
+    for page in PAGES.values():
+        text = page.read_text(encoding="utf-8")
+        for path in re.findall(r"`((?:configs|examples|docs|tests)/[\w./]*)`|\]\(((?:docs|examples)/[^)]+)\)", text):
+            assert (ROOT / (path[0] or path[1])).exists(), path
     table = README.split("## What to add")[1].split("## What it holds")[0]
     for name in re.findall(r"`([A-Z]\w+)\(", table):
         assert hasattr(lightning_gan_stability, name) or hasattr(lightning.pytorch.callbacks, name), name
