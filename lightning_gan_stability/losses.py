@@ -307,7 +307,7 @@ class RelativisticAverage(AdversarialLoss):
 class FDivergence(AdversarialLoss):
     """The variational bound of an f-divergence D_f(p‖q) = E_q f(p/q) (f-GAN).
 
-    L_D = −E_r g(v) + E_f f*(g(v)) and L_G = −E_f f*(g(v)), or −E_f g(v) without ``saturating``; v is the logit, f* the
+    L_D = −E_r g(v) + E_f f∗(g(v)) and L_G = −E_f f∗(g(v)), or −E_f g(v) without ``saturating``; v is the logit, f∗ the
     convex conjugate of f and g the paper's output activation. "f-GAN: Training Generative Neural Samplers using
     Variational Divergence Minimization", https://arxiv.org/abs/1606.00709. At its optimum L_D is −D_f(p‖q), with f(u)
     = u log u for "kl", −log u for "reverse_kl", (u − 1)² for "pearson", (1 − u)²/u for "neyman", (√u − 1)² for

@@ -1,4 +1,4 @@
-"""An extension of griffe: the roles in docstrings, such as :class:`Name`, become links to what they name."""
+"""An extension of griffe that reads the package's docstrings as the site needs them."""
 
 import re
 from typing import Any
@@ -8,12 +8,13 @@ import griffe
 ROLE = re.compile(r":(?:class|data|func|meth|mod):`~?([\w.]+)`")
 
 
-class Roles(griffe.Extension):
-    """Rewrites docstrings when they are read; what is on no page becomes code without a link."""
+class Docstrings(griffe.Extension):
+    """Roles such as :class:`Name` become links, or code if no page has the name; examples become blocks of code."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
-            obj.docstring.value = ROLE.sub(lambda match: self._link(obj, match[1]), obj.docstring.value)
+            text = ROLE.sub(lambda match: self._link(obj, match[1]), obj.docstring.value)
+            obj.docstring.value = re.sub("^Example:$", "Examples:", text, flags=re.MULTILINE)
 
     @staticmethod
     def _link(obj: griffe.Object, target: str) -> str:
