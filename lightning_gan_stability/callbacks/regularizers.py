@@ -342,9 +342,11 @@ class LogitDrift(Regularizer):
     Args:
         weight: ε, not negative.
         every: due on every so many steps, and scaled by as much.
+        final_weight: what the weight becomes along half a cosine over ``steps`` steps. None: constant.
+        steps: length of this schedule, together with ``final_weight``.
 
     Raises:
-        ValueError: if ``weight`` or ``every`` has a bad value.
+        ValueError: if an argument has a bad value, or one of ``final_weight`` and ``steps`` comes without the other.
 
     Example:
         >>> LogitDrift().weight
@@ -353,7 +355,11 @@ class LogitDrift(Regularizer):
 
     differentiates = ()
     second_order = False
-    weight = 1e-3
+
+    def __init__(
+        self, weight: float = 1e-3, every: int = 1, final_weight: float | None = None, steps: int | None = None
+    ) -> None:
+        super().__init__(weight, every, final_weight, steps)
 
     def penalty(self, module: GANModule, play: Play) -> Tensor:
         """l(x)² of each real logit."""
@@ -371,9 +377,11 @@ class ModeSeeking(Regularizer):
     Args:
         weight: not negative.
         every: due on every so many steps, and scaled by as much.
+        final_weight: what the weight becomes along half a cosine over ``steps`` steps. None: constant.
+        steps: length of this schedule, together with ``final_weight``.
 
     Raises:
-        ValueError: if ``weight`` or ``every`` has a bad value.
+        ValueError: if an argument has a bad value, or one of ``final_weight`` and ``steps`` comes without the other.
 
     Example:
         >>> ModeSeeking().name
@@ -383,6 +391,11 @@ class ModeSeeking(Regularizer):
     player = "g"
     differentiates = ()
     second_order = False
+
+    def __init__(
+        self, weight: float = 1.0, every: int = 1, final_weight: float | None = None, steps: int | None = None
+    ) -> None:
+        super().__init__(weight, every, final_weight, steps)
 
     def penalty(self, module: GANModule, play: Play) -> Tensor:
         """The inverse of the mean change of samples per change of latents, a scalar."""
