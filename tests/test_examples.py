@@ -79,6 +79,17 @@ def test_ring_benchmark_smoke(run, monkeypatch):
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.timeout(200)
+@pytest.mark.parametrize("protocol", ["A", "B-quarter", "B-half", "D"])
+def test_stacked_digits_benchmark_smoke(run, tmp_path, protocol):
+    where = ["--results", str(tmp_path / "runs" / "stacked.jsonl")]
+    out = run(ROOT / "examples" / "benchmarks" / "stacked_digits.py", "--smoke", "--protocol", protocol, *where)
+    table = out.split("\n\n")[1].splitlines()
+    assert [line.split(" | ")[3] for line in table[2:]] == ["3"] * 5  # steps of each method
+    assert all(line.count("|") == table[0].count("|") for line in table)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.timeout(200)
 def test_recipes_benchmark_smoke(run, monkeypatch):
     table = benchmark(run, monkeypatch, "recipes").split("\n\n")[1].splitlines()
     assert [line.split(" | ")[1] for line in table[2:]] == ["0", "mean", "worst"] * 2
