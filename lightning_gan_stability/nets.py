@@ -131,7 +131,7 @@ class MLP(nn.Module):
             labels = _need(labels, self.num_classes, "network")
             x = torch.cat([x, nn.functional.one_hot(labels, self.num_classes).to(x.dtype)], dim=1)
         output: Tensor = self.layers(x)
-        return output.reshape(len(x), *self.output_shape)
+        return output.reshape(x.shape[0], *self.output_shape)  # len(x) would be a constant on export
 
 
 class _Generator(nn.Module):

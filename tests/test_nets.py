@@ -361,6 +361,19 @@ def from_yaml(text: str) -> nn.Module:
     return instantiate(last.parse_string(dumped)).network
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's own
+@pytest.mark.parametrize(
+    ("kind", "num_classes"), [*((kind, 3) for kind in CONDITIONAL), (MLP, None), (AutoEncoder, None)]
+)
+def test_exports_for_every_batch_size(kind, num_classes):
+    network = small(kind) if kind is AutoEncoder else small(kind, num_classes)
+    x, rows = inputs(kind), {0: torch.export.Dim("n")}
+    given = (x, LABELS) if num_classes else (x,)
+    program = torch.export.export(network.eval(), given, dynamic_shapes=(rows,) * len(given)).module()
+    larger = tuple(torch.cat([t, t.flip(0)]) for t in given)
+    torch.testing.assert_close(program(*larger), network(*larger))
+
+
 def test_mlp_from_yaml():
     network = from_yaml("""
         network:
