@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 from jsonargparse import get_loader, set_loader
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
 
 import lightning_gan_stability as package
 from lightning_gan_stability import GANModule
@@ -35,10 +36,25 @@ def main(args: ArgsType = None) -> None:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,
+        save_config_callback=_SaveConfig,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"parser_mode": "gan"},
         args=args,
     )
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Gives Weights & Biases, besides the model's arguments, those of data, trainer and callbacks.
+
+    Other loggers have ``config.yaml`` in their own folder; offline runs share one.
+    """
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        config = yaml.safe_load(self.parser.dump(self.config))
+        rest = {key: config[key] for key in ("seed_everything", "data", "trainer") if key in config}
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_hyperparams(rest)
 
 
 def _lengthen(value: Any) -> Any:
