@@ -14,12 +14,19 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # what an example prints last, as far as it is the same in every run
 LAST = {
+    "caught": "without: ",
     "image_to_image": "mean absolute error",
     "own_knob": "the generator rested on",
     "own_loss": "mean distance from the origin",
     "own_regularizer": "with matching: mean of the samples",
     "own_update_rule": "100 batches, 100 GAN steps, six optimizer steps in each",
+    "subclass": "the loaded module draws the same samples: True",
 }
+# options with which it takes seconds
+SMALL = {"caught": ["--steps", "8"], "subclass": ["--steps", "20"]}
+LINES = {"caught": 100, "subclass": 80}
+# the contributors' table has each way to extend the package; these are about its use
+USES = {"caught", "check_digits", "conditional_digits", "export", "multi_scale", "subclass"}
 
 
 @pytest.fixture
@@ -33,16 +40,38 @@ def run(monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("default")  # what a reader of the example sees
-@pytest.mark.parametrize("path", [p for p in EXAMPLES if p.stem != "check_digits"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in EXAMPLES if p.stem in LAST], ids=lambda p: p.stem)
 def test_example(path, run):
-    assert run(path).splitlines()[-1].startswith(LAST[path.stem])
-    assert len(path.read_text(encoding="utf-8").splitlines()) < 60
+    assert run(path, *SMALL.get(path.stem, [])).splitlines()[-1].startswith(LAST[path.stem])
+    assert len(path.read_text(encoding="utf-8").splitlines()) < LINES.get(path.stem, 60)
 
 
 def test_every_example_is_in_the_contributors_table():
     table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for path in EXAMPLES:
-        assert path.stem == "check_digits" or f"examples/{path.name}" in table
+        assert path.stem in USES or f"examples/{path.name}" in table
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_exported_generator_is_the_same(run):
+    out = run(ROOT / "examples" / "export.py", "--steps", "4", "--out", "here.pt2")
+    assert float(out.split("largest difference")[1]) == 0
+    assert Path("here.pt2").stat().st_size > 20_000
+
+
+@pytest.mark.filterwarnings("default")
+def test_digits_come_by_request(run):
+    """More than twice the tenth of chance, early in training."""
+    out = run(ROOT / "examples" / "conditional_digits.py", "--steps", "700")
+    assert len(out.splitlines()) == 11
+    assert float(out.split()[-4].rstrip("%")) > 25
+    assert Path("conditional_digits.png").stat().st_size > 1000
+
+
+@pytest.mark.filterwarnings("default")
+def test_all_scales_are_in_one_tensor(run):
+    out = run(ROOT / "examples" / "multi_scale.py", "--steps", "4")
+    assert "logits of one batch: (64, 6)" in out  # 2 by 2 patches, and one each of the halves and quarters
 
 
 def benchmark(run, monkeypatch, name):
