@@ -233,7 +233,10 @@ def noise(
     """
     # not every version of XLA and MPS has generators of its own
     source = device if device.type in ("cpu", "cuda") else torch.device("cpu")
-    return draw(*shape, generator=generator(*key, device=source), device=source, dtype=dtype).to(device)
+    # normal values are the same in every precision, which not every version of torch sees to; uniform ones, rounded
+    # from float32, could be 1
+    wide = torch.promote_types(dtype, torch.float32) if draw is torch.randn else dtype
+    return draw(*shape, generator=generator(*key, device=source), device=source, dtype=wide).to(device, dtype)
 
 
 def generator(*key: object, device: torch.device | None = None) -> torch.Generator:
