@@ -62,3 +62,34 @@ def test_names_and_paths_in_the_text_exist():
     table = README.split("## What to add")[1].split("## What it holds")[0]
     for name in re.findall(r"`([A-Z]\w+)\(", table):
         assert hasattr(lightning_gan_stability, name) or hasattr(lightning.pytorch.callbacks, name), name
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+REFERENCE = {  # heads of tables that hold no measured number
+    "| Symptom | Add | What it does |",
+    "| Method | DDP | shards | 16-mixed | bf16-mixed | bf16-true | 64-true | compiled |",
+    "| | Assumed | Exchange per step: bytes + latency | Efficiency t(1)/t(N) |",
+}
+
+
+def tables(text):
+    """Head of every table, with what its section says before it: from the last heading or paragraph in bold on."""
+    lines = text.splitlines()
+    for i, line in enumerate(lines[:-1]):
+        if line.startswith("|") and re.fullmatch(r"\|[-| :]+\|", lines[i + 1]):
+            starts = [j for j in range(i) if lines[j].startswith(("#", "**"))]
+            yield line, "\n".join(lines[starts[-1] : i] if starts else lines[:i])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_measured_table_names_its_script(page):
+    for head, section in tables(page.read_text(encoding="utf-8")):
+        if head not in REFERENCE:
+            scripts = re.findall(r"examples/[\w/]+\.py", section)
+            assert scripts, f"{page.name}: no script is named for {head}"
+            assert all((ROOT / script).exists() for script in scripts), head
+
+
+def test_a_table_without_a_script_is_found():
+    text = "# A\n`examples/benchmarks/cost.py`\n\n| a |\n|---|\n| 1 |\n\n**B.** Text.\n\n| b | c |\n|---|---|\n"
+    assert [(head, "cost.py" in section) for head, section in tables(text)] == [("| a |", True), ("| b | c |", False)]
