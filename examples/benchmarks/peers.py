@@ -1,7 +1,7 @@
 """A step of this package, of a plain loop, and of the trainers of torch-mimicry, torchgan and vegans.
 
     pip install --no-deps -r examples/benchmarks/peers-requirements.txt
-    python examples/benchmarks/peers.py            # about half an hour on one core; --rounds 3 half of it
+    python examples/benchmarks/peers.py            # a quarter of an hour on one free core; 45 minutes on a busy one
     python examples/benchmarks/peers.py --smoke    # a minute; only shows that it runs
 
 Same networks with equal first weights, same batch, Adam and number of steps, all on the torch that is installed. Times
