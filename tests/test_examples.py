@@ -1,8 +1,11 @@
 """Every example runs as it is, in a folder of its own, and says what it is for."""
 
 import math
+import os
+import re
 import runpy
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -156,6 +159,51 @@ def test_health_benchmark_smoke(run, monkeypatch):
     assert (
         sum(line.startswith("| ") for line in out.splitlines()) == 3 + 4 + 10 + 3
     )  # heads, healthy runs, others, losses
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.timeout(200)
+def test_peers_benchmark_smoke(run, monkeypatch):
+    """Gradients equal the plain loop's, up to the factors that the script names; peers that are not there say so."""
+    table = [line.split(" | ") for line in benchmark(run, monkeypatch, "peers").splitlines() if line.startswith("| ")]
+    assert len(table) == 1 + 5 * 5  # head; five tools in five settings
+    for _, tool, *cells in table[1:]:
+        if "cosine" in cells[-1] or cells[-1].startswith("–"):
+            assert tool not in ("this package", "by hand")
+            assert cells[0].startswith(("not installed", "its penalty takes", "has no spectral norm"))
+        elif tool != "torchgan":  # its penalty is another one
+            assert cells[-1].count("1.0000 (1.000)") + cells[-1].count("1.0000 (0.500)") == 2
+
+
+def gather(run, monkeypatch, *arguments):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return run(ROOT / "examples" / "benchmarks" / "gather.py", *arguments)
+
+
+@pytest.mark.filterwarnings("default")
+def test_gathered_sections_are_replaced_and_others_kept(run, monkeypatch, tmp_path):
+    page = tmp_path / "benchmarks.md"
+    page.write_text("# Mine\n\n<!-- cost -->\nold\n<!-- /cost -->\n\n<!-- ring -->\nkept\n<!-- /ring -->\n\nEnd.\n")
+    gather(run, monkeypatch, "health", "--out", str(page), "--", "--help")
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r"<!-- /(\w+) -->", text) == ["cost", "health", "ring"]
+    assert text.startswith("# Mine\n\n<!-- cost -->\nold\n")
+    assert text.endswith("kept\n<!-- /ring -->\n\nEnd.\n")
+    assert f"torch {version('torch')}, Lightning" in text
+    assert "`python examples/benchmarks/health.py --help`, 20" in text
+    gather(run, monkeypatch, "ring", "--out", str(page), "--", "--help")
+    assert page.read_text(encoding="utf-8").count("\n## ") == 2
+    assert "-->\nkept" not in page.read_text(encoding="utf-8")
+
+
+def test_gather_refuses_and_keeps(run, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gather(run, monkeypatch, "gather", "--out", str(tmp_path / "page.md"))
+    assert "no benchmark called gather: choose from cost, detection" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="cost failed, and its section stays as it was"):
+        gather(run, monkeypatch, "cost", "--out", str(tmp_path / "page.md"), "--", "--no-such-option")
+    assert not (tmp_path / "page.md").exists()
 
 
 def test_damaged_generators_show_what_is_left_of_them(monkeypatch):

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from itertools import takewhile
 from pathlib import Path
 
 import lightning.pytorch.callbacks
@@ -135,3 +136,32 @@ def test_names_and_paths_in_the_text_exist():
     table = README.split("## What to add")[1].split("## What it holds")[0]
     for name in re.findall(r"`([A-Z]\w+)\(", table):
         assert hasattr(lightning_gan_stability, name) or hasattr(lightning.pytorch.callbacks, name), name
+
+
+def measured(text):
+    """Head of every table with a cell that is a number, and what its section says before it.
+
+    A section begins with a heading or a paragraph in bold.
+    """
+    lines = text.splitlines()
+    for i, line in enumerate(lines[:-1]):
+        if line.startswith("|") and re.fullmatch(r"\|[-| :]+\|", lines[i + 1]):
+            rows = takewhile(lambda row: row.startswith("|"), lines[i + 2 :])
+            if any(re.match(r"[\d−-]*\d", cell.strip()) for row in rows for cell in row.split("|")):
+                starts = [j for j in range(i) if lines[j].startswith(("#", "**"))]
+                yield line, "\n".join(lines[starts[-1] : i] if starts else lines[:i])
+
+
+@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
+def test_every_measured_table_names_its_script(page):
+    for head, section in measured(page.read_text(encoding="utf-8")):
+        scripts = re.findall(r"examples/[\w/]+\.py", section)
+        assert scripts, f"{page.name}: no script is named for {head}"
+        assert all((ROOT / script).exists() for script in scripts), head
+
+
+def test_a_measured_table_without_a_script_is_found():
+    text = "# A\n`examples/benchmarks/cost.py`\n\n| a |\n|---|\n| 1 |\n\n**B.** Text.\n\n| b | c |\n|---|---|\n"
+    text += "| x | 2 ms |\n\n| d |\n|---|\n| no number |\n"
+    found = [(head, "cost.py" in section) for head, section in measured(text)]
+    assert found == [("| a |", True), ("| b | c |", False)]

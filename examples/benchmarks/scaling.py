@@ -116,6 +116,22 @@ def measure(processes: int, case: str, steps: int, batch: int) -> dict[str, Any]
         return dict(json.loads(Path(folder, "result.json").read_text()))
 
 
+def model() -> str:
+    """What docs/scaling.md expects of processes that were not tried: t(N) = t(1) + exchange + latency + u."""
+    gradients, alone, walk, buckets = 240e6, 200.0, 5.0, 10  # bytes; ms; ms; of 25 MB
+    machines = [  # name, processes, bytes a second, hops of an all-reduce, seconds a hop
+        ("8 GPUs in one node", 8, 200e9, 2 * 7, 5e-6),
+        ("64 nodes of 8, a flat ring", 512, 20e9, 2 * 511, 10e-6),
+        ("64 nodes of 8, a tree between nodes", 512, 20e9, 2 * 6, 10e-6),
+    ]
+    lines = ["| modelled | exchange, ms | latency, ms | efficiency |", "|---|---|---|---|"]
+    for name, n, bandwidth, hops, hop in machines:
+        exchange = 2 * 2 * (n - 1) / n * gradients / bandwidth * 1e3  # two all-reduces in a step
+        latency = 2 * hops * buckets * hop * 1e3
+        lines.append(f"| {name} | {exchange:.1f} | {latency:.1f} | {alone / (alone + exchange + latency + walk):.0%} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=23)
@@ -139,6 +155,7 @@ def main() -> None:
         spread = f"{statistics.median(times):.0f} ({min(times):.0f} to {max(times):.0f})"
         sent, own = (statistics.median(run[key] for run in runs) / 1e6 for key in ("bytes", "gradients"))
         print(f"| {case} | {n} | {spread} | {sent:.2f} | {own:.2f} |")
+    print(f"\n{model()}")
 
 
 if __name__ == "__main__":
