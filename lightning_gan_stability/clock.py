@@ -17,6 +17,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -289,8 +290,11 @@ class Clockwork(Processes):
         """Check and clip the gradient; here, because here a gradient scaler has unscaled it."""
         player = PLAYERS[0 if optimizer is self.trainer.optimizers[0] else 1]
         self._reshard()
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = {f"{player}/grad_norm": doors.whole(nn.utils.get_total_norm(gradients))}
+        moving = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        total = nn.utils.get_total_norm([p.grad for p in moving if p.grad is not None])
+        if isinstance(total, DTensor):  # of torch 2.9 each process's part, and clipping would add its ε to each
+            total = total.redistribute(placements=[Replicate()] * total.device_mesh.ndim)
+        norm = {f"{player}/grad_norm": doors.whole(total)}
         self._now.logs.update(norm)
         # a gradient scaler skips the steps whose gradient overflows, and is right to
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
@@ -299,7 +303,7 @@ class Clockwork(Processes):
             # elsewhere a look costs a synchronization: values wait until they are logged or saved
             self._raise_unless_finite()
         if self.clip_norm is not None:
-            self.clip_gradients(optimizer, self.clip_norm, "norm")
+            nn.utils.clip_grads_with_norm_(moving, self.clip_norm, total)
 
     def _raise_unless_finite(self) -> None:
         unchecked, self._now.unchecked = self._now.unchecked, []
