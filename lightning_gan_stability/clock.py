@@ -31,7 +31,7 @@ from lightning_gan_stability.callbacks.base import (
     UpdateRule,
     check_positive_int,
 )
-from lightning_gan_stability.processes import Processes
+from lightning_gan_stability.processes import Processes, name_what_cannot_be_read
 
 # as in lightning.pytorch.cli, which takes long to import
 OptimizerCallable = Callable[[Iterable], Optimizer]  # type: ignore[type-arg]
@@ -103,6 +103,7 @@ class Clockwork(Processes):
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot work."""
+        name_what_cannot_be_read(self.trainer.strategy.checkpoint_io)
         if stage != "fit":
             return
         self._check_strategy()

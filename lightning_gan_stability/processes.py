@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -98,3 +101,24 @@ class Processes(LightningModule):
         """Let shards take the place of whole weights: who steps those would not move these."""
         for layer in self._sharded():
             layer.reshard()
+
+
+def name_what_cannot_be_read(checkpoint_io: CheckpointIO) -> None:
+    """Let errors of files that are torn or foreign say which file; torch's are as bare as "Invalid argument"."""
+    load = checkpoint_io.load_checkpoint
+    if hasattr(load, "__wrapped__"):
+        return
+
+    @wraps(load)
+    def named(path: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(path, *args, **kwargs)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # unpickling what is no checkpoint raises anything
+            cause = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise RuntimeError(
+                f"The checkpoint {path} cannot be read ({cause}): if it is torn, resume from the one before."
+            ) from error
+
+    checkpoint_io.load_checkpoint = named  # type: ignore[method-assign]

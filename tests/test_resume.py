@@ -622,14 +622,21 @@ def checkpoint(tmp_path):
     return tmp_path / "good.ckpt"
 
 
-def test_a_torn_checkpoint_is_an_error_and_changes_nothing(checkpoint):
+@pytest.mark.parametrize(
+    "content", [lambda good: good[:-200], lambda good: good[:100], lambda _: b"", lambda _: b"text"]
+)
+def test_a_torn_or_foreign_checkpoint_is_an_error_and_changes_nothing(checkpoint, content):
     torn = checkpoint.with_name("torn.ckpt")
-    torn.write_bytes(checkpoint.read_bytes()[:-200])
+    torn.write_bytes(content(checkpoint.read_bytes()))
     module = small()
     before = weights(module)
-    with pytest.raises((OSError, RuntimeError)):  # torch's own, from where Lightning reads the file
+    with pytest.raises(
+        RuntimeError, match=r"The checkpoint .*torn.ckpt cannot be read \(\w+.*: if it is torn, resume fr"
+    ):
         fit(module, points(4), ckpt_path=torn)
     assert torch.equal(weights(module), before)
+    with pytest.raises(FileNotFoundError):
+        fit(module, points(4), ckpt_path=checkpoint.with_name("missing.ckpt"))
 
 
 def test_a_crash_while_a_checkpoint_is_written_leaves_the_one_before(checkpoint, monkeypatch):
