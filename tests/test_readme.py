@@ -139,17 +139,17 @@ def test_names_and_paths_in_the_text_exist():
 
 
 def measured(text):
-    """Head of every table with a cell that is a number, and what its section says before it.
+    """Head of every table with a cell that is a number; its rows, and what its section says before it.
 
     A section begins with a heading or a paragraph in bold.
     """
     lines = text.splitlines()
     for i, line in enumerate(lines[:-1]):
         if line.startswith("|") and re.fullmatch(r"\|[-| :]+\|", lines[i + 1]):
-            rows = takewhile(lambda row: row.startswith("|"), lines[i + 2 :])
+            rows = list(takewhile(lambda row: row.startswith("|"), lines[i + 2 :]))
             if any(re.match(r"[\d−-]*\d", cell.strip()) for row in rows for cell in row.split("|")):
                 starts = [j for j in range(i) if lines[j].startswith(("#", "**"))]
-                yield line, "\n".join(lines[starts[-1] : i] if starts else lines[:i])
+                yield line, "\n".join([*lines[starts[-1] if starts else 0 : i], *rows])
 
 
 @pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
