@@ -59,7 +59,9 @@ def finish(text):
 
 
 def test_there_is_nothing_but_known_blocks():
-    assert {language for blocks in BLOCKS.values() for language, _ in blocks} == {"bash", "python", "yaml"}
+    known = {"bash", "python", "yaml"}
+    for page, blocks in BLOCKS.items():  # what a benchmark prints is text
+        assert {kind for kind, _ in blocks} <= (known | {"text"} if page == "docs/benchmarks.md" else known), page
 
 
 def test_the_readmes_blocks_are_short():
