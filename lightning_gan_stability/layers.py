@@ -1,4 +1,4 @@
-"""What networks are built with: packs of samples, and spectral norm that checkpoints keep; plain torch."""
+"""What networks are built with: packs of samples, weights as matrices, spectral norm that checkpoints keep."""
 
 import re
 from collections.abc import MutableMapping
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm as OldSpectralNorm
 
@@ -55,6 +56,33 @@ class Packed(nn.Module):
             raise ValueError(f"a pack has {m} samples, but there are {len(samples)}.")
         logits: Tensor = self.discriminator(samples[: n * m].reshape(n, -1, *samples.shape[2:]))
         return logits
+
+
+def matrices(network: nn.Module) -> list[Tensor]:
+    """Weights of two or more dimensions, outputs first, as they are before a normalization; none of embeddings.
+
+    Raises:
+        ValueError: if a layer has the older weight norm, which keeps no weight.
+
+    Example:
+        >>> [tuple(weight.shape) for weight in matrices(nn.Sequential(nn.Linear(3, 5), nn.ConvTranspose2d(2, 4, 1)))]
+        [(5, 3), (4, 2, 1, 1)]
+    """
+    found = []
+    for layer in network.modules():
+        weight = layer._parameters.get("weight", layer._parameters.get("weight_orig"))
+        if "weight_v" in layer._parameters:
+            raise ValueError(
+                f"cannot see the weight of a {type(layer).__name__} layer with torch.nn.utils.weight_norm: use "
+                "torch.nn.utils.parametrizations.weight_norm."
+            )
+        if "weight" in getattr(layer, "parametrizations", {}):
+            # weight norm has no single weight before it, but length and direction
+            weight = getattr(layer.parametrizations.weight, "original", None)  # type: ignore[union-attr]
+            weight = layer.weight if weight is None else weight  # type: ignore[assignment]
+        if weight is not None and weight.dim() > 1 and not isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+            found.append(weight.transpose(0, 1) if isinstance(layer, _ConvTransposeNd) else weight)
+    return found
 
 
 def has_spectral_norm(module: nn.Module) -> bool:

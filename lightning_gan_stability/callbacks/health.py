@@ -26,8 +26,7 @@ Evidence: TypeAlias = dict[str, float]
 Window: TypeAlias = Mapping[str, float]
 
 SIGNALS = ("accuracy", "gap", "d_loss", "g_loss", "d_norm", "g_norm")
-LEVELS = (1, 4, 16)  # steps between the positions that a rotation is looked for in
-POINTS = 64  # positions at each level
+LEVELS, POINTS = (1, 4, 16), 64  # steps between the positions that a rotation is looked for in; how many at each
 HELD_OUT = 256  # samples of held-out data, of each process
 ADVICE = {
     "vanishing_gradient": "Use the NonSaturating or Relativistic loss, or add R1Penalty or SpectralNorm.",
@@ -92,8 +91,7 @@ def overfitting_discriminator(windows: Sequence[Window]) -> Evidence | None:
 
 def not_finite(windows: Sequence[Window]) -> Evidence | None:
     """On most steps a gradient overflows: a gradient scaler skips these, so that training stands still in silence."""
-    share = windows[-1]["overflows"]
-    return {"overflows": share} if share > 0.5 else None
+    return {"overflows": share} if (share := windows[-1]["overflows"]) > 0.5 else None
 
 
 def rotation(positions: Tensor) -> Evidence | None:

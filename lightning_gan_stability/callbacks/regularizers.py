@@ -8,11 +8,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_gan_stability import penalties
 from lightning_gan_stability.callbacks.base import NETWORKS, Player, Regularizer, Remembering, check_bool, check_number
 from lightning_gan_stability.doors import mean_over_ranks
+from lightning_gan_stability.layers import matrices
 
 if TYPE_CHECKING:
     from lightning_gan_stability import GANModule, Play
@@ -303,33 +303,19 @@ class OrthogonalPenalty(Regularizer):
         """Refuse a network without matrices."""
         super().on_fit_start(trainer, pl_module)
         name = NETWORKS[self.player]
-        if not _matrices(pl_module.get_submodule(name)):
+        try:
+            found = matrices(pl_module.get_submodule(name))
+        except ValueError as error:
+            raise MisconfigurationException(f"OrthogonalPenalty {error}") from None
+        if not found:
             raise MisconfigurationException(
                 f"OrthogonalPenalty: the {name} has no `weight` of two or more dimensions: remove OrthogonalPenalty."
             )
 
     def penalty(self, module: GANModule, play: Play) -> Tensor:
         """The sum over the network's weights, a scalar."""
-        matrices = _matrices(module.get_submodule(NETWORKS[self.player]))
-        return torch.stack([penalties.orthogonality(w, self.off_diagonal) for w in matrices]).sum()
-
-
-def _matrices(network: nn.Module) -> list[Tensor]:
-    matrices = []
-    for layer in network.modules():
-        weight = layer._parameters.get("weight", layer._parameters.get("weight_orig"))
-        if "weight_v" in layer._parameters:
-            raise MisconfigurationException(
-                f"OrthogonalPenalty cannot see the weight of a {type(layer).__name__} layer with "
-                "torch.nn.utils.weight_norm: use torch.nn.utils.parametrizations.weight_norm."
-            )
-        if "weight" in getattr(layer, "parametrizations", {}):
-            # weight norm has no single weight before it, but length and direction
-            weight = getattr(layer.parametrizations.weight, "original", None)  # type: ignore[union-attr]
-            weight = layer.weight if weight is None else weight  # type: ignore[assignment]
-        if weight is not None and weight.dim() > 1 and not isinstance(layer, nn.Embedding | nn.EmbeddingBag):
-            matrices.append(weight.transpose(0, 1) if isinstance(layer, _ConvTransposeNd) else weight)
-    return matrices
+        weights = matrices(module.get_submodule(NETWORKS[self.player]))
+        return torch.stack([penalties.orthogonality(w, self.off_diagonal) for w in weights]).sum()
 
 
 @final
