@@ -1,6 +1,7 @@
 """An offline run of a config, read back from the file that `wandb sync` would send."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -52,9 +53,10 @@ def run(tmp_path, monkeypatch):
     for callback in config["trainer"]["callbacks"]:
         callback.setdefault("init_args", {}).update(every.get(callback["class_path"], {}))
     Path("wandb.yaml").write_text(yaml.safe_dump(config))
-    # in a process of its own, because wandb's service stays in the folder of the test that started it
+    # in a process of its own, and without WANDB_SERVICE: a service stays in the folder of the test that started it
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     command = [sys.executable, "-W", "ignore", "-m", "lightning_gan_stability", "fit", "--config", "wandb.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.rglob("offline-run-*/*.wandb")
     return file.parent, list(records(file))
