@@ -1,5 +1,7 @@
 """Every example runs as it is, in a folder of its own, and says what it is for."""
 
+import functools
+import importlib
 import math
 import os
 import re
@@ -109,10 +111,38 @@ def test_ring_benchmark_smoke(run, monkeypatch):
     assert all(line.count("|") == table[0].count("|") for line in table)
 
 
+def test_finished_runs_are_kept_and_others_added(monkeypatch, tmp_path, capsys):
+    """Rows come in the order of the jobs; those of other settings in the same file are left alone."""
+    monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
+    finish = importlib.import_module("runs").finish
+    results, ran = tmp_path / "there" / "runs.jsonl", []
+
+    def square(seed, steps, power=2):
+        ran.append((seed, steps))
+        return {"found": {steps: (seed**power, math.inf)}}
+
+    assert finish(square, [{"seed": 3, "steps": 5}], results=results) == [
+        {"seed": 3, "steps": 5, "found": {"5": [9, math.inf]}}
+    ]
+    assert capsys.readouterr().out == ""
+    jobs = [{"seed": seed, "steps": steps} for steps in (6, 5) for seed in (4, 3)]
+    rows = finish(square, jobs, results=results)
+    assert [row["found"][str(row["steps"])][0] for row in rows] == [16, 9, 16, 9]
+    assert ran == [(3, 5), (4, 6), (3, 6), (4, 5)]
+    assert capsys.readouterr().out == "1 of 4 runs were finished before.\n\n"
+    assert len(results.read_text().splitlines()) == 4
+    assert finish(functools.partial(square, power=3), jobs[:1]) == [
+        {"seed": 4, "steps": 6, "found": {"6": [64, math.inf]}}
+    ]
+    assert finish(dict, [{"seed": 1}, {"seed": 2}], processes=2, results=results) == [{"seed": 1}, {"seed": 2}]
+    assert len(results.read_text().splitlines()) == 6
+
+
 @pytest.mark.filterwarnings("default")
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("protocol", ["A", "B-quarter", "B-half", "D"])
-def test_stacked_digits_benchmark_smoke(run, tmp_path, protocol):
+def test_stacked_digits_benchmark_smoke(run, monkeypatch, tmp_path, protocol):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
     where = ["--results", str(tmp_path / "runs" / "stacked.jsonl")]
     out = run(ROOT / "examples" / "benchmarks" / "stacked_digits.py", "--smoke", "--protocol", protocol, *where)
     table = out.split("\n\n")[1].splitlines()

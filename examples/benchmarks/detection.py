@@ -12,9 +12,7 @@ bad from the start), and a false alarm if there is one in a healthy run, or befo
 """
 
 import argparse
-import json
 import logging
-import multiprocessing
 import statistics
 import warnings
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from runs import finish
 from torch import Tensor, nn
 
 from lightning_gan_stability import (
@@ -93,9 +92,8 @@ def make(data: str, failure: str) -> tuple[Damaged, Any, nn.Module | None, list[
     return module, source, extractor, [] if failure in ("rates 10 : 1", "rates too high") else penalties
 
 
-def train(job: tuple[str, str, int, int]) -> dict[str, Any]:
+def train(data: str, failure: str, seed: int, steps: int) -> dict[str, Any]:
     """One run; its events."""
-    data, failure, seed, steps = job
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -123,10 +121,10 @@ def train(job: tuple[str, str, int, int]) -> dict[str, Any]:
     except FloatingPointError as stopped:  # a run that stops by itself needs no detector
         error = str(stopped)[:60]
     events = [(event["step"], event["verdict"]) for event in detector.events]
-    return {"data": data, "failure": failure, "seed": seed, "steps": steps, "events": events, "error": error}
+    return {"events": events, "error": error}
 
 
-def jobs(steps: int, seeds: int) -> list[tuple[str, str, int, int]]:
+def jobs(steps: int, seeds: int) -> list[dict[str, Any]]:
     """All runs; twice the seeds for healthy ones."""
     bases = ["ring", "grid", "digits", "pixels"]
     plan = [(data, "", seed) for seed in range(2 * seeds) for data in HEALTHY]
@@ -134,7 +132,7 @@ def jobs(steps: int, seeds: int) -> list[tuple[str, str, int, int]]:
         (data, damage, seed) for seed in range(seeds) for damage in DAMAGES for data in bases[: 1 if seeds == 1 else 4]
     ]
     plan += [(data, failure, seed) for seed in range(seeds) for failure in FAILURES for data in bases[:3]]
-    return [(*run, steps) for run in plan]
+    return [{"data": data, "failure": failure, "seed": seed, "steps": steps} for data, failure, seed in plan]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -186,20 +184,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("runs/detection.jsonl"), help="finished runs, one a line")
     parser.add_argument("--smoke", action="store_true", help="a few runs of ten steps")
     arguments = parser.parse_args()
-    if arguments.smoke:
-        print(table([train(job) for job in jobs(10, 1)[::6]]))
-        return
-    rows = (
-        [json.loads(line) for line in arguments.results.read_text().splitlines()] if arguments.results.exists() else []
-    )
-    done = {(row["data"], row["failure"], row["seed"], row["steps"]) for row in rows}
-    left = [job for job in jobs(arguments.steps, arguments.seeds) if job not in done]
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
-    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool, arguments.results.open("a") as file:
-        for row in pool.imap_unordered(train, left):
-            rows.append(row)
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+    plan = jobs(10, 1)[::6] if arguments.smoke else jobs(arguments.steps, arguments.seeds)
+    rows = finish(train, plan, arguments.jobs, None if arguments.smoke else arguments.results)
     print(f"torch {torch.__version__}\n\n{table(rows)}")
 
 

@@ -12,13 +12,12 @@ all eight. Rows that are finished are kept in `--results` and not computed again
 """
 
 import argparse
-import json
 import logging
 import math
-import multiprocessing
 import statistics
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from time import process_time
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from runs import finish
 from torch import Tensor
 
 from lightning_gan_stability import (
@@ -126,8 +126,7 @@ def train(method: str, seed: int, steps: int, batch_size: int = 512) -> dict[str
         **options,
     )
     trainer.fit(gan, data)
-    seconds = process_time() - start
-    return {"method": method, "seed": seed, "steps": steps, "seconds": seconds, "seen": watch.seen}
+    return {"seconds": process_time() - start, "seen": watch.seen}
 
 
 def table(rows: list[dict[str, Any]], steps: int) -> str:
@@ -136,7 +135,7 @@ def table(rows: list[dict[str, Any]], steps: int) -> str:
     heads = "method | step | all 8 | modes, seed by seed | touched | high quality | reverse KL | seconds"
     lines = [f"| {heads} |", "|---" * 8 + "|"]
     for method, (title, *_) in METHODS.items():
-        mine = sorted((r for r in rows if r["method"] == method and r["steps"] == steps), key=lambda r: r["seed"])
+        mine = [row for row in rows if row["method"] == method]
         for mark in marks if mine else ():
             seen = [Coverage(*row["seen"][mark]) for row in mine]
             cells = [
@@ -159,10 +158,6 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def _train(job: tuple[str, int, int, int]) -> dict[str, Any]:
-    return train(*job)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -173,27 +168,11 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="two seeds, five steps")
     arguments = parser.parse_args()
     steps, seeds, batch = (5, [0, 1], 16) if arguments.smoke else (arguments.steps, arguments.seeds, 512)
-    rows = []
-    if arguments.results.exists() and not arguments.smoke:
-        rows = [json.loads(line) for line in arguments.results.read_text().splitlines()]
-    done = {(row["method"], row["seed"], row["steps"]) for row in rows}
-    jobs = [(m, s, steps, batch) for s, m in product(seeds, arguments.methods) if (m, s, steps) not in done]
-    if arguments.jobs > 1:
-        with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
-            for row in pool.imap_unordered(_train, jobs):
-                rows.append(_keep(row, arguments))
-    else:
-        rows += [_keep(_train(job), arguments) for job in jobs]
+    jobs = [{"method": m, "seed": s, "steps": steps} for s, m in product(seeds, arguments.methods)]
+    rows = finish(
+        partial(train, batch_size=batch), jobs, arguments.jobs, None if arguments.smoke else arguments.results
+    )
     print(f"torch {torch.__version__}; CPU seconds of one thread\n\n{table(rows, steps)}")
-
-
-def _keep(row: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    text = json.dumps(row)
-    if not arguments.smoke:
-        arguments.results.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.results.open("a") as file:
-            file.write(text + "\n")
-    return json.loads(text)
 
 
 if __name__ == "__main__":

