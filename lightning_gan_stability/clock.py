@@ -131,6 +131,27 @@ class Clockwork(Processes):
                 )
         return optimizers, schedulers
 
+    def _check_optimizers(self) -> None:
+        """Refuse what an overridden `configure_optimizers` may return, and steps that need the loss anew."""
+        optimizers = self.trainer.optimizers
+        if len(optimizers) < len(PLAYERS):
+            raise MisconfigurationException(
+                f"`configure_optimizers` must return two optimizers, the discriminator's first, got {len(optimizers)}."
+            )
+        parts = [{id(p) for p in self.get_submodule(network).parameters()} for network in NETWORKS.values()]
+        for optimizer, player, own, other in zip(optimizers, PLAYERS, parts, reversed(parts), strict=False):
+            stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            if stepped & other and not stepped & own:
+                raise MisconfigurationException(
+                    f"The {NETWORKS[player]}'s optimizer has the other network's parameters: `configure_optimizers` "
+                    "must return the discriminator's optimizer first."
+                )
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise MisconfigurationException(
+                    f"The {NETWORKS[player]}'s optimizer is LBFGS, which takes the loss anew within a step, as no "
+                    "update rule here does: use another optimizer."
+                )
+
     def on_train_epoch_end(self) -> None:
         """Say so if there was nothing to train on."""
         if self.trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
@@ -322,8 +343,9 @@ class Clockwork(Processes):
             step, player, _ = bad[0]
             names = ", ".join(name for s, p, name in bad if (s, p) == (step, player))
             raise FloatingPointError(
-                f"Not finite in the {NETWORKS[player]}'s update at step {step}: {names}. Lower the learning rate of "
-                f"`{player}_optimizer`, or of the other player's, set `clip_norm`, or add R1Penalty."
+                f"Not finite in the {NETWORKS[player]}'s update at step {step}: {names}. If the data are finite, "
+                f"lower the learning rate of `{player}_optimizer`, or of the other player's, set `clip_norm`, or add "
+                "R1Penalty."
             )
 
     def on_train_start(self) -> None:

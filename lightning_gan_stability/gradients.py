@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_gan_stability.callbacks.base import Player, Regularizer
+from lightning_gan_stability.callbacks.base import NETWORKS, Player, Regularizer
 from lightning_gan_stability.clock import PLAYERS, Clockwork
 from lightning_gan_stability.doors import Play, Substitution, dtype_of, join
 from lightning_gan_stability.losses import AdversarialLoss
@@ -95,6 +95,11 @@ class Primitives(Clockwork):
 
     def _backward(self, player: Player, part: Any, share: float, due: list[Regularizer], objective: Objective) -> Play:
         play, total, terms = objective(part, due)
+        if not total.requires_grad:
+            raise ValueError(
+                f"The loss of the {NETWORKS[player]} does not depend on its parameters: something in `sample`, "
+                "`discriminate`, `augment` or the loss has no gradient (`detach`, `no_grad`, or rounding)."
+            )
         autocast = torch.is_autocast_enabled(self.device.type)
         # backward repeats the types of the forward pass; under autocast it would lower those of the penalties
         with torch.autocast(self.device.type, enabled=False) if autocast else nullcontext():

@@ -89,9 +89,12 @@ class GANModule(Primitives):
         for name, make in (makers | {"g_scheduler": g_scheduler, "d_scheduler": d_scheduler}).items():
             if make is not None and not callable(make):
                 what = "parameters" if name.endswith("optimizer") else "an optimizer"
-                raise ValueError(f"`{name}` must be a function that makes one from {what}, got {make!r}.")
+                got = repr(make) if doors.is_plain(make) else f"a {type(make).__name__}"
+                raise ValueError(f"`{name}` must be a function that makes one from {what}, got {got}.")
         _check_type("generator", generator, nn.Module)
         _check_type("discriminator", discriminator, nn.Module)
+        if generator is discriminator:
+            raise ValueError("`generator` and `discriminator` must be two modules, got the same one twice.")
         self.loss = NonSaturating() if loss is None else loss
         _check_type("loss", self.loss, AdversarialLoss)
         self.save_hyperparameters(frame=_outermost(self))
@@ -263,12 +266,13 @@ class GANModule(Primitives):
             )
 
     def on_fit_start(self) -> None:
-        """Refuse networks in eval mode, and an average that nothing moves; compile."""
+        """Refuse networks in eval mode and optimizers that cannot be right; compile."""
         if not self.training:
             raise MisconfigurationException(
                 "The module is in eval mode, in which BatchNorm, dropout and spectral norm do not train: call "
                 "`module.train()` before `fit`."
             )
+        self._check_optimizers()
         for player in self.plan:
             if not self._moving(player):
                 raise MisconfigurationException(
@@ -280,6 +284,8 @@ class GANModule(Primitives):
                 "The module has an average of its generator from an earlier run, which `sample` draws from in eval "
                 "mode, but no GeneratorEMA moves it: add one, or set `module.generator_ema = None`."
             )
+        if isinstance([*self.discriminator.modules()][-1], nn.Sigmoid) and not self.loss.judges_reconstructions:
+            rank_zero_warn("The discriminator ends in a Sigmoid, but losses take logits: remove it.")
         for network in (self.generator, self.discriminator):
             if self._backend and network._compiled_call_impl is None:
                 network.compile(backend=self._backend)

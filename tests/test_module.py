@@ -1,7 +1,10 @@
 """The doors of GANModule, what it refuses, and what it does for validation, prediction and checkpoints."""
 
 import re
+import warnings
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +32,8 @@ from lightning_gan_stability import (
 
 # ---------- arguments
 
+SAME = MLP([4, 4])
+
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
@@ -47,6 +52,8 @@ from lightning_gan_stability import (
         ({"loss": "hinge"}, "`loss` must be of type AdversarialLoss, got 'hinge'."),
         ({"generator": None}, "`generator` must be of type Module, got None."),
         ({"discriminator": lambda x: x}, "`discriminator` must be of type Module, got <function"),
+        ({"generator": SAME, "discriminator": SAME}, "must be two modules, got the same one twice."),
+        ({"g_optimizer": torch.optim.SGD(SAME.parameters(), 0.1)}, "makes one from parameters, got a SGD."),
     ],
 )
 def test_bad_arguments(kwargs, message):
@@ -550,6 +557,69 @@ def test_a_foreign_checkpoint_is_refused(tmp_path):
     torch.save(checkpoint, tmp_path / "foreign.ckpt")
     with pytest.raises(ValueError, match="This is no checkpoint of a GANModule"):
         GANModule.load_from_checkpoint(tmp_path / "foreign.ckpt", generator=MLP([4, 2]), discriminator=MLP([2, 1]))
+
+
+# ---------- what a subclass may get wrong
+
+
+class Optimizers(GANModule):
+    """Returns what a function makes of the two optimizers that there would be."""
+
+    change: Callable[..., Any] = staticmethod(lambda d, g: [d, g])
+
+    def configure_optimizers(self):
+        (d, g), _ = super().configure_optimizers()
+        return self.change(d, g)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d, g: d, "must return two optimizers, the discriminator's first, got 1."),
+        (lambda d, g: [g, d], "The discriminator's optimizer has the other network's parameters"),
+        (lambda d, g: [d, d], "The generator's optimizer has the other network's parameters"),
+        (
+            lambda d, g: [d, torch.optim.LBFGS(g.param_groups[0]["params"])],
+            "The generator's optimizer is LBFGS, which takes the loss anew within a step",
+        ),
+    ],
+)
+def test_optimizers_that_cannot_be_right_are_refused(change, message):
+    gan = Optimizers(MLP([4, 2]), MLP([2, 1]), latent_dim=4)
+    gan.change = change
+    with pytest.raises(MisconfigurationException, match=re.escape(message)):
+        fit(gan, points(1))
+
+
+def test_optimizers_may_have_more_than_a_network():
+    """A scale of both networks, or a third optimizer, is a subclass's own business."""
+    gan = Optimizers(MLP([4, 2]), MLP([2, 1]), latent_dim=4)
+    more = nn.Parameter(torch.ones(1))
+    gan.change = lambda d, g: [d, torch.optim.SGD([*g.param_groups[0]["params"], more], 0.1), torch.optim.SGD([more])]
+    fit(gan, points(1))
+    assert gan.iteration == 1
+
+
+@pytest.mark.parametrize(("door", "player"), [("sample", "generator"), ("discriminate", "discriminator")])
+def test_a_loss_without_a_gradient_says_where_to_look(door, player, monkeypatch):
+    monkeypatch.setattr(GANModule, door, torch.no_grad()(getattr(GANModule, door)))
+    gan = small()
+    with pytest.raises(ValueError, match=f"The loss of the {player} does not depend on its parameters: something in"):
+        fit(gan, points(1))
+    assert gan.iteration == 0
+
+
+@pytest.mark.parametrize(
+    ("last", "loss", "said"),
+    [(nn.Sigmoid, None, True), (nn.Tanh, None, False), (nn.Sigmoid, BoundaryEquilibrium(), False)],
+)
+def test_a_sigmoid_before_the_loss_is_said(last, loss, said):
+    discriminator = nn.Sequential(MLP([2, 2 if loss else 1]), last())
+    gan = GANModule(MLP([4, 2]), discriminator, latent_dim=4, loss=loss)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(gan, points(1))
+    assert any("ends in a Sigmoid, but losses take logits" in str(w.message) for w in caught) == said
 
 
 # ---------- one fit after another
