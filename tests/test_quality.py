@@ -400,6 +400,18 @@ def test_a_loader_without_batches_is_refused():
         run.fit(small(), loader, empty)
 
 
+def test_too_few_real_samples_are_refused():
+    def few(n):
+        return DataLoader(TensorDataset(torch.randn(n, 2)), 1)
+
+    everything = ["fid", "kid", "precision", "recall", "density", "coverage", "diversity", "ndb"]
+    with pytest.raises(MisconfigurationException, match="compares with real samples, and the loader has 19: give at"):
+        fit(small(), few(19), QualityMonitor(metrics=everything, **FEW))
+    monitor = QualityMonitor(metrics=everything, **FEW)
+    fit(small(), few(20), monitor)
+    assert set(everything) <= set(monitor.values)
+
+
 def test_an_extractor_of_another_form_is_refused():
     with pytest.raises(ValueError, match="`extractor` must give one row of features per sample"):
         fit(small(), ring(), QualityMonitor(nn.Flatten(0), **FEW))

@@ -42,6 +42,7 @@ Split = Literal["train", "val"]
 Name = Literal["fid", "kid", "precision", "recall", "density", "coverage", "diversity", "modes", "ndb"]
 Values = dict[str, float]
 BATCH = 256  # generated at once
+LEAST = 20  # real samples: halves of them are compared, and 5 neighbours in a half
 
 # what each function of (real, fake) features gives
 _VALUES: tuple[tuple[tuple[Name, ...], Callable[[Tensor, Tensor], Sequence[float]]], ...] = (
@@ -96,7 +97,7 @@ class QualityMonitor(Remembering):
 
     Raises:
         ValueError: if an argument has a bad value, or features or data have.
-        MisconfigurationException: without data of the split, or with ``modes`` that are not known.
+        MisconfigurationException: with less than 20 samples in the split, or with ``modes`` that are not known.
         RuntimeError: if Inception's weights cannot be downloaded.
 
     Example:
@@ -274,6 +275,11 @@ class QualityMonitor(Remembering):
         self._wanted = frozenset(default if self.metrics is None else self.metrics)
         self._labels = None if labels is None else _interleaved(labels).cpu()
         self._real = self._features(parts)
+        if (n := len(self._real.features)) < LEAST:
+            raise MisconfigurationException(
+                f"QualityMonitor(split='{self.split}') compares with real samples, and the loader has {n}: give at "
+                f"least {LEAST}, better thousands, or remove QualityMonitor."
+            )
         if not bool(self._real.features.isfinite().all()):
             raise ValueError("QualityMonitor: the real samples have features that are not finite.")
         self._cells = Cells(self._real, centers if known else None, std, self._classified)
