@@ -109,7 +109,8 @@ class ScaleLearningRate(Remedy):
 
     def __call__(self, trainer: Trainer, module: GANModule) -> None:
         """Multiply the rates."""
-        chosen = [o for o, player in zip(trainer.optimizers, ("d", "g"), strict=True) if self.player in (player, None)]
+        players = zip(trainer.optimizers, ("d", "g"), strict=False)
+        chosen = [o for o, player in players if self.player in (player, None)]
         for optimizer in chosen:
             for group in optimizer.param_groups:
                 group["lr"] *= self.factor
