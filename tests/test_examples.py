@@ -1,5 +1,6 @@
 """Every example runs as it is, in a folder of its own, and says what it is for."""
 
+import datetime
 import functools
 import importlib
 import math
@@ -114,7 +115,7 @@ def test_ring_benchmark_smoke(run, monkeypatch):
 def test_finished_runs_are_kept_and_others_added(monkeypatch, tmp_path, capsys):
     """Rows come in the order of the jobs; those of other settings in the same file are left alone."""
     monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
-    finish = importlib.import_module("runs").finish
+    finish = importlib.import_module("jobs").finish
     results, ran = tmp_path / "there" / "runs.jsonl", []
 
     def square(seed, steps, power=2):
@@ -129,7 +130,7 @@ def test_finished_runs_are_kept_and_others_added(monkeypatch, tmp_path, capsys):
     rows = finish(square, jobs, results=results)
     assert [row["found"][str(row["steps"])][0] for row in rows] == [16, 9, 16, 9]
     assert ran == [(3, 5), (4, 6), (3, 6), (4, 5)]
-    assert capsys.readouterr().out == "1 of 4 runs were finished before.\n\n"
+    assert capsys.readouterr().out == f"1 of 4 runs were finished before, until {datetime.date.today()}.\n\n"
     assert len(results.read_text().splitlines()) == 4
     assert finish(functools.partial(square, power=3), jobs[:1]) == [
         {"seed": 4, "steps": 6, "found": {"6": [64, math.inf]}}

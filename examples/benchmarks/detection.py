@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jobs import finish
 from lightning.pytorch import Trainer, seed_everything
-from runs import finish
 from torch import Tensor, nn
 
 from lightning_gan_stability import (

@@ -24,8 +24,8 @@ from time import process_time
 from typing import Any, NamedTuple
 
 import torch
+from jobs import finish
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from runs import finish
 from torch import Tensor
 
 from lightning_gan_stability import (

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 import yaml
+from jobs import finish
 from recipes import CONFIGS, train
 from ring import Coverage, coverage
-from runs import finish
 
 from lightning_gan_stability import Ring
 

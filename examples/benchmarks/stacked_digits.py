@@ -37,8 +37,8 @@ from time import process_time
 from typing import Any, NamedTuple
 
 import torch
+from jobs import finish
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from runs import finish
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision.datasets import MNIST
@@ -329,14 +329,14 @@ def main() -> None:
         classifier, accuracy = train_reader(images, labels, seen, epochs=1 if arguments.smoke else 30)
         torch.save({"classifier": classifier.state_dict(), "digits": images, "accuracy": accuracy}, saved)
     accuracy = torch.load(saved)["accuracy"]
-    print(f"torch {torch.__version__}; {len(images):,} digits; the classifier reads {accuracy:.2%} of the others right")
+    print(f"torch {torch.__version__}; {len(images):,} digits; the classifier reads {accuracy:.2%} of others right\n")
     if accuracy < 0.98 and not arguments.smoke:
         raise SystemExit("The classifier must read 98 % right to count modes.")
     budget = {"protocol": arguments.protocol, "minutes": arguments.minutes, "digits": len(images)}
     jobs = [budget | {"method": method, "seed": seed} for seed, method in product(arguments.seeds, arguments.methods)]
     run = partial(train, folder=folder, most=3 if arguments.smoke else None)
     rows = finish(run, jobs, arguments.jobs, None if arguments.smoke else arguments.results)
-    print(f"\n{table(rows)}")
+    print(table(rows))
 
 
 if __name__ == "__main__":

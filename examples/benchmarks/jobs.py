@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from datetime import date
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,8 +18,9 @@ def finish(
     """
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results and results.exists() else []
     left = [job for job in jobs if not any(row.items() >= job.items() for row in rows)]
-    if len(left) < len(jobs):
-        print(f"{len(jobs) - len(left)} of {len(jobs)} runs were finished before.\n")
+    if results and len(left) < len(jobs):
+        last = date.fromtimestamp(results.stat().st_mtime)
+        print(f"{len(jobs) - len(left)} of {len(jobs)} runs were finished before, until {last}.\n")
     if processes > 1:
         with get_context("spawn").Pool(processes) as pool:
             rows += [_keep(row, results) for row in pool.imap_unordered(partial(_row, run), left)]
