@@ -16,15 +16,14 @@ RULES = ["accuracy", "loss_change", "logit_gap", "gradient_norm"]
 
 
 def main():
-    options = arguments(__doc__, steps=600)
+    options = arguments(__doc__, steps=1000)
     runs = {f"{d}:{g}": lambda d=d, g=g: UpdateRatio(d, g) for d, g in RATIOS}
     runs |= {rule: lambda rule=rule: AdaptiveUpdateRatio(rule) for rule in RULES}
     figure, axis = plt.subplots(figsize=(8, 4), constrained_layout=True)
     print("discriminator : generator      FID   modes   high quality")
     for name, make in runs.items():
         monitor = QualityMonitor(metrics=["fid", "modes"], every=options.steps)
-        gan, data = points(options.seed, g_lr=2e-3, d_lr=2e-3), Ring(seed=options.seed)
-        train(gan, data, options.steps, make(), R1Penalty(0.1), monitor)
+        train(points(options.seed), Ring(seed=options.seed), options.steps, make(), R1Penalty(0.1), monitor)
         values = monitor.values
         print(f"{name:<25} {values['fid']:9.4f}   {values['modes']:5.0f}   {values['high_quality']:12.2f}")
         axis.bar(name, values["fid"], color="tab:blue" if ":" in name else "tab:orange")

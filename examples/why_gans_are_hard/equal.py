@@ -41,7 +41,7 @@ def draw(source):
 
 
 def main():
-    options = arguments(__doc__, steps=400, draws=4)
+    options = arguments(__doc__, steps=600, draws=4)
     source, classifier, found = random.Random(options.seed), DigitClassifier(), {}
     draws = [draw(source) for _ in range(options.draws)]
     print(f"{'loss':<20}  best FID  median  worst, of {options.draws} draws of {options.steps} steps")
