@@ -109,8 +109,8 @@ class ScaleLearningRate(Remedy):
 
     def __call__(self, trainer: Trainer, module: GANModule) -> None:
         """Multiply the rates."""
-        players = zip(trainer.optimizers, ("d", "g"), strict=False)
-        chosen = [o for o, player in players if self.player in (player, None)]
+        players: list[Player] = ["d", "g"] if self.player is None else [self.player]
+        chosen = [module._optimizer(player).optimizer for player in players]
         for optimizer in chosen:
             for group in optimizer.param_groups:
                 group["lr"] *= self.factor
