@@ -155,7 +155,7 @@ def test_validation_and_samples_in_eval_mode_use_the_average():
     class Spy(Callback):
         def on_validation_batch_end(self, trainer, module, *_):
             z = torch.ones(3, 4)
-            seen.append(torch.equal(module.sample(3, latents=z), module.generator_ema(z)))
+            seen.append(torch.equal(module.sample(3, latents=z), module.generator_ema(z.to(module.device))))
 
     module = small(g_optimizer=sgd(0.5))
     run = trainer(callbacks=[GeneratorEMA(), Spy()])
@@ -185,7 +185,7 @@ def test_a_run_can_go_on_with_an_average_that_it_did_not_have():
     other, record = small(seed=3, g_optimizer=sgd(0.5)), Record()
     fit(other, points(4), ckpt_path="model.ckpt", callbacks=[GeneratorEMA(decay=0.5), record], max_epochs=2)
     torch.testing.assert_close(record.average[0], 0.5 * record.start + 0.5 * record.now[0])
-    assert torch.equal(record.start, weights(module.generator))
+    assert torch.equal(record.start.cpu(), weights(module.generator))
 
 
 def test_a_second_fit_goes_on_and_another_module_starts_anew():
@@ -327,7 +327,7 @@ def test_steps_in_between_without_the_callback_are_not_averaged():
     fit(module, points(3, dtype=torch.float64))
     module.generator_ema, start = average, weights(module.generator)
     record = train(module, [ema], n=1)
-    torch.testing.assert_close(record.average[0], 0.9 * start + 0.1 * record.now[0])
+    torch.testing.assert_close(record.average[0].cpu(), 0.9 * start + 0.1 * record.now[0].cpu())
 
 
 def test_slow_and_super_slow():

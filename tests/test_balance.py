@@ -336,7 +336,7 @@ class Fixed(GANModule):
     def discriminate(self, samples, labels=None):
         logits = super().discriminate(samples, labels)
         value = self.real if samples is self._real else self.fake
-        return logits * 0 + value
+        return logits * 0 + torch.as_tensor(value, device=logits.device)
 
     def play(self, player, batch):
         self._real = batch

@@ -165,7 +165,7 @@ def check_resume(make, data=stream, callbacks=list, at=4, rolls_back=False, **kw
     module, run = uninterrupted(make, data, callbacks, **kwargs)
     crashed(make, data, callbacks, saving(at), at, **kwargs)
     path = f"saved/step={at}.ckpt"
-    checkpoint = torch.load(path, weights_only=True)
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     assert checkpoint["global_step"] == at
     assert (checkpoint["gan"]["iteration"] == at) is not rolls_back
     assert any(not torch.equal(v, module.state_dict()[k]) for k, v in checkpoint["state_dict"].items())

@@ -142,10 +142,10 @@ class Reference:
         source = torch.Generator().manual_seed(1)
         found, expected = [], []
         for _ in range(directions):
-            u = torch.randn(self.look.gradient.shape, generator=source, dtype=torch.float64)
+            u = torch.randn(self.look.gradient.shape, generator=source, dtype=torch.float64).to(self.look.gradient)
             found.append(self.look.gradient @ u)
             expected.append((self(h * u) - self(-h * u)) / (2 * h))
-        found, expected = torch.stack(found), torch.tensor(expected, dtype=torch.float64)
+        found, expected = torch.stack(found).cpu(), torch.tensor(expected, dtype=torch.float64)
         return ((found - expected).norm() / expected.norm()).item()
 
 
@@ -471,7 +471,8 @@ def test_nothing_of_the_discriminator_moves_in_the_generators_step(second_order)
     for name, value in look.before.items():
         assert torch.equal(look.after[name], value) == (not name.startswith("generator")), name
     for row, state in look.optimizer["state"].items():
-        assert all(torch.equal(value, look.optimizer_after["state"][row][name]) for name, value in state.items())
+        after = look.optimizer_after["state"][row]
+        assert all(torch.equal(value, after[name].to(value.device)) for name, value in state.items())
     assert any("_u" in name for name in look.before)
     assert any("running_mean" in name for name in look.before)
 
@@ -577,7 +578,8 @@ class Quadratic(nn.Module):
 
     def __init__(self, a, b, c):
         super().__init__()
-        self.a, self.b, self.c = a, b, c
+        for name, value in {"a": a, "b": b, "c": c}.items():
+            self.register_buffer(name, value)
         self.psi = nn.Parameter(torch.linspace(-1, 1, len(c), dtype=torch.float64))
 
     def forward(self, x):

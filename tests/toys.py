@@ -1,5 +1,6 @@
 """Games whose moves are known in closed form, and a Trainer without noise around it."""
 
+import os
 import socket
 import warnings
 from contextlib import contextmanager
@@ -61,7 +62,7 @@ def points(n, batch_size=8, seed=0, dtype=torch.float32):
 
 def trainer(**kwargs):
     quiet = {
-        "accelerator": "cpu",
+        "accelerator": os.environ.get("TEST_ACCELERATOR", "cpu"),
         "devices": 1,
         "logger": False,
         "enable_checkpointing": False,

@@ -45,7 +45,8 @@ def put_back(trainer: Trainer, module: GANModule, state: State) -> None:
         optimizer.zero_grad()  # a gradient of other weights
     for config, kept in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
         config.scheduler.load_state_dict(kept)
-    for callback, kept in zip(_rewound(trainer), state["callbacks"], strict=True):
+    kept_by = apply_to_collection(state["callbacks"], Tensor, lambda tensor: tensor.to(module.device))
+    for callback, kept in zip(_rewound(trainer), kept_by, strict=True):
         callback.load_state_dict(kept)
         callback._loaded = False
     give_weights(trainer, state["weights"])
