@@ -329,21 +329,19 @@ class Clockwork(Processes):
 
     def _raise_unless_finite(self) -> None:
         unchecked, self._now.unchecked = self._now.unchecked, []
-        bad = [
-            (step, player, f"`{name}`")
-            for step, player, values in unchecked
-            for name, value in values.items()
-            if not math.isfinite(value.item())
-        ]
+        names = [(step, player, f"`{name}`") for step, player, values in unchecked for name in values]
+        looks = [x.isfinite().all().to(self.device) for *_, values in unchecked for x in values.values()]
+        finite = torch.stack(looks).tolist() if looks else []  # a device is waited for once
+        bad = [name for name, fine in zip(names, finite, strict=True) if not fine]
         if self._may_be_rescued():  # all ranks go back, or none
             count = torch.tensor(float(len(bad)), device=self.device)
             if self.trainer.strategy.reduce(count, reduce_op="sum") > 0 and not bad:
                 raise FloatingPointError("Not finite in another process's update.")
         if bad:
             step, player, _ = bad[0]
-            names = ", ".join(name for s, p, name in bad if (s, p) == (step, player))
+            terms = ", ".join(name for s, p, name in bad if (s, p) == (step, player))
             raise FloatingPointError(
-                f"Not finite in the {NETWORKS[player]}'s update at step {step}: {names}. If the data are finite, "
+                f"Not finite in the {NETWORKS[player]}'s update at step {step}: {terms}. If the data are finite, "
                 f"lower the learning rate of `{player}_optimizer`, or of the other player's, set `clip_norm`, or add "
                 "R1Penalty."
             )
@@ -351,6 +349,7 @@ class Clockwork(Processes):
     def on_train_start(self) -> None:
         """Find out which steps somebody will look at."""
         self._now = Moment(draw=self._now.draw)  # without a trace of the fit before
+        self._name_shards()
         self._first_step = self.trainer.global_step
         monitors = [str(getattr(callback, "monitor", "")) for callback in self._callbacks()]
         self._monitored = any(monitor.startswith(("d/", "g/", "balance/")) for monitor in monitors)

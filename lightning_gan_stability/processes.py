@@ -16,12 +16,15 @@ from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Partial
 
 from lightning_gan_stability.callbacks.base import NETWORKS
 
 
 class Processes(LightningModule):
     """The base of :class:`~lightning_gan_stability.clock.Clockwork`."""
+
+    _shards: dict[str, nn.Parameter]
 
     def _check_strategy(self) -> None:
         """Refuse strategies that cannot work; let plain ``strategy: ddp`` work."""
@@ -93,6 +96,7 @@ class Processes(LightningModule):
             p.grad = None
         try:
             yield
+            self._settle({id(p) for group in optimizer.param_groups for p in group["params"]})
         finally:
             for p, gradient in zip(others, kept, strict=True):
                 p.grad = gradient
@@ -101,6 +105,30 @@ class Processes(LightningModule):
         """Let shards take the place of whole weights: who steps those would not move these."""
         for layer in self._sharded():
             layer.reshard()
+
+    def _name_shards(self) -> None:
+        """Note which shard belongs to which whole weight, as long as no weight is whole."""
+        self._reshard()
+        self._shards = dict(self.named_parameters()) if self.device_mesh is not None else {}
+
+    def _settle(self, moving: set[int]) -> None:
+        """Give shards what FSDP has left of a backward pass in the ``grad`` of whole weights.
+
+        FSDP averages gradients over processes once that of a network's input is there. Those of a penalty's second
+        derivatives can come later: autograd runs newer nodes first and numbers them by thread, so that on GPUs, where
+        a thread of its own makes them, they count as old.
+        """
+        for name, whole in self.named_parameters():
+            shard, gradient = self._shards.get(name), whole.grad
+            if not isinstance(shard, DTensor) or whole is shard or gradient is None:
+                continue
+            whole.grad = None
+            if id(shard) in moving:
+                mesh = shard.device_mesh
+                rest = DTensor.from_local(gradient / mesh.size(), mesh, [Partial()]).redistribute(
+                    mesh, shard.placements
+                )
+                shard.grad = rest if shard.grad is None else shard.grad + rest
 
 
 def name_what_cannot_be_read(checkpoint_io: CheckpointIO) -> None:

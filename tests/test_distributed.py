@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -233,6 +234,19 @@ CASES = {
 }
 
 SHARDED = [case for case in CASES if not any(name in case for name in ("Consensus", "Competitive", "ACGD", "bf16"))]
+# cases with penalties of gradients, whose second derivatives meet FSDP's hooks in another order on GPUs
+THREADED = [
+    "R1",
+    "R1 and R2, Relativistic",
+    "WGAN-GP",
+    "accumulate=3, R1",
+    "Simultaneous",
+    "plan",
+    "Unrolling, R1, R2, float64",
+    "Extragradient",
+    "Packed",
+    "PathLengthPenalty",
+]
 FOUR = [
     "plain",
     "R1 and R2, Relativistic",
@@ -344,6 +358,23 @@ def sharded(case):
     return lambda rank, **kwargs: train(case, rank, **kwargs | {"strategy": sharding()})
 
 
+def threaded(case):
+    """A case on shards, with derivatives made as on GPUs: by another thread, whose nodes count as older than any."""
+
+    differentiate = torch.autograd.grad
+
+    def grad(*args, **kwargs):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(differentiate, *args, **kwargs).result()
+
+    def run(rank, **kwargs):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.autograd, "grad", grad)
+            return sharded(case)(rank, **kwargs)
+
+    return run
+
+
 def resumed(rank, **kwargs):
     """Weights after six steps on shards: at one go, and interrupted after three, with either kind of checkpoint."""
     seen = {}
@@ -411,6 +442,7 @@ def worker(rank, port, folder, names):
     others = {"noise": noise, "quality": quality, "resumed": resumed, "refused": refused}
     others |= {"unequal": unequal, "more": more}
     others |= {f"sharded {case}": sharded(case) for case in SHARDED}
+    others |= {f"threaded {case}": threaded(case) for case in THREADED}
     others["sharded quality"] = lambda rank, **kwargs: quality(rank, **kwargs | {"strategy": sharding()})
     for name in [*CASES, *others] if names is None else names:
         with warnings.catch_warnings(record=True) as caught:
@@ -509,6 +541,12 @@ def test_two_processes_equal_one_on_the_whole_batch(ranks, case):
 @pytest.mark.parametrize("case", SHARDED)
 def test_sharded_networks_equal_whole_ones(ranks, case):
     first, *others = results(ranks, f"sharded {case}")
+    check(case, [first, *others])
+
+
+@pytest.mark.parametrize("case", THREADED)
+def test_sharded_networks_get_gradients_that_come_late(ranks, case):
+    first, *others = results(ranks, f"threaded {case}")
     check(case, [first, *others])
 
 
