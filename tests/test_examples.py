@@ -194,6 +194,14 @@ def test_health_benchmark_smoke(run, monkeypatch):
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.timeout(200)
+def test_gpu_benchmark_smoke(run, monkeypatch):
+    rows = [line.split(" | ") for line in benchmark(run, monkeypatch, "gpu").splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 12 + 2 * torch.cuda.is_available()
+    assert all(float(row[1]) > 0 for row in rows)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.timeout(200)
 def test_peers_benchmark_smoke(run, monkeypatch):
     """Gradients equal the plain loop's, up to the factors that the script names; peers that are not there say so."""
     table = [line.split(" | ") for line in benchmark(run, monkeypatch, "peers").splitlines() if line.startswith("| ")]

@@ -1,6 +1,6 @@
 """Run benchmarks and write what they print into docs/benchmarks.md, each into its section, with machine and versions.
 
-    python examples/benchmarks/gather.py                         # all of them as they are: many hours
+    python examples/benchmarks/gather.py                         # all but gpu as they are: many hours
     python examples/benchmarks/gather.py peers cost              # these two; the other sections stay as they are
     python examples/benchmarks/gather.py cost -- --rounds 3      # what follows -- goes to the script
 
@@ -91,7 +91,7 @@ def main() -> None:
     unknown = set(arguments.names) - set(benchmarks())
     if unknown:
         parser.error(f"no benchmark called {', '.join(sorted(unknown))}: choose from {', '.join(benchmarks())}.")
-    for name in arguments.names or benchmarks():
+    for name in arguments.names or [name for name in benchmarks() if name != "gpu"]:
         text = section(name, given[cut + 1 :])
         page = arguments.out.read_text(encoding="utf-8") if arguments.out.exists() else HEAD
         arguments.out.write_text(put(page, name, text), encoding="utf-8")

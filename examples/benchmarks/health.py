@@ -12,6 +12,7 @@ seed, with data, weights and noise of its own; "damped" are the games that circl
 
 import argparse
 import contextlib
+import io
 import logging
 import statistics
 import warnings
@@ -61,13 +62,19 @@ class Clock(Callback):
         self.seconds = process_time() - self.start
 
 
+def fit(trainer: Trainer, module: GANModule, *data: Any) -> None:
+    """Train, without the table that a HealthMonitor prints."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.fit(module, *data)
+
+
 def seconds(callbacks: list[Callback], steps: int, batch: int) -> float:
     """CPU time of some steps of a DCGAN pair."""
     torch.manual_seed(0)
     module = GANModule(DCGANGenerator(64, width=32), DCGANDiscriminator(width=32), 64)
     clock, images = Clock(), [torch.rand(batch, 3, 64, 64) * 2 - 1] * 4
     trainer = Trainer(max_steps=steps, callbacks=[*callbacks, clock], max_epochs=-1, **QUIET)
-    trainer.fit(module, torch.utils.data.DataLoader(images, batch_size=None))  # type: ignore[arg-type]
+    fit(trainer, module, DataLoader(images, batch_size=None))  # type: ignore[arg-type]
     return clock.seconds
 
 
@@ -157,7 +164,7 @@ def failure(name: str, seed: int, steps: int) -> list[str]:
     options = QUIET | {"limit_val_batches": 1, "num_sanity_val_steps": 0, "check_val_every_n_epoch": 10**6}
     trainer = Trainer(max_steps=min(steps, length), callbacks=[*callbacks(), monitor], max_epochs=-1, **options)
     with contextlib.suppress(FloatingPointError):  # which is a verdict too
-        trainer.fit(module, *loaders)
+        fit(trainer, module, *loaders)
     return [said["verdict"] for said in monitor.verdicts]
 
 
@@ -167,7 +174,7 @@ def verdicts(data: str, seed: int, steps: int) -> list[str]:
     module, source, _, penalties = make(data, "")
     module.noise_seed = source.seed = seed
     monitor = HealthMonitor()
-    Trainer(max_steps=steps, callbacks=[*penalties, monitor], max_epochs=-1, **QUIET).fit(module, source)
+    fit(Trainer(max_steps=steps, callbacks=[*penalties, monitor], max_epochs=-1, **QUIET), module, source)
     return [said["verdict"] for said in monitor.verdicts]
 
 
@@ -177,7 +184,7 @@ def correlation(data: str, seed: int, steps: int) -> tuple[float, bool]:
     module, source, extractor, penalties = make(data, "")
     module.noise_seed = source.seed = seed
     monitor, quality = HealthMonitor(), QualityMonitor(extractor, ["fid"], n_samples=1000, every=100)
-    Trainer(max_steps=steps, callbacks=[*penalties, quality, monitor], max_epochs=-1, **QUIET).fit(module, source)
+    fit(Trainer(max_steps=steps, callbacks=[*penalties, quality, monitor], max_epochs=-1, **QUIET), module, source)
     pairs = monitor._fids
     rho = rank_correlation(*zip(*pairs, strict=True)) if len(pairs) > 2 else float("nan")
     return rho, any(said["verdict"] == "loss_tells_nothing" for said in monitor.verdicts)

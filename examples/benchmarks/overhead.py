@@ -57,9 +57,10 @@ class HandWritten(LightningModule):
 
     def training_step(self, real: Tensor, batch_idx: int) -> None:
         d_optimizer, g_optimizer = self.optimizers()
+        latents = torch.randn(2, len(real), self.latent_dim, device=self.device)
         self.toggle_optimizer(d_optimizer)
         d_optimizer.zero_grad()
-        fake = self.generator(torch.randn(len(real), self.latent_dim)).detach()
+        fake = self.generator(latents[0]).detach()
         loss = (softplus(-self.discriminator(real)) + softplus(self.discriminator(fake))).mean()
         self.log("d/adversarial", loss, prog_bar=True)
         self.manual_backward(loss)
@@ -67,7 +68,7 @@ class HandWritten(LightningModule):
         self.untoggle_optimizer(d_optimizer)
         self.toggle_optimizer(g_optimizer)
         g_optimizer.zero_grad()
-        loss = softplus(-self.discriminator(self.generator(torch.randn(len(real), self.latent_dim)))).mean()
+        loss = softplus(-self.discriminator(self.generator(latents[1]))).mean()
         self.log("g/adversarial", loss, prog_bar=True)
         self.manual_backward(loss)
         g_optimizer.step()
@@ -85,14 +86,15 @@ def plain_torch(generator: nn.Module, discriminator: nn.Module, latent_dim: int,
     """The same steps without Lightning."""
     d_optimizer, g_optimizer = adam(discriminator), adam(generator)
     for real in steps:
+        latents = torch.randn(2, len(real), latent_dim, device=real.device)
         d_optimizer.zero_grad()
         with torch.no_grad():
-            fake = generator(torch.randn(len(real), latent_dim))
+            fake = generator(latents[0])
         (softplus(-discriminator(real)) + softplus(discriminator(fake))).mean().backward()
         d_optimizer.step()
         discriminator.requires_grad_(False)
         g_optimizer.zero_grad()
-        softplus(-discriminator(generator(torch.randn(len(real), latent_dim)))).mean().backward()
+        softplus(-discriminator(generator(latents[1]))).mean().backward()
         g_optimizer.step()
         discriminator.requires_grad_(True)
     return steps.seconds
