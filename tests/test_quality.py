@@ -27,6 +27,7 @@ from lightning_gan_stability import (
     Ring,
 )
 from lightning_gan_stability.batches import digits, from_start
+from lightning_gan_stability.callbacks import quality
 from lightning_gan_stability.metrics import density_coverage, frechet_distance, mode_coverage, precision_recall
 from lightning_gan_stability.metrics.statistics import Cells, Seen, distance
 
@@ -208,6 +209,11 @@ def test_inception_of_a_local_file(tmp_path, monkeypatch):
         Inception(width=100)
     with pytest.raises(ValueError, match="Inception takes images"):
         Inception()(torch.zeros(2, 5))
+
+
+def test_values_are_computed_where_there_is_float64():
+    assert quality._home(torch.device("mps")) == torch.device("cpu")
+    assert quality._home(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
 def test_labels_of_fakes_follow_the_data():

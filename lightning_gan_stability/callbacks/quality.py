@@ -243,7 +243,8 @@ class QualityMonitor(Remembering):
             modes = self.extractor.classify(samples) if self._classified else samples  # type: ignore[operator]
         if not isinstance(features, Tensor) or len(features) != len(samples):
             raise ValueError(f"`extractor` must give one row of features per sample, got {describe(features)}.")
-        return Seen(features.flatten(1), modes.flatten(1))
+        home = _home(samples.device)
+        return Seen(features.flatten(1).to(home), modes.flatten(1).to(home))
 
     @contextmanager
     def _apart(self) -> Iterator[None]:
@@ -325,7 +326,12 @@ class QualityMonitor(Remembering):
         except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError):  # none, or one that was torn
             mine = _joined(map(self._see, samples))
             save(tuple(column.cpu() for column in mine), file)
-        return Seen(*(column.to(samples[0].device) for column in mine))
+        return Seen(*(column.to(_home(samples[0].device)) for column in mine))
+
+
+def _home(device: torch.device) -> torch.device:
+    """Where values are computed: on the device, if it knows float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def loader_of(trainer: Trainer, split: Split) -> Any:
