@@ -39,9 +39,12 @@ class Processes(LightningModule):
             strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
 
     def configure_model(self) -> None:
-        """Shard both networks over the processes of a ModelParallelStrategy; override it to shard single layers too."""
+        """Shard both networks over the processes of a ModelParallelStrategy.
+
+        To shard single layers too, override it: ``fully_shard`` them if there is a ``device_mesh``, then call this one.
+        """
         mesh = self.device_mesh
-        if mesh is None or self._sharded():
+        if mesh is None:
             return
         if mesh["tensor_parallel"].size() > 1:
             raise MisconfigurationException(
@@ -50,7 +53,8 @@ class Processes(LightningModule):
                 "data_parallel_size to the number of processes."
             )
         for network in self._networks():
-            fully_shard(network, mesh=mesh["data_parallel"])
+            if not isinstance(network, FSDPModule):  # from the run before
+                fully_shard(network, mesh=mesh["data_parallel"])
             # second derivatives need weights that the first ones' backward pass would have freed
             network.set_reshard_after_backward(False)  # type: ignore[operator]
 

@@ -21,6 +21,7 @@ from filelock import FileLock
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 from toys import fit, free_port, points, small, trainer, weights
 
@@ -161,6 +162,20 @@ def turn():
     return Turn(MLP([4, 16, 2]), MLP([2, 16, 1]), 4, g_optimizer=sgd, d_optimizer=sgd)
 
 
+class Layers(Given):
+    """Shards layers of its own too, each with a mesh."""
+
+    def configure_model(self):
+        if self.device_mesh is not None:
+            for network in (self.generator, self.discriminator):
+                fully_shard(network.layers[2], mesh=self.device_mesh["data_parallel"])
+        super().configure_model()
+
+
+def layers():
+    return Layers(MLP([4, 16, 16, 2]), MLP([2, 16, 16, 1]), 4, g_optimizer=sgd, d_optimizer=sgd)
+
+
 def ddg():
     module = gan()
     module.plan = ("d", "d", "g")
@@ -222,6 +237,7 @@ CASES = {
     "SpectralNorm, GeneratorEMA": (gan, [SpectralNorm(factor=2.0), GeneratorEMA(half_life=2)]),
     "WeightClipping, UpdateRatio": (critic, [WeightClipping(0.1), UpdateRatio(2)]),
     **{f"AdaptiveUpdateRatio, {rule}": (adaptive, [AdaptiveUpdateRatio(rule, **band)]) for rule, band in BANDS.items()},
+    "layers": (layers, [R1Penalty(0.5), Unrolling(2), GeneratorEMA(half_life=2)]),
     "Packed": (packs, [R1Penalty(0.5), GradientPenalty(0.5)]),
     "finite differences": (gan, [ApproximateR1Penalty(10.0, 0.1), ApproximateR2Penalty(10.0, 0.1)]),
     "LeCam, LogitDrift": (gan, [LeCam(start=1, decay=0.7), LogitDrift(0.1)]),
@@ -246,6 +262,7 @@ THREADED = [
     "Extragradient",
     "Packed",
     "PathLengthPenalty",
+    "layers",
 ]
 FOUR = [
     "plain",
