@@ -301,7 +301,7 @@ def test_scaling_benchmark_smoke(run, monkeypatch):
 WHY = sorted(path for path in (ROOT / "examples" / "why_gans_are_hard").glob("*.py") if path.stem != "shared")
 # steps that are enough to run, and what the output ends with
 SHORT = {
-    "balance": (["--steps", "12"], 12),
+    "balance": (["--steps", "12"], 10),
     "collapse": (["--steps", "20"], 3),
     "digits": (["--steps", "20"], 2),
     "divergences": ([], 12),

@@ -11,12 +11,12 @@ from shared import arguments, points, train
 
 from lightning_gan_stability import AdaptiveUpdateRatio, QualityMonitor, R1Penalty, Ring, UpdateRatio
 
-RATIOS = [(1, 10), (1, 5), (1, 2), (1, 1), (2, 1), (5, 1), (10, 1)]  # discriminator : generator
+RATIOS = [(1, 10), (1, 3), (1, 1), (3, 1), (10, 1)]  # discriminator : generator
 RULES = ["accuracy", "loss_change", "logit_gap", "gradient_norm"]
 
 
 def main():
-    options = arguments(__doc__, steps=1000)
+    options = arguments(__doc__, steps=850)
     runs = {f"{d}:{g}": lambda d=d, g=g: UpdateRatio(d, g) for d, g in RATIOS}
     runs |= {rule: lambda rule=rule: AdaptiveUpdateRatio(rule) for rule in RULES}
     figure, axis = plt.subplots(figsize=(8, 4), constrained_layout=True)

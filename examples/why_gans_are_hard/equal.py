@@ -1,6 +1,6 @@
 """Are GANs created equal? Every loss, with a random search of hyperparameters of the same budget, on digits, by FID.
 
-    python examples/why_gans_are_hard/equal.py --out equal.png                        # 4 draws each, two minutes
+    python examples/why_gans_are_hard/equal.py --out equal.png                        # 4 draws each, a minute or two
     python examples/why_gans_are_hard/equal.py --draws 50 --steps 6000 --out equal.png  # the real thing, a night
 
 Every loss gets the same draws of learning rates, momentum, discriminator steps and R1's weight ("Are GANs Created
@@ -41,7 +41,7 @@ def draw(source):
 
 
 def main():
-    options = arguments(__doc__, steps=600, draws=4)
+    options = arguments(__doc__, steps=500, draws=4)
     source, classifier, found = random.Random(options.seed), DigitClassifier(), {}
     draws = [draw(source) for _ in range(options.draws)]
     print(f"{'loss':<20}  best FID  median  worst, of {options.draws} draws of {options.steps} steps")
