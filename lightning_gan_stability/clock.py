@@ -330,8 +330,11 @@ class Clockwork(Processes):
     def _raise_unless_finite(self) -> None:
         unchecked, self._now.unchecked = self._now.unchecked, []
         names = [(step, player, f"`{name}`") for step, player, values in unchecked for name in values]
-        looks = [x.isfinite().all().to(self.device) for *_, values in unchecked for x in values.values()]
-        finite = torch.stack(looks).tolist() if looks else []  # a device is waited for once
+        looks = [x for *_, values in unchecked for x in values.values()]
+        if self.device.type == "cpu" or not looks:
+            finite = [math.isfinite(x.item()) for x in looks]
+        else:  # the device is waited for once, not once for each value
+            finite = torch.stack([x.isfinite().all().to(self.device) for x in looks]).tolist()
         bad = [name for name, fine in zip(names, finite, strict=True) if not fine]
         if self._may_be_rescued():  # all ranks go back, or none
             count = torch.tensor(float(len(bad)), device=self.device)
