@@ -1,7 +1,7 @@
 """Training through XLA's CPU client equals training on the CPU; not in the suite: it needs its own environment.
 
     python -m venv /tmp/xla && /tmp/xla/bin/pip install -r tests/xla/requirements.txt
-    PJRT_DEVICE=CPU PYTHONPATH=.:tests /tmp/xla/bin/python -m pytest -n0 -p no:xdist tests/xla/check.py
+    PJRT_DEVICE=CPU PYTHONPATH=.:tests /tmp/xla/bin/python -m pytest -o addopts= tests/xla/check.py
 
 Lightning counts TPUs alone, and asks a cloud for them, so its two questions are answered here: there is one device.
 """
