@@ -37,7 +37,7 @@ def main() -> None:
     gan = make()
     trainer = Trainer(
         max_steps=options.steps, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False,
-        callbacks=[R1Penalty(1.0), R2Penalty(1.0), GeneratorEMA(0.99)], limit_val_batches=0,
+        callbacks=[R1Penalty(1.0), R2Penalty(1.0), GeneratorEMA(decay=0.99)], limit_val_batches=0,
         enable_progress_bar=False,
     )  # fmt: skip
     trainer.fit(gan, Digits())

@@ -35,7 +35,7 @@ def train(path: Path, steps: int) -> None:
     """Some run whose checkpoint has an average and spectral norm."""
     trainer = Trainer(
         max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False,
-        callbacks=[SpectralNorm(["generator", "discriminator"]), GeneratorEMA(0.99)], limit_val_batches=0,
+        callbacks=[SpectralNorm(["generator", "discriminator"]), GeneratorEMA(decay=0.99)], limit_val_batches=0,
         enable_progress_bar=False,
     )  # fmt: skip
     trainer.fit(GANModule(*networks(), latent_dim=16), Digits())

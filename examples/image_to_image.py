@@ -21,7 +21,8 @@ class Translate(GANModule):
         return target, source
 
     def sample(self, n: int, labels: Tensor | None = None, latents: Tensor | None = None) -> Tensor:
-        return self.generator(labels)
+        average = None if self.training else self.generator_ema  # of GeneratorEMA, if there is one
+        return (average or self.generator)(labels)
 
     def discriminate(self, samples: Tensor, labels: Tensor | None = None) -> Tensor:
         assert labels is not None

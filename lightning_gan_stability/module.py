@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from copy import copy, deepcopy
 from types import FrameType
 from typing import Any
@@ -148,6 +149,15 @@ class GANModule(Primitives):
             raise ValueError(f"`latents` must have shape {(n, self.latent_dim)}, got {tuple(latents.shape)}.")
         average = None if self.training else self.generator_ema
         return self._forward("generator", self.generator if average is None else average, latents, labels)
+
+    @contextmanager
+    def _without_average(self) -> Iterator[None]:
+        """Let ``sample`` draw from the generator in eval mode too, for who judges the players and not the result."""
+        average, self.generator_ema = self.generator_ema, None
+        try:
+            yield
+        finally:
+            self.generator_ema = average
 
     def discriminate(self, samples: Tensor, labels: Tensor | None = None) -> Tensor:
         """Judge samples: augment them, then the discriminator's logits.

@@ -272,6 +272,29 @@ def test_measurements_of_a_quality_monitor_are_found():
     assert len(monitor._fids) == 5  # one before the first step
 
 
+def test_the_generator_is_asked_by_its_door():
+    """Translations: labels are images, and there are no latents."""
+
+    class Translate(GANModule):
+        def unpack(self, batch):
+            return batch[1], batch[0]
+
+        def sample(self, n, labels=None, latents=None):
+            seen.append(self.generator_ema is None)
+            return self.generator(labels)
+
+        def discriminate(self, samples, labels=None):
+            return self.discriminator(torch.cat([samples, labels], 1))
+
+    seen = []
+    module = Translate(MLP([3, 8, 2]), MLP([5, 8, 1]), latent_dim=1)
+    pairs = [(torch.randn(8, 3), torch.randn(8, 2)) for _ in range(6)]
+    with ignoring():
+        fit(module, pairs, callbacks=[HealthMonitor(every=3), GeneratorEMA()])
+    assert seen == ([False] * 6 + [True]) * 2  # two players' samples in three steps, then the monitor's
+    assert module.generator_ema is not None
+
+
 def test_gradients_that_a_scaler_skips():
     """The scale grows again as soon as it has been lowered, so that most steps overflow."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_factor=4.0, backoff_factor=0.999)

@@ -310,9 +310,8 @@ class HealthMonitor(Remembering):
         real, labels = module.unpack(batch)
         latents = torch.randn(len(real), module.latent_dim, generator=generator("health"))
         latents = latents.to(module.device, dtype_of(module, torch.float32))
-        with module._rewound(), evaluation(module):
-            # not its average, which `sample` takes in eval mode: the players are judged, not the result
-            fake = module._forward("generator", module.generator, latents, labels)
+        with module._rewound(), evaluation(module), module._without_average():
+            fake = module.sample(len(real), labels, latents)
             pairs = [(real, labels), (fake, labels), *([] if self._held is None else [self._held])]
             logits = [module.loss._direction * module.discriminate(*pair).float().flatten() for pair in pairs]
         x, y = real.float().flatten(1), fake.float().flatten(1)
