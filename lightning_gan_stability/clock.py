@@ -15,11 +15,12 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_gan_stability import doors
 from lightning_gan_stability.callbacks.base import (
@@ -90,6 +91,7 @@ class Clockwork(Processes):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        self._missed = set()
         self._make_optimizer = make_optimizer
         self._make_scheduler = make_scheduler
         self.iteration = 0
@@ -124,33 +126,12 @@ class Clockwork(Processes):
             optimizers.append(make_optimizer(self.get_submodule(network).parameters()))
             if make := self._make_scheduler[player]:
                 schedulers.append(make(optimizers[-1]))
-            if schedulers and isinstance(schedulers[-1], ReduceLROnPlateau):
+            if schedulers and isinstance(schedulers[-1], dict):
                 raise MisconfigurationException(
-                    f"`{player}_scheduler` is ReduceLROnPlateau, which waits for a metric, but schedulers step after "
-                    "every optimizer step here: use a scheduler that counts steps."
+                    f"`{player}_scheduler` must make a scheduler, got a dict: it steps after each of the player's "
+                    "steps, so `interval`, `frequency` and `monitor` have no use."
                 )
         return optimizers, schedulers
-
-    def _check_optimizers(self) -> None:
-        """Refuse what an overridden `configure_optimizers` may return, and steps that need the loss anew."""
-        optimizers = self.trainer.optimizers
-        if len(optimizers) < len(PLAYERS):
-            raise MisconfigurationException(
-                f"`configure_optimizers` must return two optimizers, the discriminator's first, got {len(optimizers)}."
-            )
-        parts = [{id(p) for p in self.get_submodule(network).parameters()} for network in NETWORKS.values()]
-        for optimizer, player, own, other in zip(optimizers, PLAYERS, parts, reversed(parts), strict=False):
-            stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            if stepped & other and not stepped & own:
-                raise MisconfigurationException(
-                    f"The {NETWORKS[player]}'s optimizer has the other network's parameters: `configure_optimizers` "
-                    "must return the discriminator's optimizer first."
-                )
-            if isinstance(optimizer, torch.optim.LBFGS):
-                raise MisconfigurationException(
-                    f"The {NETWORKS[player]}'s optimizer is LBFGS, which takes the loss anew within a step, as no "
-                    "update rule here does: use another optimizer."
-                )
 
     def on_train_epoch_end(self) -> None:
         """Say so if there was nothing to train on."""
@@ -355,7 +336,11 @@ class Clockwork(Processes):
         self._name_shards()
         self._first_step = self.trainer.global_step
         monitors = [str(getattr(callback, "monitor", "")) for callback in self._callbacks()]
-        self._monitored = any(monitor.startswith(("d/", "g/", "balance/")) for monitor in monitors)
+        names = [str(getattr(callback, "filename", "")) for callback in self._callbacks()]
+        keys = ("d/", "g/", "balance/")
+        self._monitored = any(monitor.startswith(keys) for monitor in monitors) or any(
+            f"{{{key}" in name for key in keys for name in names
+        )
 
     def _is_shown(self) -> bool:
         # logging costs as much as a small network's step, so it waits for a step that somebody looks at
@@ -374,9 +359,15 @@ class Clockwork(Processes):
 
     def _set_hparams(self, hp: Any) -> None:
         # plain data alone: live networks would be copied, pickled and logged
-        super()._set_hparams(
-            {name: value for name, value in self._to_hparams_dict(hp).items() if doors.is_plain(value)}
-        )
+        given = self._to_hparams_dict(hp)
+        plain = {name: value for name, value in given.items() if doors.is_plain(value)}
+        lost = [n for n, v in given.items() if n not in plain and not (isinstance(v, nn.Module) or callable(v))]
+        if lost:
+            rank_zero_warn(
+                f"Of a module's arguments checkpoints keep numbers, strings, lists and dicts, and not "
+                f"{', '.join(lost)}: give what is left out to `load_from_checkpoint` again."
+            )
+        super()._set_hparams(plain)
 
 
 _ALTERNATING = Alternating()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
@@ -45,6 +46,11 @@ class _Streamed(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read the data; a new run starts at its first batch, a further `fit` of the same trainer goes on."""
         trainer = self.trainer
+        if getattr(trainer, "overfit_batches", 0):
+            raise MisconfigurationException(
+                f"{type(self).__name__} gives other samples in every epoch, so overfit_batches would overfit nothing: "
+                "pass a DataLoader over the samples to learn by heart."
+            )
         train, held_out = self._sources(*((trainer.global_rank, trainer.world_size) if trainer else (0, 1)))
         stream = Stream(train, len(train), self.num_workers)
         if self._streams and trainer and trainer.global_step:

@@ -33,6 +33,9 @@ class Primitives(Clockwork):
     def unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]: ...
 
     @abc.abstractmethod
+    def sample(self, n: int, labels: Tensor | None = None, latents: Tensor | None = None) -> Tensor: ...
+
+    @abc.abstractmethod
     def discriminate(self, samples: Tensor, labels: Tensor | None = None) -> Tensor: ...
 
     @abc.abstractmethod
@@ -111,18 +114,30 @@ class Primitives(Clockwork):
     def _total(self, player: Player, play: Play, adversarial: Tensor, due: list[Regularizer]) -> tuple[Tensor, Terms]:
         """A player's whole loss, and its terms by their names in the log."""
         total, terms = adversarial, {f"{player}/adversarial": adversarial.detach()}
+        whole = play
         if due and torch.is_autocast_enabled(self.device.type):
             # networks ran in half precision, penalties do not
-            play = play._replace(real=self._widened(play.real), fake=self._widened(play.fake))
+            halved = ("real", "fake", "real_logits", "fake_logits")
+            play = play._replace(**{name: self._widened(getattr(play, name)) for name in halved})
+            if any(regularizer.compares for regularizer in due):
+                whole = self._again(play)
         for regularizer in due:
             with self._precise(eager=regularizer.second_order):
-                penalty = regularizer.weight_at(self.iteration) * regularizer.penalty(self, play).mean()  # type: ignore[arg-type]
+                penalty = regularizer.penalty(self, whole if regularizer.compares else play).mean()  # type: ignore[arg-type]
+                penalty = regularizer.weight_at(self._steps[player]) * penalty
             terms[_unused(f"{player}/{regularizer.name}", terms)] = penalty.detach()
             total = total + regularizer.every * penalty
         return total, terms
 
-    def _widened(self, samples: Tensor) -> Tensor:
-        return samples.to(dtype_of(self.discriminator, samples.dtype))
+    def _widened(self, x: Any) -> Any:
+        return x if x is None else x.to(dtype_of(self.discriminator, x.dtype))
+
+    def _again(self, play: Play) -> Play:
+        """The play in full precision: differences to it would be those between half and full precision."""
+        with self._precise(eager=False):
+            with torch.set_grad_enabled(play.fake.grad_fn is not None):
+                fake = self.sample(len(play.fake), play.labels, play.latents)
+            return self._judge(play._replace(fake=fake))
 
     # ---------- for rules that differentiate gradients
 

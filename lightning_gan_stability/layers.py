@@ -68,7 +68,8 @@ def matrices(network: nn.Module) -> list[Tensor]:
         >>> [tuple(weight.shape) for weight in matrices(nn.Sequential(nn.Linear(3, 5), nn.ConvTranspose2d(2, 4, 1)))]
         [(5, 3), (4, 2, 1, 1)]
     """
-    found = []
+    found: list[Tensor] = []
+    seen: set[nn.Parameter] = set()
     for layer in network.modules():
         weight = layer._parameters.get("weight", layer._parameters.get("weight_orig"))
         if "weight_v" in layer._parameters:
@@ -80,8 +81,14 @@ def matrices(network: nn.Module) -> list[Tensor]:
             # weight norm has no single weight before it, but length and direction
             weight = getattr(layer.parametrizations.weight, "original", None)  # type: ignore[union-attr]
             weight = layer.weight if weight is None else weight  # type: ignore[assignment]
-        if weight is not None and weight.dim() > 1 and not isinstance(layer, nn.Embedding | nn.EmbeddingBag):
-            found.append(weight.transpose(0, 1) if isinstance(layer, _ConvTransposeNd) else weight)
+        if weight is None or weight.dim() < 2 or isinstance(layer, nn.Embedding | nn.EmbeddingBag) or weight in seen:
+            continue
+        if isinstance(weight, nn.Parameter):
+            seen.add(weight)  # which two layers may share
+        if isinstance(layer, _ConvTransposeNd):  # (in, out / groups, ...)
+            found.append(torch.cat([part.transpose(0, 1) for part in weight.chunk(layer.groups)]))
+        else:
+            found.append(weight)
     return found
 
 

@@ -22,6 +22,7 @@ from lightning_gan_stability.doors import Play
 from lightning_gan_stability.gradients import Primitives
 from lightning_gan_stability.layers import restore_parametrizations
 from lightning_gan_stability.losses import AdversarialLoss, NonSaturating
+from lightning_gan_stability.processes import HOOKS, completed, noted
 
 
 class GANModule(Primitives):
@@ -60,6 +61,14 @@ class GANModule(Primitives):
         >>> gan.sample(5).shape
         torch.Size([5, 2])
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let hooks that a subclass overrides without ``super()``, as it may in Lightning, lose nothing."""
+        super().__init_subclass__(**kwargs)
+        for name in HOOKS:
+            own, base = getattr(cls, name), getattr(GANModule, name)
+            if own is not base and not hasattr(own, "completed"):
+                setattr(cls, name, completed(own, base))
 
     def __init__(
         self,
@@ -210,7 +219,7 @@ class GANModule(Primitives):
         Raises:
             ValueError: if the generator's samples do not have the shape of the data.
         """
-        real, labels = self._whole_packs(*self.unpack(batch))
+        real, labels = self._whole_packs(*self._unpacked(batch))
         real = self._leaf("real", real)
         latents = self.randn(len(real), self.latent_dim)
         if player == "d":
@@ -229,6 +238,14 @@ class GANModule(Primitives):
         real_logits = self.discriminate(real, labels) if needs_real else None
         return Play(real, fake, real_logits, self.discriminate(fake, labels), latents, labels)
 
+    def _unpacked(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """What `unpack` says, which a subclass may have got wrong."""
+        found = self.unpack(batch)
+        if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor)):
+            got = f"a tuple of {len(found)}" if isinstance(found, tuple) else f"a {type(found).__name__}"
+            raise ValueError(f"`unpack` must return samples and labels (or None) of a batch, got {got}.")
+        return found
+
     def _whole_packs(self, real: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The samples that a discriminator of packs can judge: all but the rest that fills no pack."""
         n = len(real) - len(real) % self._pack
@@ -244,6 +261,8 @@ class GANModule(Primitives):
 
     def _forward(self, name: str, network: nn.Module, inputs: Tensor, labels: Tensor | None) -> Tensor:
         """Run a network on what it takes, and explain its failure before the first step."""
+        if labels is not None and not isinstance(labels, Tensor):
+            raise ValueError(f"`labels` must be a tensor or None, got a {type(labels).__name__}.")
         labels = labels if labels is None else labels.to(self.device)
         if network._compiled_call_impl is not None:
             # one graph for all batch sizes: Dynamo gives up after eight of one class of network
@@ -283,6 +302,12 @@ class GANModule(Primitives):
                 "`module.train()` before `fit`."
             )
         self._check_optimizers()
+        shared = {p for p in self.generator.parameters() if p.requires_grad} & {*self.discriminator.parameters()}
+        if shared and self._rule().holds_gradients:
+            raise MisconfigurationException(
+                f"The networks share parameters, and {type(self._rule()).__name__} holds both players' gradients at "
+                "once, for which a parameter has no room: use Alternating, or give each network its own."
+            )
         for player in self.plan:
             if not self._moving(player):
                 raise MisconfigurationException(
@@ -364,6 +389,10 @@ class GANModule(Primitives):
             self.double()  # Lightning does so after it has read the checkpoint, which would be rounded
         for key in [k for k in state if k.startswith("augment.") and k not in self.state_dict()]:
             del state[key]  # augmentation belongs to the callback that brought it, and acts in training alone
+
+
+for _name in HOOKS:
+    setattr(GANModule, _name, noted(getattr(GANModule, _name)))
 
 
 def _has_average(state: Mapping[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -17,12 +17,54 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_gan_stability.callbacks.base import NETWORKS
+
+#: Hooks in which a LightningModule does nothing, so that nobody calls `super()` in them, and a GANModule does something
+HOOKS = (
+    "setup",
+    "on_fit_start",
+    "on_train_start",
+    "on_train_epoch_start",
+    "on_train_epoch_end",
+    "on_fit_end",
+    "on_before_optimizer_step",
+    "on_save_checkpoint",
+    "on_load_checkpoint",
+)
+
+
+def noted(base: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook of the base that notes that it has run."""
+
+    @wraps(base)
+    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self._missed.discard(base.__name__)
+        return base(self, *args, **kwargs)
+
+    return hook
+
+
+def completed(own: Callable[..., Any], base: Callable[..., Any]) -> Callable[..., Any]:
+    """A subclass's hook, followed by that of the base unless it has called it itself."""
+
+    @wraps(own)
+    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self._missed.add(base.__name__)
+        result = own(self, *args, **kwargs)
+        if base.__name__ in self._missed:
+            base(self, *args, **kwargs)
+        return result
+
+    hook.completed = True  # type: ignore[attr-defined]
+    return hook
 
 
 class Processes(LightningModule):
     """The base of :class:`~lightning_gan_stability.clock.Clockwork`."""
+
+    _missed: set[str]
 
     _shards: dict[str, nn.Parameter]
 
@@ -37,6 +79,36 @@ class Processes(LightningModule):
         if isinstance(strategy, DDPStrategy):
             # each player's backward leaves the other's parameters unused
             strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+
+    def _check_optimizers(self) -> None:
+        """Refuse what an overridden `configure_optimizers` may return, and steps that need the loss anew."""
+        optimizers = self.trainer.optimizers
+        if len(optimizers) < len(NETWORKS):
+            raise MisconfigurationException(
+                f"`configure_optimizers` must return two optimizers, the discriminator's first, got {len(optimizers)}."
+            )
+        parts = [{id(p) for p in self.get_submodule(network).parameters()} for network in NETWORKS.values()]
+        for optimizer, player, own, other in zip(optimizers, NETWORKS, parts, reversed(parts), strict=False):
+            stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            if stepped & other and not stepped & own:
+                raise MisconfigurationException(
+                    f"The {NETWORKS[player]}'s optimizer has the other network's parameters: `configure_optimizers` "
+                    "must return the discriminator's optimizer first."
+                )
+        for config in self.trainer.lr_scheduler_configs:
+            player = "d" if config.scheduler.optimizer is optimizers[0] else "g"
+            if isinstance(config.scheduler, ReduceLROnPlateau) or config.monitor is not None or config.frequency != 1:
+                raise MisconfigurationException(
+                    f"`{player}_scheduler` is {type(config.scheduler).__name__} with monitor={config.monitor!r} and "
+                    f"frequency={config.frequency}, but schedulers step after every optimizer step here, and wait for "
+                    "no metric: use a scheduler that counts steps."
+                )
+        for optimizer, player in zip(optimizers, NETWORKS, strict=False):
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise MisconfigurationException(
+                    f"The {NETWORKS[player]}'s optimizer is LBFGS, which takes the loss anew within a step, as no "
+                    "update rule here does: use another optimizer."
+                )
 
     def configure_model(self) -> None:
         """Shard both networks over the processes of a ModelParallelStrategy.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -274,6 +275,32 @@ def test_plateau_scheduler_is_refused():
     gan = small(d_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
     with pytest.raises(Exception, match="`d_scheduler` is ReduceLROnPlateau"):
         fit(gan, points(1))
+
+
+def test_settings_of_a_scheduler_that_have_no_use_are_refused():
+    rate = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1)  # noqa: E731
+    with pytest.raises(MisconfigurationException, match="`g_scheduler` must make a scheduler, got a dict"):
+        fit(small(g_scheduler=lambda optimizer: {"scheduler": rate(optimizer), "interval": "epoch"}), points(1))
+
+    class Mine(GANModule):
+        def configure_optimizers(self):
+            (d, g), _ = super().configure_optimizers()
+            return [d, g], [{"scheduler": rate(g), "interval": "step", "frequency": 5}]
+
+    with pytest.raises(MisconfigurationException, match="`g_scheduler` is StepLR with monitor=None and frequency=5"):
+        fit(Mine(MLP([4, 2]), MLP([2, 1]), 4), points(1))
+
+
+def test_values_in_the_name_of_a_checkpoint_are_those_of_its_step(tmp_path):
+    saves = ModelCheckpoint(tmp_path, "{d/adversarial:.6f}", every_n_train_steps=2, save_top_k=-1, monitor=None)
+    seen = {}
+
+    class See(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            seen[trainer.global_step] = f"{module._now.logs['d/adversarial'].item():.6f}"
+
+    fit(small(), points(6), callbacks=[saves, See()], enable_checkpointing=True)
+    assert {path.stem.split("=")[1] for path in tmp_path.rglob("*.ckpt")} == {seen[2], seen[4], seen[6]}
 
 
 # ---------- not finite

@@ -19,6 +19,7 @@ from lightning_gan_stability import (
     CollapseDetector,
     GANModule,
     GeneratorEMA,
+    LeCam,
     Lookahead,
     QualityMonitor,
     R1Penalty,
@@ -29,7 +30,7 @@ from lightning_gan_stability import (
 )
 from lightning_gan_stability.callbacks import collapse
 from lightning_gan_stability.callbacks.collapse import is_bad, is_progress, name_trouble
-from lightning_gan_stability.callbacks.rollback import put_back, take
+from lightning_gan_stability.callbacks.rollback import give_weights, put_back, take, weights_of
 
 GOOD = {"fid": 1.0, "missing": 0.0, "imbalance": 0.05, "moved": 0.05, "diversity": 1.0, "coverage": 0.9, "recall": 0.9}
 NULL = {"coverage": 0.97, "recall": 0.97}
@@ -431,3 +432,67 @@ def test_stronger_penalties_need_penalties():
 
 def test_every_verdict_has_advice():
     assert set(collapse.ADVICE) == {"collapse", "partial collapse", "mode hopping", "divergence"}
+
+
+# ---------- remedies under schedulers, and what they leave
+
+
+class Broken(Callback):
+    """One value that is not finite, at an iteration."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if module.iteration == self.at:
+            self.at = None
+            next(module.generator.parameters()).data.fill_(math.nan)
+
+
+def rescued(module, *callbacks):
+    detector = next(callback for callback in callbacks if isinstance(callback, CollapseDetector))
+    with ignoring():
+        run = trainer(
+            callbacks=[QualityMonitor(n_samples=64, every=5), *callbacks, Broken(12)],
+            max_steps=14,
+            max_epochs=-1,
+            limit_val_batches=0,
+        )
+        run.fit(module, Ring(batch_size=32, val_samples=64))
+    assert detector._rollbacks == 1
+    return [optimizer.param_groups[0]["lr"] for optimizer in run.optimizers]
+
+
+schedules = torch.optim.lr_scheduler
+SCHEDULERS = {
+    "SequentialLR": lambda o: schedules.SequentialLR(
+        o, [schedules.LinearLR(o, 0.1, total_iters=5), schedules.StepLR(o, 3)], [5]
+    ),
+    "ChainedScheduler": lambda o: schedules.ChainedScheduler([schedules.LinearLR(o), schedules.StepLR(o, 3)]),
+    "OneCycleLR": lambda o: schedules.OneCycleLR(o, 1e-3, total_steps=100, cycle_momentum=False),
+    "CyclicLR": lambda o: schedules.CyclicLR(o, 1e-4, 1e-3, cycle_momentum=False),
+    "LambdaLR": lambda o: schedules.LambdaLR(o, lambda n: 0.9**n),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_rates_are_scaled_under_every_scheduler(name):
+    rates = []
+    for factor in (0.1, 1.0):
+        module = small(g_scheduler=SCHEDULERS[name], d_scheduler=SCHEDULERS[name])
+        rates.append(rescued(module, CollapseDetector("rollback", remedy=[ScaleLearningRate(factor)])))
+    assert rates[0] == pytest.approx([0.1 * rate for rate in rates[1]], rel=1e-6)
+
+
+def test_penalties_have_their_own_weights_in_the_next_run():
+    callbacks = [R1Penalty(0.1), CollapseDetector("rollback", remedy=[ScalePenalty(10.0)])]
+    for seed in range(2):
+        rescued(small(seed), *callbacks)
+        assert callbacks[0].weight == 0.5
+
+
+def test_remedied_weights_go_to_penalties_of_the_same_name():
+    run = trainer(callbacks=[LeCam(0.3), R1Penalty(0.1)])
+    give_weights(run, [("R1Penalty", 0.5, None), ("R2Penalty", 7.0, None)])
+    assert weights_of(run) == [("LeCam", 0.3, None), ("R1Penalty", 0.5, None)]

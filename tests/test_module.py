@@ -27,8 +27,10 @@ from lightning_gan_stability import (
     Packed,
     R1Penalty,
     Regularizer,
+    Simultaneous,
     UpdateRule,
 )
+from lightning_gan_stability.processes import HOOKS
 
 # ---------- arguments
 
@@ -675,3 +677,91 @@ def test_reconstructions_of_packs_are_refused():
         MisconfigurationException, match="BoundaryEquilibrium judges each sample by its reconstruction,"
     ):
         fit(gan, points(1))
+
+
+# ---------- what a subclass may get wrong
+
+
+def silent(name):
+    """A subclass that overrides a hook as in any LightningModule: without `super()`."""
+    return type("Silent", (GANModule,), {name: lambda self, *args, **kwargs: called.append(name)})
+
+
+called = []
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_without_super_loses_nothing(name, tmp_path):
+    runs = []
+    for kind in (GANModule, silent(name), type("Deeper", (silent(name),), {})):
+        torch.manual_seed(0)
+        called.clear()
+        module = kind(MLP([4, 16, 2]), MLP([2, 16, 1]), 4, clip_norm=1e-2, g_optimizer=sgd(0.5), d_optimizer=sgd(0.5))
+        saves = ModelCheckpoint(tmp_path / kind.__name__, every_n_train_steps=3, save_top_k=-1)
+        fit(module, points(3), callbacks=[saves], enable_checkpointing=True, max_epochs=2)
+        checkpoint = next((tmp_path / kind.__name__).glob("*step=3.ckpt"))
+        other = kind(MLP([4, 16, 2]), MLP([2, 16, 1]), 4, clip_norm=1e-2, g_optimizer=sgd(0.5), d_optimizer=sgd(0.5))
+        fit(other, points(3), ckpt_path=checkpoint, max_epochs=2)
+        assert name in called or kind is GANModule
+        runs.append((weights(module), weights(other), other.iteration))
+    for run in runs:
+        assert run[2] == 6
+        assert all(torch.equal(run[i], runs[0][0]) for i in (0, 1))
+
+
+def test_a_hook_with_super_runs_the_base_once():
+    seen = []
+
+    class Mixin:
+        def on_train_start(self):
+            seen.append("mixin")
+            super().on_train_start()
+
+    class Base(GANModule):
+        def on_train_start(self):
+            seen.append("before")
+            super().on_train_start()
+            seen.append(self._first_step)
+
+    class Mixed(Mixin, Base):
+        pass
+
+    fit(Mixed(MLP([4, 2]), MLP([2, 1]), 4), points(2))
+    assert seen == ["mixin", "before", 0]
+
+
+@pytest.mark.parametrize(
+    ("found", "got"),
+    [(torch.zeros(2, 2), "a Tensor"), ([torch.zeros(2, 2), None], "a list"), ((None, None), "a tuple of 2")],
+)
+def test_an_unpack_that_returns_something_else_is_refused(found, got):
+    class Wrong(GANModule):
+        def unpack(self, batch):
+            return found
+
+    with pytest.raises(ValueError, match=rf"must return samples and labels \(or None\) of a batch, got {got}\."):
+        fit(Wrong(MLP([4, 2]), MLP([2, 1]), 4), points(1))
+
+
+def test_labels_are_one_tensor():
+    with pytest.raises(ValueError, match=r"`labels` must be a tensor or None, got a list\."):
+        small().sample(2, labels=[0, 1])
+
+
+def test_shared_parameters_need_one_gradient_at_a_time():
+    generator, discriminator = MLP([4, 2, 2]), MLP([2, 2, 1])
+    discriminator.layers[0].weight = generator.layers[-1].weight
+    fit(GANModule(generator, discriminator, 4), points(1))
+    with pytest.raises(MisconfigurationException, match="The networks share parameters, and Simultaneous holds both"):
+        fit(GANModule(generator, discriminator, 4), points(1), callbacks=[Simultaneous()])
+
+
+def test_arguments_that_checkpoints_do_not_keep_are_named(tmp_path):
+    class Mine(GANModule):
+        def __init__(self, path, width=8):
+            super().__init__(MLP([4, width, 2]), MLP([2, width, 1]), latent_dim=4)
+
+    with pytest.warns(UserWarning, match="lists and dicts, and not path: give what is left out"):
+        module = Mine(tmp_path)
+    assert dict(module.hparams) == {"width": 8}

@@ -1,6 +1,6 @@
 """What stabilizers cost: unrolling against hand-written code and other libraries, everything else against a plain step.
 
-    python examples/benchmarks/cost.py            # about half an hour on one core; --rounds 3 a third of it
+    python examples/benchmarks/cost.py            # ten minutes to half an hour, by the load; --rounds 3: half of it
     python examples/benchmarks/cost.py --smoke    # seconds; only shows that it runs
 
 Each pair is timed in turn in one run, in CPU seconds of one thread; the ratio is the median (smallest to largest) of

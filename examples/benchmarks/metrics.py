@@ -1,6 +1,6 @@
 """Time of the metrics against other libraries, both sides in turn in one run.
 
-    python examples/benchmarks/metrics.py           # about fifteen minutes on one core
+    python examples/benchmarks/metrics.py           # three to fifteen minutes on one core, by the machine's load
     python examples/benchmarks/metrics.py --smoke   # seconds; only shows that it runs
 
 Fréchet distance (d = 2048) against torchmetrics with an identity as its network, three times: ours from features

@@ -1,7 +1,7 @@
 """What a step of GANModule costs, each time against the same step without it, in turn in one run.
 
-`python examples/benchmarks/overhead.py` takes about twenty minutes on one core, `--rounds 3` a third of it; `--smoke`
-takes seconds and says nothing.
+`python examples/benchmarks/overhead.py --rounds 3` takes seven minutes to three quarters of an hour on one core, by the
+machine's load, and nine rounds, the default, three times as long; `--smoke` takes seconds and says nothing.
 Times are CPU seconds of one thread, so that other work on the machine disturbs them less.
 """
 

@@ -128,8 +128,12 @@ class GeneratorEMA(Remembering):
             p.copy_(means[name])
         for mine, theirs in zip(average.modules(), generator.modules(), strict=True):
             if not isinstance(mine, parametrizations._SpectralNorm):  # an average has singular vectors of its own
-                for buffer, now in zip(mine.buffers(recurse=False), theirs.buffers(recurse=False), strict=True):
-                    buffer.copy_(now)
+                for name, now in theirs.named_buffers(recurse=False):
+                    buffer = mine._buffers.get(name)
+                    if buffer is not None and buffer.shape == now.shape:
+                        buffer.copy_(now)
+                    else:  # made or resized by `forward`
+                        mine.register_buffer(name, copied(now), name not in theirs._non_persistent_buffers_set)
         follow_spectrum(average)
 
 

@@ -189,6 +189,9 @@ class Regularizer(GANCallback, abc.ABC):
     per_sample: ClassVar[bool] = False
     #: The penalty is differentiated twice, which compiled networks cannot be: they run uncompiled meanwhile.
     second_order: ClassVar[bool] = True
+    #: The penalty compares samples or logits of the play with others that it makes itself: under mixed precision it
+    #: gets a play in full precision.
+    compares: ClassVar[bool] = False
 
     def __init__(
         self,

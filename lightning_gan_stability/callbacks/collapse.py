@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_gan_stability.callbacks.base import Remembering, check_positive_int
 from lightning_gan_stability.callbacks.quality import QualityMonitor, Values
-from lightning_gan_stability.callbacks.rollback import Remedy, give_weights, put_back, take, weights_of
+from lightning_gan_stability.callbacks.rollback import Remedy, Weights, give_weights, put_back, take, weights_of
 from lightning_gan_stability.doors import save
 
 if TYPE_CHECKING:
@@ -222,7 +222,8 @@ class CollapseDetector(Remembering):
         self._begin()
         self._rollbacks = 0
         self._healthy: dict[str, Any] | None = None
-        self._weights: list[tuple[float, float | None]] = []
+        self._weights: Weights = []
+        self._given: Weights = []
 
     def _begin(self) -> None:
         self._best: Values = {}
@@ -254,6 +255,8 @@ class CollapseDetector(Remembering):
 
     def _forget(self, module: GANModule) -> None:
         self.events, self._rollbacks, self._healthy, self._weights = [], 0, None, []
+        give_weights(module.trainer, self._given)  # without the remedies of the module before
+        self._given = []
         self._begin()
 
     # ---------- what the Trainer calls
@@ -270,6 +273,7 @@ class CollapseDetector(Remembering):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the state at the start; give penalties the weights that remedies gave them before a resume."""
         super().on_train_start(trainer, pl_module)
+        self._given = self._given or weights_of(trainer)
         give_weights(trainer, self._weights)
         if self.action == "rollback" and self._healthy is None:
             self._keep(trainer, pl_module)  # type: ignore[arg-type]

@@ -203,7 +203,7 @@ class HealthMonitor(Remembering):
         self._fids: list[tuple[float, float]] = []  # generator loss and FID at each measurement
         self._held: tuple[Tensor, Tensor | None] | None = None
         self._followed: list[nn.Parameter] = []  # each player's two largest, the discriminator's first
-        self._first = 0
+        self._watched = 0
 
     def _forget(self, module: GANModule) -> None:
         self._clear()
@@ -233,7 +233,7 @@ class HealthMonitor(Remembering):
         """Fetch a batch of held-out data."""
         super().on_train_start(trainer, pl_module)
         module: GANModule = pl_module  # type: ignore[assignment]
-        self._first = module.iteration
+        self._watched = 0
         self._rows = [row.to(module.device) for row in self._rows]
         self._positions = deque((x.to(module.device) for x in self._positions), self._positions.maxlen)
         moving = [sorted(module._moving(player), key=Tensor.numel, reverse=True)[:2] for player in ("d", "g")]
@@ -250,13 +250,14 @@ class HealthMonitor(Remembering):
         self._positions.append(_position(self._followed))
         if module.iteration % self.every == 0:
             self._decide(trainer, module, batch)
+        self._watched += 1
         self._iteration = module.iteration
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Note a loss or gradient that was not finite; the table says what came before it."""
         if isinstance(exception, FloatingPointError):
             self._say(trainer, "not_finite", {})
-        if self.verdicts or self._iteration > self._first:
+        if self.verdicts or self._watched:
             self._print()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -349,8 +350,8 @@ class HealthMonitor(Remembering):
     @rank_zero_only
     def _print(self) -> None:
         """A row for each verdict."""
-        steps = self._iteration - self._first
-        print("HealthMonitor:", "since step, verdict" if self.verdicts else f"no trouble seen in {steps} steps.")
+        nothing = f"no trouble seen in {self._watched} steps."
+        print("HealthMonitor:", "since step, verdict" if self.verdicts else nothing)
         for said in self.verdicts:
             print(f"  {said['step']:>10}  {said['verdict']:<25}  {_text(said['evidence'])}; {said['advice']}")
 

@@ -208,8 +208,12 @@ class WeightClipping(GANCallback):
         """Let the optimizer clip after each of its steps."""
         module: GANModule = pl_module  # type: ignore[assignment]
         player: Player = "d" if self.network == "discriminator" else "g"
-        self._parameters = module._moving(player)
-        self._handle = module._optimizer(player).optimizer.register_step_post_hook(lambda *_: self.clip())
+
+        def after_a_step(*_: object) -> None:
+            self._parameters = module._moving(player)  # layers may have been frozen or unfrozen meanwhile
+            self.clip()
+
+        self._handle = module._optimizer(player).optimizer.register_step_post_hook(after_a_step)
 
     @torch.no_grad()
     def clip(self) -> None:

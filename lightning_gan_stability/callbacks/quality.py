@@ -16,7 +16,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -350,6 +350,8 @@ def real_samples(trainer: Trainer, loader: Any, n: int) -> tuple[list[Tensor], T
     labels: list[Tensor] = []
     left = math.ceil(n / trainer.world_size)
     for batch in from_start(loader, n, trainer.global_rank, trainer.world_size):
+        if isinstance(loader, CombinedLoader):  # which gives the numbers of the batch and of its loader too
+            batch = batch[0]
         moved = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
         real, kinds = trainer.lightning_module.unpack(moved)  # type: ignore[operator]
         parts.append(real[:left])

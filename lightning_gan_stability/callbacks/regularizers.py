@@ -54,7 +54,7 @@ class _Running(Regularizer, Remembering):
         if self.player in module.moved and (seen := self._seen(module)) is not None:
             now = trainer.strategy.reduce(seen, reduce_op="mean")
             start = self._start(now) if self._means is None else self._means
-            self._means = torch.lerp(now, start, self._decay_at(module.iteration - 1))
+            self._means = torch.lerp(now, start, self._decay_at(module._steps[self.player] - 1))
         self._iteration = module.iteration
 
     def _seen(self, module: GANModule) -> Tensor | None:
@@ -63,7 +63,7 @@ class _Running(Regularizer, Remembering):
     def _start(self, now: Tensor) -> Tensor:
         return now
 
-    def _decay_at(self, iteration: int) -> float:
+    def _decay_at(self, step: int) -> float:
         return self.decay
 
 
@@ -78,7 +78,7 @@ class LeCam(_Running):
     Args:
         weight: λ, not negative.
         decay: share of the old mean in the new one, in [0, 1].
-        start: steps without penalty, 0 or more.
+        start: steps of the discriminator without penalty, 0 or more.
         every: due on every so many steps, and scaled by as much.
 
     Raises:
@@ -102,7 +102,7 @@ class LeCam(_Running):
     def penalty(self, module: GANModule, play: Play) -> Tensor:
         """The penalty of each pair of logits; 0 before ``start``."""
         real, fake = (module.loss._direction * logits for logits in play.both_logits)
-        if self._means is None or module.iteration < self.start:
+        if self._means is None or module._steps[self.player] < self.start:
             return torch.zeros_like(real)
         return penalties.lecam(real, fake, *self._means)
 
@@ -110,8 +110,8 @@ class LeCam(_Running):
         judged = module._now.judged
         return None if judged is None else module.loss._direction * torch.stack([_precise(x).mean() for x in judged])
 
-    def _decay_at(self, iteration: int) -> float:
-        return self.decay if iteration >= self.start else 0.0
+    def _decay_at(self, step: int) -> float:
+        return self.decay if step >= self.start else 0.0
 
 
 @final
@@ -207,6 +207,7 @@ class ConsistencyPenalty(Regularizer):
 
     differentiates = ()
     second_order = False
+    compares = True
 
     def __init__(
         self,

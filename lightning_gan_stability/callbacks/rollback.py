@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_gan_stability import GANModule
 
 State: TypeAlias = dict[str, Any]
-Weights: TypeAlias = Sequence[tuple[float, float | None]]
+Weights: TypeAlias = Sequence[tuple[str, float, float | None]]
 
 
 def take(trainer: Trainer, module: GANModule) -> State:
@@ -52,15 +52,19 @@ def put_back(trainer: Trainer, module: GANModule, state: State) -> None:
     give_weights(trainer, state["weights"])
 
 
-def weights_of(trainer: Trainer) -> list[tuple[float, float | None]]:
-    """The weight, and the one at the end of a schedule, of each regularizer."""
-    return [(penalty.weight, penalty.final_weight) for penalty in _penalties(trainer)]
+def weights_of(trainer: Trainer) -> Weights:
+    """The name, the weight, and the one at the end of a schedule, of each regularizer."""
+    return [(type(penalty).__name__, penalty.weight, penalty.final_weight) for penalty in _penalties(trainer)]
 
 
 def give_weights(trainer: Trainer, weights: Weights) -> None:
-    """Set what :func:`weights_of` gave."""
-    for penalty, (weight, last) in zip(_penalties(trainer), weights, strict=False):
-        penalty.weight, penalty.final_weight = weight, last
+    """Set what :func:`weights_of` gave, to the regularizers of the same names in their order."""
+    left = list(weights)
+    for penalty in _penalties(trainer):
+        mine = next((entry for entry in left if entry[0] == type(penalty).__name__), None)
+        if mine is not None:
+            left.remove(mine)
+            _, penalty.weight, penalty.final_weight = mine
 
 
 def _rewound(trainer: Trainer) -> list[Remembering]:
@@ -115,9 +119,19 @@ class ScaleLearningRate(Remedy):
         for optimizer in chosen:
             for group in optimizer.param_groups:
                 group["lr"] *= self.factor
+                for name in ("initial_lr", "max_lr", "min_lr"):  # of OneCycleLR
+                    if name in group:
+                        group[name] *= self.factor
         for config in trainer.lr_scheduler_configs:
             if config.scheduler.optimizer in chosen:
-                config.scheduler.base_lrs = [rate * self.factor for rate in config.scheduler.base_lrs]
+                self._scale(config.scheduler)
+
+    def _scale(self, scheduler: Any) -> None:
+        for part in getattr(scheduler, "_schedulers", []):  # of SequentialLR and ChainedScheduler
+            self._scale(part)
+        for name in ("base_lrs", "max_lrs"):
+            if hasattr(scheduler, name):
+                setattr(scheduler, name, [rate * self.factor for rate in getattr(scheduler, name)])
 
 
 @final
