@@ -301,7 +301,7 @@ class ResNetGenerator(_Generator):
 
     A linear layer to 4x4; per resolution a residual block; in between 1x1 convolutions and bilinear upsampling; at the
     end a 1x1 convolution and no tanh: trained on images in [-1, 1], outputs are roughly in [-1, 1]. "The GAN is dead;
-    long live the GAN! A Modern Baseline GAN", https://arxiv.org/abs/2501.05441; without its groups and 4x4 basis.
+    long live the GAN! A Modern GAN Baseline", https://arxiv.org/abs/2501.05441; without its groups and 4x4 basis.
     Latents (n, latent_dim) and labels (n,) to images (n, channels, size, size).
 
     Args:

@@ -347,3 +347,26 @@ def test_slow_and_super_slow():
 def test_bad_arguments_of_lookahead(kwargs, message):
     with pytest.raises(ValueError, match=message):
         Lookahead(**kwargs)
+
+
+class Cached(nn.Module):
+    """Makes a buffer in its first forward pass, and another that grows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.register_buffer("shift", None, persistent=False)
+        self.register_buffer("queue", torch.zeros(0))
+
+    def forward(self, latents):
+        if self.shift is None:
+            self.shift = torch.ones(2)
+        self.queue = torch.cat([self.queue, torch.ones(1)])
+        return self.layer(latents) + self.shift
+
+
+def test_buffers_that_the_forward_pass_makes_are_taken_over():
+    module = GANModule(Cached(), MLP([2, 8, 1]), 4)
+    fit(module, points(3), callbacks=[GeneratorEMA(decay=0.9)])
+    assert torch.equal(module.generator_ema.queue, module.generator.queue)
+    assert module.eval().sample(3).shape == (3, 2)

@@ -7,11 +7,14 @@ from unittest import mock
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from toys import small
+from toys import trainer as quiet
 
 from lightning_gan_stability.data import Digits, Grid, Images, Ring, Stream
 
@@ -642,3 +645,10 @@ def test_command_line_refuses_an_unknown_protocol(capsys):
     with pytest.raises(SystemExit):
         from_command_line("--data=Ring", "--data.protocol=veegan")
     assert "'unrolled','wgan_gp','pacgan','conopt'" in capsys.readouterr().err.replace(" ", "")
+
+
+def test_overfitting_to_batches_is_refused():
+    """It would be to other batches in every epoch."""
+    run = quiet(overfit_batches=2)
+    with pytest.raises(MisconfigurationException, match="Ring gives other samples in every epoch, so overfit_batches"):
+        run.fit(small(), Ring())

@@ -176,6 +176,11 @@ def layers():
     return Layers(MLP([4, 16, 16, 2]), MLP([2, 16, 16, 1]), 4, g_optimizer=sgd, d_optimizer=sgd)
 
 
+class Shift(torch.nn.Module):
+    def forward(self, x):
+        return x + 0.1
+
+
 def ddg():
     module = gan()
     module.plan = ("d", "d", "g")
@@ -201,6 +206,7 @@ CASES = {
     "R1 and R2, Relativistic": (lambda: gan(Relativistic()), [R1Penalty(0.5), R2Penalty(0.5)]),
     "WGAN-GP": (critic, [GradientPenalty(0.5)]),
     "WGAN-GP, float64": (lambda: critic().double(), [GradientPenalty(0.5)]),
+    "GradientPenalty, zero-centred": (gan, [GradientPenalty(0.5, target=0.0)]),
     "DRAGANPenalty, float64": (lambda: double(), [DRAGANPenalty(0.5)]),
     "accumulate": (lambda: gan(accumulate=2), []),
     "accumulate=3, R1": (lambda: gan(accumulate=3), [R1Penalty(0.5)]),
@@ -244,6 +250,10 @@ CASES = {
     "ConsistencyPenalty": (
         gan,
         [ConsistencyPenalty("latent"), ConsistencyPenalty("latent", player="g"), OrthogonalPenalty()],
+    ),
+    "ConsistencyPenalty, real and balanced": (
+        gan,
+        [ConsistencyPenalty("real", transform=Shift()), ConsistencyPenalty("balanced", transform=Shift())],
     ),
     "PathLengthPenalty": (gan, [PathLengthPenalty(every=1, decay=0.5)]),
     "ModeSeeking, float64": (lambda: turn().double(), [ModeSeeking()]),

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 
 import pytest
 import torch
@@ -486,3 +487,16 @@ def test_resumed_with_measurements_equals_uninterrupted(tmp_path):
 def test_bad_arguments(arguments, text):
     with pytest.raises(ValueError, match=text):
         HealthMonitor(**arguments)
+
+
+def test_the_steps_that_were_watched_are_counted(capsys):
+    class Back(Callback):
+        """As a rollback does."""
+
+        def on_train_batch_end(self, trainer, module, *_):
+            module.iteration = 1
+
+    module = small()
+    fit(module, points(4), callbacks=[HealthMonitor(every=2), Back()])
+    fit(module, points(3), callbacks=[HealthMonitor(every=2)])
+    assert re.findall(r"in (\d+) steps", capsys.readouterr().out) == ["4", "3"]

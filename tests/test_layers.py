@@ -23,6 +23,7 @@ from lightning_gan_stability import (
     SpectralNorm,
     Unrolling,
 )
+from lightning_gan_stability.layers import matrices
 from lightning_gan_stability.nets import Packed as FromNets
 
 
@@ -184,3 +185,21 @@ def test_a_discriminator_for_single_samples_is_explained():
     gan = GANModule(MLP([4, 2]), Packed(MLP([2, 1]), 2), 4)
     with pytest.raises(ValueError, match=r"The discriminator failed on an input of shape \(8, 2\)"):
         fit(gan, points(1))
+
+
+def test_matrices_of_groups_are_those_of_the_same_linear_map():
+    """A transposed convolution of 1×1 filters is the convolution with the same products."""
+    torch.manual_seed(0)
+    back, forth = nn.ConvTranspose2d(4, 6, 1, groups=2, bias=False), nn.Conv2d(4, 6, 1, groups=2, bias=False)
+    with torch.no_grad():
+        for g in range(2):
+            forth.weight[3 * g : 3 * g + 3] = back.weight[2 * g : 2 * g + 2].transpose(0, 1)
+    x = torch.randn(2, 4, 3, 3)
+    torch.testing.assert_close(back(x), forth(x))
+    assert torch.equal(matrices(back)[0], matrices(forth)[0])
+
+
+def test_a_shared_matrix_counts_once():
+    a, b = nn.Linear(3, 3), nn.Linear(3, 3)
+    b.weight = a.weight
+    assert len(matrices(nn.Sequential(a, b, nn.Linear(3, 2)))) == 2

@@ -495,3 +495,17 @@ def test_other_bad_input():
         latent_sensitivity(nn.Identity(), GOOD, directions=0)
     with pytest.raises(ValueError, match="`trials` must be a positive integer"):
         birthday_support(GOOD, 0.0, trials=0)
+
+
+def test_one_centre_is_enough():
+    samples = torch.tensor([[0.0, 0.0]] * 30 + [[9.0, 9.0]] * 10)
+    found = mode_coverage(samples, torch.zeros(1, 2), 1.0)
+    assert (found.modes, found.high_quality) == (1, 0.75)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e18, 1e30])
+def test_the_scale_of_features_changes_nothing(scale):
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 40, generator=generator) for n in (80, 90))
+    for function in (precision_recall, density_coverage):
+        assert function(x * scale, y * scale) == pytest.approx(function(x, y), abs=0.02)  # values are rounded anew

@@ -461,3 +461,18 @@ def test_extragradient_clips_too():
 def test_bad_arguments_of_clipping(kwargs, message):
     with pytest.raises(ValueError, match=message):
         WeightClipping(**kwargs)
+
+
+def test_layers_that_are_unfrozen_later_are_clipped():
+    module = small()
+    module.discriminator.layers[0].requires_grad_(False)
+    first = module.discriminator.layers[0].weight
+
+    class Unfreeze(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if batch_idx == 2:
+                module.discriminator.layers[0].requires_grad_(True)
+
+    assert first.abs().max() > 0.01
+    fit(module, points(4), callbacks=[WeightClipping(0.01), Unfreeze()])
+    assert first.abs().max() <= 0.01

@@ -26,6 +26,8 @@ from lightning_gan_stability import (
     GANModule,
     GeneratorEMA,
     GradientPenalty,
+    LeCam,
+    LogitDrift,
     NonSaturating,
     R1Penalty,
     R2Penalty,
@@ -33,6 +35,7 @@ from lightning_gan_stability import (
     SampleGrid,
     Simultaneous,
     Unrolling,
+    Wasserstein,
 )
 
 pytestmark = [
@@ -565,3 +568,43 @@ def test_sync_batch_norm_is_refused_by_rules_with_second_derivatives(rule):
     expected = rf"^{type(rule).__name__} differentiates gradients, which SyncBatchNorm cannot"
     with pytest.raises(MisconfigurationException, match=expected):
         fit(GANModule(MLP([4, 2]), network, 4), points(1), callbacks=[rule])
+
+
+# ---------- penalties that compare what the networks said in half precision
+
+
+class Identity(torch.nn.Module):
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("precision", ["float16", "bf16-mixed"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ConsistencyPenalty("balanced", transform=Identity()),
+        lambda: ConsistencyPenalty("latent"),
+        lambda: ConsistencyPenalty("latent", player="g"),
+    ],
+    ids=["balanced", "latent", "latent, g"],
+)
+def test_consistency_is_a_difference_in_full_precision(make, precision):
+    values = []
+    for kwargs in ({}, run_in(precision)):
+        torch.manual_seed(0)
+        discriminator = MLP([6, 64, 64, 1])
+        discriminator.layers[-1].bias.data.fill_(10.0)
+        module = GANModule(MLP([4, 32, 6]), discriminator, 4, g_optimizer=sgd(0.0), d_optimizer=sgd(0.0))
+        penalty = make()
+        data = torch.randn(20, 6, generator=torch.Generator().manual_seed(1))
+        run = fit(module, [data], callbacks=[penalty], **kwargs)
+        values.append(run.callback_metrics[f"{penalty.player}/{penalty.name}"].item())
+    assert values[1] == pytest.approx(values[0], rel=1e-3, abs=1e-9)
+
+
+def test_logits_that_a_penalty_squares_do_not_overflow():
+    torch.manual_seed(0)
+    module = small(loss=Wasserstein())
+    module.discriminator.layers[-1].bias.data.fill_(300.0)  # 300² is more than float16 has
+    run = fit(module, points(1), callbacks=[LogitDrift(), LeCam(start=0)], **scaled(2.0))
+    assert run.callback_metrics["d/logit_drift"].item() == pytest.approx(1e-3 * 300**2, rel=0.01)

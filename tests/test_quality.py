@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from toys import small, trainer, weights
@@ -438,3 +439,18 @@ def test_images_need_no_more_than_a_folder_of_the_same_protocol(tmp_path):
     monitor = QualityMonitor(nn.Flatten(), **FEW)
     fit(GANModule(generator, MLP([192, 1]), latent_dim=4), data, monitor, max_steps=2)
     assert monitor.protocol["n_real"] == 80
+
+
+def test_combined_loaders_are_read_by_the_module_s_own_unpack():
+    class Two(GANModule):
+        def unpack(self, batch):
+            return super().unpack(batch["a"][0])
+
+    def loader():
+        return DataLoader(TensorDataset(torch.randn(100, 2)), batch_size=20)
+
+    module, monitor = Two(MLP([4, 8, 2]), MLP([2, 8, 1]), 4), QualityMonitor(n_samples=60, every=2)
+    data = CombinedLoader({"a": loader(), "b": loader()}, "max_size_cycle")
+    trainer(callbacks=[monitor], max_steps=4, max_epochs=-1).fit(module, data)
+    assert monitor.values["fid"] > 0
+    assert monitor.protocol["n_real"] == 60

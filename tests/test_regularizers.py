@@ -28,6 +28,7 @@ from lightning_gan_stability import (
     R2Penalty,
     Regularizer,
     SpectralNorm,
+    UpdateRatio,
     Wasserstein,
     penalties,
 )
@@ -643,3 +644,29 @@ def test_running_means_in_low_precision_move():
 def test_none_is_the_default_that_is_documented(make, weight, every):
     assert (make(weight=None, every=None).weight, make(weight=None, every=None).every) == (weight, every)
     assert (make().weight, make().every) == (weight, every)
+
+
+def test_schedules_and_starts_count_the_players_own_steps():
+    asked = []
+
+    class Watched(Regularizer):
+        player = "g"
+
+        def weight_at(self, step):
+            asked.append(step)
+            return super().weight_at(step)
+
+        def penalty(self, module, play):
+            return play.fake.square().mean()
+
+    lecam = LeCam(1.0, start=2)
+    shown = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if "d" in module.moved:
+                shown.append(module._now.logs["d/le_cam"].item() > 0)
+
+    fit(small(), points(12), callbacks=[Watched(1.0, final_weight=0.0, steps=4), lecam, UpdateRatio(3), Look()])
+    assert asked == [0, 1, 2, 3]
+    assert shown == [False] * 2 + [True] * 10

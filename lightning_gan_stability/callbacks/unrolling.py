@@ -46,13 +46,15 @@ class Unrolling(UpdateRule):
         objective: ``"generator"``: the module's own generator loss at ψ_K; ``"saddle"``: the paper's −L_D(θ, ψ_K), of
             the adversarial loss, with its real and its fake term.
         checkpoint: keep only weights and moments between inner steps, and take the steps again on the way back: the
-            memory of one step, about one and a half times the time, the same gradient.
+            memory of one step, a fifth to a third more time, the same gradient.
         simultaneous: take both gradients before either player steps, as the paper does.
 
     Raises:
         ValueError: if an argument has a bad value.
         MisconfigurationException: with another optimizer of the discriminator, with ``accumulate``, with recurrent
-            layers in the discriminator, or with ``simultaneous`` under a gradient scaler.
+            layers or sparse embeddings in the discriminator, in second order with SyncBatchNorm, or with
+            ``simultaneous`` under a gradient scaler or if a player stands twice in ``module.plan``. Activation
+            checkpoints (``torch.utils.checkpoint``) in the discriminator fail with torch's own error.
 
     Example:
         >>> Unrolling(steps=5).second_order

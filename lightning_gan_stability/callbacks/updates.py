@@ -145,8 +145,9 @@ class ConsensusOptimization(UpdateRule):
 
     Raises:
         ValueError: if ``gamma`` has a bad value.
-        MisconfigurationException: with a gradient scaler (``precision="16-mixed"``), with ``accumulate``, or if
-            ``module.plan`` does not move both players once on every batch.
+        MisconfigurationException: with a gradient scaler (``precision="16-mixed"``), ``accumulate``, SyncBatchNorm,
+            sparse embeddings or ModelParallelStrategy, or if ``module.plan`` does not move both players once on every
+            batch.
 
     Example:
         >>> ConsensusOptimization(gamma=0.1).gamma
@@ -212,7 +213,8 @@ class CompetitiveGradientDescent(UpdateRule, Remembering):
     Raises:
         ValueError: if an argument has a bad value.
         MisconfigurationException: with a loss that is not zero-sum (``loss.zero_sum``), another optimizer, a gradient
-            scaler, ``accumulate``, or if ``module.plan`` does not move both players once on every batch.
+            scaler, ``accumulate``, SyncBatchNorm, sparse embeddings or ModelParallelStrategy, or if ``module.plan``
+            does not move both players once on every batch.
 
     Example:
         >>> CompetitiveGradientDescent(adaptive=True).beta
