@@ -27,6 +27,7 @@ class Primitives(Clockwork):
 
     generator: nn.Module
     discriminator: nn.Module
+    generator_ema: nn.Module | None
     loss: AdversarialLoss
 
     @abc.abstractmethod
@@ -223,6 +224,15 @@ class Primitives(Clockwork):
                     torch.cuda.set_rng_state(start[2], device)
             yield
         self._now.draw = draw
+
+    @contextmanager
+    def _without_average(self) -> Iterator[None]:
+        """Let ``sample`` draw from the generator in eval mode too, for who judges the players and not the result."""
+        average, self.generator_ema = self.generator_ema, None
+        try:
+            yield
+        finally:
+            self.generator_ema = average
 
     @contextmanager
     def _precise(self, eager: bool = True) -> Iterator[None]:

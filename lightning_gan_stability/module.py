@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, MutableMapping, Sequence
 from copy import copy, deepcopy
 from types import FrameType
 from typing import Any
@@ -22,7 +21,7 @@ from lightning_gan_stability.doors import Play
 from lightning_gan_stability.gradients import Primitives
 from lightning_gan_stability.layers import restore_parametrizations
 from lightning_gan_stability.losses import AdversarialLoss, NonSaturating
-from lightning_gan_stability.processes import HOOKS, completed, noted
+from lightning_gan_stability.processes import complete_hooks, note_hooks
 
 
 class GANModule(Primitives):
@@ -65,10 +64,7 @@ class GANModule(Primitives):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let hooks that a subclass overrides without ``super()``, as it may in Lightning, lose nothing."""
         super().__init_subclass__(**kwargs)
-        for name in HOOKS:
-            own, base = getattr(cls, name), getattr(GANModule, name)
-            if own is not base and not hasattr(own, "completed"):
-                setattr(cls, name, completed(own, base))
+        complete_hooks(cls, GANModule)
 
     def __init__(
         self,
@@ -158,15 +154,6 @@ class GANModule(Primitives):
             raise ValueError(f"`latents` must have shape {(n, self.latent_dim)}, got {tuple(latents.shape)}.")
         average = None if self.training else self.generator_ema
         return self._forward("generator", self.generator if average is None else average, latents, labels)
-
-    @contextmanager
-    def _without_average(self) -> Iterator[None]:
-        """Let ``sample`` draw from the generator in eval mode too, for who judges the players and not the result."""
-        average, self.generator_ema = self.generator_ema, None
-        try:
-            yield
-        finally:
-            self.generator_ema = average
 
     def discriminate(self, samples: Tensor, labels: Tensor | None = None) -> Tensor:
         """Judge samples: augment them, then the discriminator's logits.
@@ -391,8 +378,7 @@ class GANModule(Primitives):
             del state[key]  # augmentation belongs to the callback that brought it, and acts in training alone
 
 
-for _name in HOOKS:
-    setattr(GANModule, _name, noted(getattr(GANModule, _name)))
+note_hooks(GANModule)
 
 
 def _has_average(state: Mapping[str, Any]) -> bool:

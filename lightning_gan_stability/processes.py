@@ -35,30 +35,40 @@ HOOKS = (
 )
 
 
-def noted(base: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook of the base that notes that it has run."""
+def note_hooks(base: type) -> None:
+    """Let the hooks of a class note that they have run."""
 
-    @wraps(base)
-    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self._missed.discard(base.__name__)
-        return base(self, *args, **kwargs)
+    def noted(hook: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(hook)
+        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            self._missed.discard(hook.__name__)
+            return hook(self, *args, **kwargs)
 
-    return hook
+        return run
+
+    for name in HOOKS:
+        setattr(base, name, noted(getattr(base, name)))
 
 
-def completed(own: Callable[..., Any], base: Callable[..., Any]) -> Callable[..., Any]:
-    """A subclass's hook, followed by that of the base unless it has called it itself."""
+def complete_hooks(cls: type, base: type) -> None:
+    """Let the hooks of a subclass be followed by those of its base, unless they have called them themselves."""
 
-    @wraps(own)
-    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self._missed.add(base.__name__)
-        result = own(self, *args, **kwargs)
-        if base.__name__ in self._missed:
-            base(self, *args, **kwargs)
-        return result
+    def completed(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(own)
+        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            self._missed.add(name)
+            result = own(self, *args, **kwargs)
+            if name in self._missed:
+                getattr(base, name)(self, *args, **kwargs)
+            return result
 
-    hook.completed = True  # type: ignore[attr-defined]
-    return hook
+        run.completed = True  # type: ignore[attr-defined]
+        return run
+
+    for name in HOOKS:
+        own = getattr(cls, name)
+        if own is not getattr(base, name) and not hasattr(own, "completed"):
+            setattr(cls, name, completed(name, own))
 
 
 class Processes(LightningModule):
