@@ -119,7 +119,11 @@ class Clockwork(Processes):
         self._rule()
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
-        """The two optimizers, discriminator first, and the schedulers; keep the order when you override it."""
+        """The two optimizers, discriminator first, and the schedulers; keep the order when you override it.
+
+        A further optimizer is yours to step, in ``training_step`` after ``super()``: as
+        ``self.trainer.optimizers[2].step()``, because one of ``self.optimizers()`` would count as another batch.
+        """
         optimizers, schedulers = [], []
         for player, network in NETWORKS.items():
             make_optimizer = self._make_optimizer[player] or _adam
@@ -291,7 +295,9 @@ class Clockwork(Processes):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Check and clip the gradient; here, because here a gradient scaler has unscaled it."""
-        player = PLAYERS[0 if optimizer is self.trainer.optimizers[0] else 1]
+        player = next((p for p, o in zip(PLAYERS, self.trainer.optimizers, strict=False) if o is optimizer), None)
+        if player is None:
+            return  # a further optimizer, which is the subclass's own
         self._reshard()
         moving = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         total = nn.utils.get_total_norm([p.grad for p in moving if p.grad is not None])

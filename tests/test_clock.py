@@ -452,3 +452,30 @@ def test_relativistic_generator_sees_real_logits():
     run = fit(gan, points(1), callbacks=[Recorder()])
     expected = nn.functional.softplus(plays[0].real_logits - plays[0].fake_logits).mean()
     torch.testing.assert_close(run.callback_metrics["g/adversarial"], expected)
+
+
+def test_a_third_optimizer_is_the_subclass_s_own():
+    class Encoded(GANModule):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.encoder = nn.Linear(2, 2)
+
+        def configure_optimizers(self):
+            optimizers, schedulers = super().configure_optimizers()
+            return [*optimizers, torch.optim.SGD(self.encoder.parameters(), lr=0.1)], schedulers
+
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            third = self.trainer.optimizers[2]
+            third.zero_grad()
+            (1e6 * self.encoder(batch)).square().mean().backward()
+            third.step()
+
+    torch.manual_seed(0)
+    plain, encoded = (kind(MLP([4, 8, 2]), MLP([2, 8, 1]), 4, clip_norm=0.1) for kind in (GANModule, Encoded))
+    encoded.load_state_dict(plain.state_dict(), strict=False)
+    start = encoded.encoder.weight.detach().clone()
+    runs = [fit(module, points(4)) for module in (plain, encoded)]
+    assert [run.global_step for run in runs] == [4, 4]
+    assert torch.equal(weights(plain.generator), weights(encoded.generator))
+    assert not torch.equal(encoded.encoder.weight, start)

@@ -670,3 +670,14 @@ def test_schedules_and_starts_count_the_players_own_steps():
     fit(small(), points(12), callbacks=[Watched(1.0, final_weight=0.0, steps=4), lecam, UpdateRatio(3), Look()])
     assert asked == [0, 1, 2, 3]
     assert shown == [False] * 2 + [True] * 10
+
+
+def test_a_regularizer_without_an_init_of_the_base():
+    class Mine(Regularizer):
+        def __init__(self):
+            self.target = 1.0
+
+        def penalty(self, module, play):
+            return (play.both_logits[0] - self.target).square()
+
+    assert fit(small(), points(2), callbacks=[Mine()]).callback_metrics["d/mine"] > 0

@@ -182,6 +182,8 @@ class Regularizer(GANCallback, abc.ABC):
     player: Player = "d"
     weight: float = 1.0
     every: int = 1
+    final_weight: float | None = None
+    steps: int | None = None
     #: What of a play must require grad before the forward pass because the penalty differentiates by it. Such a forward
     #: pass runs in full precision and uncompiled: second derivatives need both.
     differentiates: ClassVar[tuple[str, ...]] = ("real", "fake", "latents")
