@@ -21,8 +21,7 @@ class Translate(GANModule):
         return target, source
 
     def sample(self, n: int, labels: Tensor | None = None, latents: Tensor | None = None) -> Tensor:
-        average = None if self.training else self.generator_ema  # of GeneratorEMA, if there is one
-        return (average or self.generator)(labels)
+        return (self.generator if self.training else self.generator_ema or self.generator)(labels)  # or its average
 
     def discriminate(self, samples: Tensor, labels: Tensor | None = None) -> Tensor:
         assert labels is not None
