@@ -121,6 +121,7 @@ class Clockwork(Processes):
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         """The two optimizers, discriminator first, and the schedulers; keep the order when you override it.
 
+        Schedulers step after each step of their optimizer, whatever ``interval`` they come with.
         A further optimizer is yours to step, in ``training_step`` after ``super()``: as
         ``self.trainer.optimizers[2].step()``, because one of ``self.optimizers()`` would count as another batch.
         """

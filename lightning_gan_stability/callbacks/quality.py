@@ -69,7 +69,7 @@ class QualityMonitor(Remembering):
     * ``quality/imbalance``: total variation ½ Σ |q − p| between generated and real shares of the modes or cells.
     * ``quality/moved``: total variation between this measurement's generated shares and the last one's; near 1 if a
       collapsed generator hops from mode to mode.
-    * ``quality/time_share``: the part of the run's time that measuring took.
+    * ``quality/time_share``, for loggers alone: the part of the run's time that measuring took.
 
     Real features are extracted once. Fake samples have the same latents each time, networks are in eval mode, and the
     generator's average is used if there is one. A run is the same with and without the monitor, bit for bit. All ranks
