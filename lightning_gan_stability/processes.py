@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from itertools import product
 from typing import Any
 
 import torch
@@ -105,11 +106,13 @@ class Processes(LightningModule):
                     f"The {NETWORKS[player]}'s optimizer has the other network's parameters: `configure_optimizers` "
                     "must return the discriminator's optimizer first."
                 )
-        for config in self.trainer.lr_scheduler_configs:
-            player = "d" if config.scheduler.optimizer is optimizers[0] else "g"
-            if isinstance(config.scheduler, ReduceLROnPlateau) or config.monitor is not None or config.frequency != 1:
+        for config, (optimizer, name) in product(
+            self.trainer.lr_scheduler_configs, zip(optimizers, NETWORKS, strict=False)
+        ):
+            waits = isinstance(config.scheduler, ReduceLROnPlateau) or config.monitor is not None
+            if config.scheduler.optimizer is optimizer and (waits or config.frequency != 1):
                 raise MisconfigurationException(
-                    f"`{player}_scheduler` is {type(config.scheduler).__name__} with monitor={config.monitor!r} and "
+                    f"`{name}_scheduler` is {type(config.scheduler).__name__} with monitor={config.monitor!r} and "
                     f"frequency={config.frequency}, but schedulers step after every optimizer step here, and wait for "
                     "no metric: use a scheduler that counts steps."
                 )

@@ -462,7 +462,8 @@ def test_a_third_optimizer_is_the_subclass_s_own():
 
         def configure_optimizers(self):
             optimizers, schedulers = super().configure_optimizers()
-            return [*optimizers, torch.optim.SGD(self.encoder.parameters(), lr=0.1)], schedulers
+            third = torch.optim.SGD(self.encoder.parameters(), lr=0.1)
+            return [*optimizers, third], [*schedulers, torch.optim.lr_scheduler.ReduceLROnPlateau(third)]
 
         def training_step(self, batch, batch_idx):
             super().training_step(batch, batch_idx)
