@@ -131,11 +131,11 @@ class Clockwork(Processes):
             optimizers.append(make_optimizer(self.get_submodule(network).parameters()))
             if make := self._make_scheduler[player]:
                 schedulers.append(make(optimizers[-1]))
-            if schedulers and isinstance(schedulers[-1], dict):
-                raise MisconfigurationException(
-                    f"`{player}_scheduler` must make a scheduler, got a dict: it steps after each of the player's "
-                    "steps, so `interval`, `frequency` and `monitor` have no use."
-                )
+                if isinstance(schedulers[-1], dict):
+                    raise MisconfigurationException(
+                        f"`{player}_scheduler` must make a scheduler, got a dict: it steps after each of the player's "
+                        "steps, so `interval`, `frequency` and `monitor` have no use."
+                    )
         return optimizers, schedulers
 
     def on_train_epoch_end(self) -> None:
@@ -342,12 +342,8 @@ class Clockwork(Processes):
         self._now = Moment(draw=self._now.draw)  # without a trace of the fit before
         self._name_shards()
         self._first_step = self.trainer.global_step
-        monitors = [str(getattr(callback, "monitor", "")) for callback in self._callbacks()]
-        names = [str(getattr(callback, "filename", "")) for callback in self._callbacks()]
-        keys = ("d/", "g/", "balance/")
-        self._monitored = any(monitor.startswith(keys) for monitor in monitors) or any(
-            f"{{{key}" in name for key in keys for name in names
-        )
+        shown = [f"{{{getattr(c, 'monitor', '')}}}{getattr(c, 'filename', '')}" for c in self._callbacks()]
+        self._monitored = any(key in text for key in ("{d/", "{g/", "{balance/") for text in shown)
 
     def _is_shown(self) -> bool:
         # logging costs as much as a small network's step, so it waits for a step that somebody looks at
@@ -371,7 +367,7 @@ class Clockwork(Processes):
         lost = [n for n, v in given.items() if n not in plain and not (isinstance(v, nn.Module) or callable(v))]
         if lost:
             rank_zero_warn(
-                f"Of a module's arguments checkpoints keep numbers, strings, lists and dicts, and not "
+                "Of a module's arguments checkpoints keep numbers, strings, lists and dicts, and not "
                 f"{', '.join(lost)}: give what is left out to `load_from_checkpoint` again."
             )
         super()._set_hparams(plain)

@@ -136,9 +136,12 @@ class Primitives(Clockwork):
     def _again(self, play: Play) -> Play:
         """The play in full precision: differences to it would be those between half and full precision."""
         with self._precise(eager=False):
-            with torch.set_grad_enabled(play.fake.grad_fn is not None):
-                fake = self.sample(len(play.fake), play.labels, play.latents)
-            return self._judge(play._replace(fake=fake))
+            return self._judge(play._replace(fake=self._fake(play, play.latents)))
+
+    def _fake(self, play: Play, latents: Tensor) -> Tensor:
+        """Samples of a play from given latents, with a graph to the generator if it is the generator's turn."""
+        with torch.set_grad_enabled(play.fake.grad_fn is not None):
+            return self.sample(len(latents), play.labels, latents)
 
     # ---------- for rules that differentiate gradients
 

@@ -289,12 +289,6 @@ class GANModule(Primitives):
                 "`module.train()` before `fit`."
             )
         self._check_optimizers()
-        shared = {p for p in self.generator.parameters() if p.requires_grad} & {*self.discriminator.parameters()}
-        if shared and self._rule().holds_gradients:
-            raise MisconfigurationException(
-                f"The networks share parameters, and {type(self._rule()).__name__} holds both players' gradients at "
-                "once, for which a parameter has no room: use Alternating, or give each network its own."
-            )
         for player in self.plan:
             if not self._moving(player):
                 raise MisconfigurationException(

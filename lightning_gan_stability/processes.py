@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from itertools import product
 from typing import Any
 
 import torch
@@ -75,8 +74,7 @@ def complete_hooks(cls: type, base: type) -> None:
 class Processes(LightningModule):
     """The base of :class:`~lightning_gan_stability.clock.Clockwork`."""
 
-    _missed: set[str]
-
+    _missed: set[str]  # hooks of the base that are due
     _shards: dict[str, nn.Parameter]
 
     def _check_strategy(self) -> None:
@@ -106,22 +104,19 @@ class Processes(LightningModule):
                     f"The {NETWORKS[player]}'s optimizer has the other network's parameters: `configure_optimizers` "
                     "must return the discriminator's optimizer first."
                 )
-        for config, (optimizer, name) in product(
-            self.trainer.lr_scheduler_configs, zip(optimizers, NETWORKS, strict=False)
-        ):
-            waits = isinstance(config.scheduler, ReduceLROnPlateau) or config.monitor is not None
-            if config.scheduler.optimizer is optimizer and (waits or config.frequency != 1):
-                raise MisconfigurationException(
-                    f"`{name}_scheduler` is {type(config.scheduler).__name__} with monitor={config.monitor!r} and "
-                    f"frequency={config.frequency}, but schedulers step after every optimizer step here, and wait for "
-                    "no metric: use a scheduler that counts steps."
-                )
-        for optimizer, player in zip(optimizers, NETWORKS, strict=False):
             if isinstance(optimizer, torch.optim.LBFGS):
                 raise MisconfigurationException(
                     f"The {NETWORKS[player]}'s optimizer is LBFGS, which takes the loss anew within a step, as no "
                     "update rule here does: use another optimizer."
                 )
+            for config in self.trainer.lr_scheduler_configs:
+                waits = isinstance(config.scheduler, ReduceLROnPlateau) or config.monitor is not None
+                if config.scheduler.optimizer is optimizer and (waits or config.frequency != 1):
+                    raise MisconfigurationException(
+                        f"`{player}_scheduler` is {type(config.scheduler).__name__} with monitor={config.monitor!r} "
+                        f"and frequency={config.frequency}, but schedulers step after every optimizer step here, and "
+                        "wait for no metric: use a scheduler that counts steps."
+                    )
 
     def configure_model(self) -> None:
         """Shard both networks over the processes of a ModelParallelStrategy.

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
-from toys import fit, points, sgd, trainer, weights
+from toys import Shift, fit, points, sgd, trainer, weights
 
 import lightning_gan_stability
 from lightning_gan_stability import (
@@ -60,11 +60,6 @@ from lightning_gan_stability import (
 )
 
 pytestmark = pytest.mark.timeout(120)
-
-
-class Shift(nn.Module):
-    def forward(self, x):
-        return x + 0.1
 
 
 LOSSES = {

@@ -23,7 +23,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
-from toys import fit, free_port, points, small, trainer, weights
+from toys import Shift, fit, free_port, points, small, trainer, weights
 
 from lightning_gan_stability import (
     MLP,
@@ -174,11 +174,6 @@ class Layers(Given):
 
 def layers():
     return Layers(MLP([4, 16, 16, 2]), MLP([2, 16, 16, 1]), 4, g_optimizer=sgd, d_optimizer=sgd)
-
-
-class Shift(torch.nn.Module):
-    def forward(self, x):
-        return x + 0.1
 
 
 def ddg():

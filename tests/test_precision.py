@@ -573,16 +573,11 @@ def test_sync_batch_norm_is_refused_by_rules_with_second_derivatives(rule):
 # ---------- penalties that compare what the networks said in half precision
 
 
-class Identity(torch.nn.Module):
-    def forward(self, x):
-        return x
-
-
 @pytest.mark.parametrize("precision", ["float16", "bf16-mixed"])
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: ConsistencyPenalty("balanced", transform=Identity()),
+        lambda: ConsistencyPenalty("balanced", transform=torch.nn.Identity()),
         lambda: ConsistencyPenalty("latent"),
         lambda: ConsistencyPenalty("latent", player="g"),
     ],

@@ -39,6 +39,13 @@ class Line(nn.Module):
         return samples @ self.psi
 
 
+class Shift(nn.Module):
+    """A transform for any samples."""
+
+    def forward(self, x):
+        return x + 0.1
+
+
 def dirac(lr=0.2, psi=1.0, **kwargs):
     return GANModule(Point(), Line(psi), latent_dim=1, g_optimizer=sgd(lr), d_optimizer=sgd(lr), **kwargs)
 

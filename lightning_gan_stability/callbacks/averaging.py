@@ -212,7 +212,7 @@ class Lookahead(Remembering):
             assign(weights, self._slow)
             clippings = [callback for callback in module._callbacks() if isinstance(callback, WeightClipping)]
             for clipping in clippings:
-                clipping.clip()
+                clipping.clip(module)
             if clippings:
                 assign(self._slow, weights)
 

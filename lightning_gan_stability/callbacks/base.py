@@ -276,7 +276,7 @@ class UpdateRule(GANCallback, abc.ABC):
         """Move the players on one batch."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a gradient scaler, a plan or micro-batches where they would be wrong."""
+        """Refuse a gradient scaler, a plan, shared parameters or micro-batches where they would be wrong."""
         module: GANModule = pl_module  # type: ignore[assignment]
         name = type(self).__name__
         self.check_plan(module)
@@ -284,6 +284,12 @@ class UpdateRule(GANCallback, abc.ABC):
             raise MisconfigurationException(
                 f"{name} takes both gradients before either step, but precision='16-mixed' changes its "
                 "gradient scale at each step: use precision='bf16-mixed' or '32-true', or remove the rule."
+            )
+        shared = {p for p in module.generator.parameters() if p.requires_grad} & {*module.discriminator.parameters()}
+        if self.holds_gradients and shared:
+            raise MisconfigurationException(
+                f"The networks share parameters, and {name} holds both players' gradients at once, for which a "
+                "parameter has no room: use Alternating, or give each network its own."
             )
         if self.whole_batch and self.second_order:
             _refuse_layers(name, module)

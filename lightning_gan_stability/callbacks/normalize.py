@@ -201,26 +201,24 @@ class WeightClipping(GANCallback):
             raise ValueError(f"`network` must be 'discriminator' or 'generator', got {network!r}.")
         self.limit = limit
         self.network = network
-        self._parameters: list[nn.Parameter] = []
         self._handle: RemovableHandle | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the optimizer clip after each of its steps."""
         module: GANModule = pl_module  # type: ignore[assignment]
-        player: Player = "d" if self.network == "discriminator" else "g"
+        optimizer = module._optimizer(self._player).optimizer
+        self._handle = optimizer.register_step_post_hook(lambda *_: self.clip(module))
 
-        def after_a_step(*_: object) -> None:
-            self._parameters = module._moving(player)  # layers may have been frozen or unfrozen meanwhile
-            self.clip()
-
-        self._handle = module._optimizer(player).optimizer.register_step_post_hook(after_a_step)
+    @property
+    def _player(self) -> Player:
+        return "d" if self.network == "discriminator" else "g"
 
     @torch.no_grad()
-    def clip(self) -> None:
-        """Clamp now."""
-        if self._parameters:
-            torch._foreach_clamp_min_(self._parameters, -self.limit)  # type: ignore[arg-type]
-            torch._foreach_clamp_max_(self._parameters, self.limit)  # type: ignore[arg-type]
+    def clip(self, module: GANModule) -> None:
+        """Clamp what is not frozen now."""
+        if parameters := module._moving(self._player):
+            torch._foreach_clamp_min_(parameters, -self.limit)  # type: ignore[arg-type]
+            torch._foreach_clamp_max_(parameters, self.limit)  # type: ignore[arg-type]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the optimizer alone again."""
@@ -233,4 +231,4 @@ class WeightClipping(GANCallback):
     def _release(self) -> None:
         if self._handle is not None:
             self._handle.remove()
-            self._handle, self._parameters = None, []
+            self._handle = None

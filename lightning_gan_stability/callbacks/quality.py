@@ -349,9 +349,10 @@ def real_samples(trainer: Trainer, loader: Any, n: int) -> tuple[list[Tensor], T
     parts: list[Tensor] = []
     labels: list[Tensor] = []
     left = math.ceil(n / trainer.world_size)
-    for batch in from_start(loader, n, trainer.global_rank, trainer.world_size):
-        if isinstance(loader, CombinedLoader):  # which gives the numbers of the batch and of its loader too
-            batch = batch[0]
+    batches = from_start(loader, n, trainer.global_rank, trainer.world_size)
+    if isinstance(loader, CombinedLoader):  # which gives the numbers of the batch and of its loader too
+        batches = (batch for batch, *_ in batches)
+    for batch in batches:
         moved = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
         real, kinds = trainer.lightning_module.unpack(moved)  # type: ignore[operator]
         parts.append(real[:left])

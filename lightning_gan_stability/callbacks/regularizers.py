@@ -258,8 +258,7 @@ class ConsistencyPenalty(Regularizer):
 
     def _latent(self, module: GANModule, play: Play) -> Tensor:
         near = play.latents + self.radius * module.randn(len(play.latents), *play.latents.shape[1:])
-        with torch.set_grad_enabled(play.fake.grad_fn is not None):  # the discriminator's turn has no use for it
-            fake = module.sample(len(near), play.labels, near)
+        fake = module._fake(play, near)
         if self.player == "g":
             return -(play.fake - fake).square().flatten(1).mean(1)
         return (play.fake_logits - module.discriminate(fake, play.labels)).square()

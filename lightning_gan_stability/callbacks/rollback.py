@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
+from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -45,8 +46,8 @@ def put_back(trainer: Trainer, module: GANModule, state: State) -> None:
         optimizer.zero_grad()  # a gradient of other weights
     for config, kept in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
         config.scheduler.load_state_dict(kept)
-    kept_by = apply_to_collection(state["callbacks"], Tensor, lambda tensor: tensor.to(module.device))
-    for callback, kept in zip(_rewound(trainer), kept_by, strict=True):
+    memories = move_data_to_device(state["callbacks"], module.device)
+    for callback, kept in zip(_rewound(trainer), memories, strict=True):
         callback.load_state_dict(kept)
         callback._loaded = False
     give_weights(trainer, state["weights"])

@@ -67,8 +67,7 @@ class Pairs:
         # products that autocast or TF32 round are not those whose rounding is known
         rounded = torch.is_autocast_enabled(a.device.type) or torch.get_float32_matmul_precision() != "highest"
         # nor are those whose squares leave the range of float32
-        largest = max(x.abs().max().item() for x in (a, b))
-        rounded |= not 1e-15 < largest < 1e15
+        rounded |= not self.narrow and not 1e-15 < max(x.norm(math.inf).item() for x in (a, b)) < 1e15
         dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) or rounded else torch.float32
         center = b.mean(0, dtype=torch.float64).to(dtype)  # products of centred features lose least
         self.low_a, self.low_b = (x.to(dtype) - center for x in (a, b))

@@ -373,8 +373,9 @@ def latent_sensitivity(
 
 
 def _nearest(samples: Tensor, centers: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-    pair = centers if len(centers) > 1 else centers.expand(2, -1)  # a single centre is no sample that is too few
-    samples, centers = checked(samples=samples, centers=pair)[0].double(), centers.double()
+    # twice, because a single centre is not too few
+    samples, twice = (x.double() for x in checked(samples=samples, centers=torch.cat([centers, centers])))
+    centers = twice[: len(centers)]
     parts = [torch.cdist(part, centers).min(1) for part in samples.split(rows_at_once(len(centers)))]  # type: ignore[no-untyped-call]
     distance, mode = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     return mode, distance <= radius
