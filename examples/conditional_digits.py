@@ -13,8 +13,8 @@ from lightning.pytorch import Trainer, seed_everything
 from torch import nn
 
 from lightning_gan_stability import MLP, Digits, GANModule, GeneratorEMA, R1Penalty, R2Penalty, Relativistic
-from lightning_gan_stability.callbacks.monitor import picture
 from lightning_gan_stability.metrics import DigitClassifier
+from lightning_gan_stability.monitors.samples import picture
 
 
 def make() -> GANModule:
@@ -44,7 +44,7 @@ def main() -> None:
     gan.eval()
     classes = torch.arange(10).repeat_interleave(100)
     with torch.no_grad():
-        samples = gan.sample(1000, labels=classes)
+        samples = gan.sample(1000, condition=classes)
         read = DigitClassifier().eval().classify(samples).argmax(1)
     right = (read == classes).view(10, 100).sum(1)
     for digit, number in enumerate(right.tolist()):

@@ -1,6 +1,6 @@
-"""Image to image: a GANModule that overrides its doors, here to colour digits in, with patch logits and an L1 term.
+"""Image to image: a GANModule without latents, here to colour digits in, with patch logits and an L1 term.
 
-As in pix2pix, https://arxiv.org/abs/1611.07004: the source image takes the place of labels and latents.
+As in pix2pix, https://arxiv.org/abs/1611.07004: the source image is the condition that the generator translates.
 """
 
 from itertools import pairwise
@@ -10,7 +10,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gan_stability import Digits, GANModule, Play, R1Penalty, Regularizer
+from lightning_gan_stability import Digits, GANModule, GANOutputs, R1Penalty
+from lightning_gan_stability.outputs import Player
 
 
 class Translate(GANModule):
@@ -20,22 +21,11 @@ class Translate(GANModule):
         source, target = batch
         return target, source
 
-    def sample(self, n: int, labels: Tensor | None = None, latents: Tensor | None = None) -> Tensor:
-        return (self.generator if self.training else self.generator_ema or self.generator)(labels)  # or its average
+    def discriminate(self, network: nn.Module, sample: Tensor, condition: Tensor) -> Tensor:
+        return network(torch.cat([sample, condition], 1))  # (n, 1, height, width): a logit for each patch
 
-    def discriminate(self, samples: Tensor, labels: Tensor | None = None) -> Tensor:
-        assert labels is not None
-        return self.discriminator(torch.cat([samples, labels], 1)).flatten(1)  # (n, patches)
-
-
-class L1(Regularizer):
-    """The distance of the translation from its target."""
-
-    player = "g"
-    differentiates = ()
-
-    def penalty(self, module: GANModule, play: Play) -> Tensor:
-        return (play.fake - play.real).abs()
+    def auxiliary_losses(self, player: Player, outputs: GANOutputs) -> dict[str, Tensor]:
+        return {"l1": 10.0 * (outputs.fake - outputs.real).abs().mean()} if player == "g" else {}
 
 
 def convolutions(*channels: int) -> nn.Sequential:
@@ -49,11 +39,9 @@ if __name__ == "__main__":
     hue = torch.eye(10)[labels][:, :3, None, None]  # the digits 0, 1 and 2 are red, green and blue
     coloured = (grey + 1) * (0.3 + 0.7 * hue) - 1
     pairs = DataLoader(TensorDataset(grey, coloured), batch_size=64, shuffle=True)
-    gan = Translate(nn.Sequential(convolutions(1, 32, 32, 3), nn.Tanh()), convolutions(4, 32, 1), latent_dim=1)
-    trainer = Trainer(
-        max_epochs=5, callbacks=[L1(weight=10.0), R1Penalty(0.1)], logger=False, enable_checkpointing=False
-    )
+    gan = Translate(nn.Sequential(convolutions(1, 32, 32, 3), nn.Tanh()), convolutions(4, 32, 1))
+    trainer = Trainer(max_epochs=5, callbacks=[R1Penalty(0.1)], logger=False, enable_checkpointing=False)
     trainer.fit(gan, pairs)
     with torch.no_grad():
-        error = (gan.sample(len(grey), labels=grey) - coloured).abs().mean()
+        error = (gan(grey) - coloured).abs().mean()
     print(f"mean absolute error {error:.3f} (black images: {(coloured + 1).abs().mean():.3f})")

@@ -1,10 +1,10 @@
-"""A discriminator of several scales: a network each for the image, its half and its quarter, logits in one tensor.
+"""A discriminator of several scales: a network each for the image, its half and its quarter.
 
     python examples/multi_scale.py
 
-As in pix2pixHD, https://arxiv.org/abs/1711.11585. Logits (n, k) are patches to the package: losses and R1 know them.
-It prints the logits' shape and how many of the ten digits are among 1,000 samples (measured: all ten, the rarest 6.6 %;
-50 CPU seconds).
+As in pix2pixHD, https://arxiv.org/abs/1711.11585: a list of logits is one entry for each discriminator, and losses and
+penalties are those of each, summed. It prints the logits' shapes and how many of the ten digits are among 1,000 samples
+(measured: all ten, the rarest 6.6 %; 50 CPU seconds).
 """
 
 import argparse
@@ -29,12 +29,12 @@ class MultiScale(nn.Module):
         super().__init__()
         self.discriminators = nn.ModuleList(discriminators)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> list[Tensor]:
         logits = []
         for discriminator in self.discriminators:
-            logits.append(discriminator(images).flatten(1))
+            logits.append(discriminator(images))
             images = avg_pool2d(images, 2)
-        return torch.cat(logits, dim=1)  # (n, patches)
+        return logits
 
 
 def judge(size: int) -> nn.Module:
@@ -63,7 +63,7 @@ def main() -> None:
     gan.eval()
     with torch.no_grad():
         samples = gan.sample(1000)
-        print(f"logits of one batch: {tuple(gan.discriminate(samples[:64]).shape)}")
+        print(f"logits of one batch: {[tuple(entry.shape) for entry in gan.logits(samples[:64])]}")
         read = DigitClassifier().eval().classify(samples).argmax(1)
     counts = torch.bincount(read, minlength=10)
     print(f"{int((counts > 0).sum())} of 10 digits found, the rarest makes up {counts.min() / 1000:.1%}")

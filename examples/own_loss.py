@@ -1,7 +1,5 @@
 """An adversarial loss of your own: two methods. Here the discriminator fits ±1 with the Huber loss."""
 
-from typing import final
-
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -10,9 +8,11 @@ from torch.nn.functional import huber_loss
 from lightning_gan_stability import MLP, AdversarialLoss, GANModule, R1Penalty, Ring
 
 
-@final
 class Huber(AdversarialLoss):
     """Least squares near its targets, linear far away."""
+
+    threshold = 0.0  # the logit between both targets, which `d/accuracy` counts by; without it, pairs are compared
+    # direction = -1.0  # if a lower logit looked more real
 
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         return self._to(real_logits, 1.0) + self._to(fake_logits, -1.0)

@@ -4,7 +4,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_gan_stability import MLP, GANModule, GradientPenalty, Play, Regularizer, Ring, Wasserstein
+from lightning_gan_stability import MLP, GANModule, GANOutputs, GradientPenalty, Regularizer, Ring, Wasserstein
 
 
 class MeanMatching(Regularizer):
@@ -13,8 +13,8 @@ class MeanMatching(Regularizer):
     player = "g"
     differentiates = ()  # the samples as they are: no gradient with respect to them
 
-    def penalty(self, module: GANModule, play: Play) -> Tensor:
-        return (play.fake.mean(0) - play.real.mean(0)).square().sum()
+    def penalty(self, module: GANModule, outputs: GANOutputs) -> Tensor:
+        return (outputs.fake.mean(0) - outputs.real.mean(0)).square().sum()
 
 
 if __name__ == "__main__":

@@ -1,40 +1,11 @@
 """Stable GAN training as PyTorch Lightning callbacks."""
 
-from lightning_gan_stability.callbacks import (
-    AdaptiveUpdateRatio,
-    Alternating,
-    ApproximateR1Penalty,
-    ApproximateR2Penalty,
-    CollapseDetector,
-    CompetitiveGradientDescent,
-    ConsensusOptimization,
-    ConsistencyPenalty,
-    DRAGANPenalty,
-    Extragradient,
-    GeneratorEMA,
-    GradientPenalty,
-    HealthMonitor,
-    LeCam,
-    LogitDrift,
-    Lookahead,
-    ModeSeeking,
-    OrthogonalPenalty,
-    PathLengthPenalty,
-    QualityMonitor,
-    R1Penalty,
-    R2Penalty,
-    Regularizer,
-    SampleGrid,
-    Simultaneous,
-    SpectralNorm,
-    Unrolling,
-    UpdateRatio,
-    UpdateRule,
-    WeightClipping,
-)
-from lightning_gan_stability.callbacks.rollback import Remedy, ScaleLearningRate, ScalePenalty
-from lightning_gan_stability.data import Digits, Grid, Images, Ring
-from lightning_gan_stability.doors import Play
+from lightning_gan_stability.callback import Alternating, GANCallback, Regularizer, UpdateRule
+from lightning_gan_stability.callbacks.averaging import GeneratorEMA, Lookahead
+from lightning_gan_stability.callbacks.spectral_norm import SpectralNorm
+from lightning_gan_stability.callbacks.update_ratio import AdaptiveUpdateRatio, UpdateRatio
+from lightning_gan_stability.callbacks.weight_clipping import WeightClipping
+from lightning_gan_stability.data.modules import Digits, Grid, Images, Ring
 from lightning_gan_stability.losses import (
     AdversarialLoss,
     BoundaryEquilibrium,
@@ -47,15 +18,14 @@ from lightning_gan_stability.losses import (
     RelativisticAverage,
     Wasserstein,
 )
-from lightning_gan_stability.metrics import (
-    DensityCoverage,
-    DigitClassifier,
-    FrechetDistance,
-    Inception,
-    KernelDistance,
-    PrecisionRecall,
-)
+from lightning_gan_stability.metrics.extractors import DigitClassifier, Inception
+from lightning_gan_stability.metrics.statistics import DensityCoverage, FrechetDistance, KernelDistance, PrecisionRecall
 from lightning_gan_stability.module import GANModule
+from lightning_gan_stability.monitors.collapse import CollapseDetector
+from lightning_gan_stability.monitors.health import HealthMonitor
+from lightning_gan_stability.monitors.quality import QualityMonitor
+from lightning_gan_stability.monitors.rollback import Remedy, ScaleLearningRate, ScalePenalty
+from lightning_gan_stability.monitors.samples import SampleLogger
 from lightning_gan_stability.nets import (
     MLP,
     AutoEncoder,
@@ -66,6 +36,18 @@ from lightning_gan_stability.nets import (
     ResNetGenerator,
 )
 from lightning_gan_stability.optim import NegativeMomentum, OptimisticAdam, OptimisticSGD
+from lightning_gan_stability.outputs import GANOutputs, StepRecord
+from lightning_gan_stability.regularizers.consistency import ConsistencyPenalty
+from lightning_gan_stability.regularizers.finite_difference import ApproximateR1Penalty, ApproximateR2Penalty
+from lightning_gan_stability.regularizers.generator import ModeSeeking, PathLengthPenalty
+from lightning_gan_stability.regularizers.gradient import DRAGANPenalty, GradientPenalty, R1Penalty, R2Penalty
+from lightning_gan_stability.regularizers.logits import LeCam, LogitDrift
+from lightning_gan_stability.regularizers.weights import OrthogonalPenalty
+from lightning_gan_stability.update_rules.competitive import CompetitiveGradientDescent
+from lightning_gan_stability.update_rules.consensus import ConsensusOptimization
+from lightning_gan_stability.update_rules.extragradient import Extragradient
+from lightning_gan_stability.update_rules.simultaneous import Simultaneous
+from lightning_gan_stability.update_rules.unrolling import Unrolling
 
 __version__ = "0.1.0"
 
@@ -91,7 +73,9 @@ __all__ = [
     "Extragradient",
     "FDivergence",
     "FrechetDistance",
+    "GANCallback",
     "GANModule",
+    "GANOutputs",
     "GeneratorEMA",
     "GradientPenalty",
     "Grid",
@@ -113,7 +97,6 @@ __all__ = [
     "OrthogonalPenalty",
     "Packed",
     "PathLengthPenalty",
-    "Play",
     "PrecisionRecall",
     "QualityMonitor",
     "R1Penalty",
@@ -125,11 +108,12 @@ __all__ = [
     "ResNetDiscriminator",
     "ResNetGenerator",
     "Ring",
-    "SampleGrid",
+    "SampleLogger",
     "ScaleLearningRate",
     "ScalePenalty",
     "Simultaneous",
     "SpectralNorm",
+    "StepRecord",
     "Unrolling",
     "UpdateRatio",
     "UpdateRule",

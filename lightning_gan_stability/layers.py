@@ -1,14 +1,28 @@
-"""What networks are built with: packs of samples, weights as matrices, spectral norm that checkpoints keep."""
+"""What networks are built with and looked at by: packs of samples, weights as matrices, copies, spectral norm."""
 
+import functools
+import inspect
 import re
-from collections.abc import MutableMapping
-from typing import Any
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrizations, parametrize
-from torch.nn.utils.spectral_norm import SpectralNorm as OldSpectralNorm
+from torch.overrides import TorchFunctionMode
+
+from lightning_gan_stability._checks import check_integer, check_type
+from lightning_gan_stability._compat import (
+    has_old_spectral_norm,
+    has_old_weight_norm,
+    is_spectral_norm,
+    original_module,
+)
+from lightning_gan_stability.outputs import Condition, Logits, Sample, batch_size, tree_map
+
+M = TypeVar("M", bound=nn.Module)
 
 # a parametrization's entry in a state dict that tells of spectral norm, or of its factor
 _ENTRY = re.compile(
@@ -19,15 +33,16 @@ _ENTRY = re.compile(
 class Packed(nn.Module):
     """A discriminator that sees m samples at once, all real or all generated, and gives them one logit.
 
-    l(x₁, ..., x_m) = D([x₁, ..., x_m]), joined along the first axis of a sample (features or channels), in the order of
-    the batch. A pack of samples of one mode gives a collapsed generator away. "PacGAN: The power of two samples in
-    generative adversarial networks", https://arxiv.org/abs/1712.04086. Everything else stays as it is: a pack counts as
-    one sample in losses and gradient penalties (norms are over all its values, interpolates have one α for it), and the
-    samples of a batch or micro-batch that fill no pack are left out of the step. Costs what the discriminator costs on
-    n / m samples with m times the inputs.
+    l(x₁, ..., x_m) = D([x₁, ..., x_m]), concatenated along the first axis of a sample (features or channels), in the
+    order of the batch; of a tree of tensors leaf by leaf, and of a condition as of the samples. A pack of samples of
+    one mode gives a collapsed generator away. "PacGAN: The power of two samples in generative adversarial networks",
+    https://arxiv.org/abs/1712.04086. Everything else stays as it is: a pack counts as one sample in losses and gradient
+    penalties (norms are over all its values, interpolates have one α for it), and the samples of a batch or micro-batch
+    that fill no pack are left out of the step. Costs what the discriminator costs on n / m samples with m times the
+    inputs.
 
     Args:
-        discriminator: takes m times the features or channels of a sample; without labels.
+        discriminator: takes m times the features or channels of a sample, and of a condition if there is one.
         m: samples in a pack.
 
     Raises:
@@ -42,20 +57,143 @@ class Packed(nn.Module):
 
     def __init__(self, discriminator: nn.Module, m: int = 2) -> None:
         super().__init__()
-        if not isinstance(discriminator, nn.Module):
-            raise ValueError(f"`discriminator` must be a module, got {discriminator!r}.")
-        if not isinstance(m, int) or isinstance(m, bool) or m < 1:
-            raise ValueError(f"`m` must be a positive integer, got {m!r}.")
-        self.discriminator = discriminator
-        self.packing = m  # the name under which GANModule looks for it
+        self.discriminator = check_type("discriminator", discriminator, nn.Module)
+        self.packing = check_integer("m", m)
+        self.takes, self.needs = condition_parameter(discriminator)
 
-    def forward(self, samples: Tensor) -> Tensor:
+    def forward(self, samples: Sample, condition: Condition = None) -> Logits:
         """Return one logit for each m samples, without the rest."""
-        m, n = self.packing, len(samples) // self.packing
-        if n == 0:
-            raise ValueError(f"a pack has {m} samples, but there are {len(samples)}.")
-        logits: Tensor = self.discriminator(samples[: n * m].reshape(n, -1, *samples.shape[2:]))
-        return logits
+        m, n = self.packing, batch_size(samples)
+        if n < m:
+            raise ValueError(f"a pack has {m} samples, but there are {n}.")
+        inputs = [samples, condition] if self.needs or (self.takes and condition is not None) else [samples]
+        return self.discriminator(*(tree_map(self._pack, tree) for tree in inputs))
+
+    def _pack(self, leaf: Tensor) -> Tensor:
+        n = len(leaf) // self.packing
+        return leaf[: n * self.packing].reshape(n, -1, *leaf.shape[2:])
+
+
+def condition_parameter(network: nn.Module) -> tuple[bool, bool]:
+    """Whether a network takes a condition, and whether it needs one.
+
+    It takes one if its ``forward`` has a second positional parameter without a default, or with the default None, and
+    needs it in the first case. A network that takes none can be trained on data that have labels.
+
+    Example:
+        >>> condition_parameter(nn.Linear(1, 1)), condition_parameter(nn.Bilinear(1, 1, 1))
+        ((False, False), (True, True))
+    """
+    return _condition_parameter(type(original_module(network)))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _condition_parameter(network: type[nn.Module]) -> tuple[bool, bool]:
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = [p for p in inspect.signature(network.forward).parameters.values() if p.kind in positional]
+    default = parameters[2].default if len(parameters) > 2 else False  # 0 is self, 1 the inputs
+    return default is inspect.Parameter.empty or default is None, default is inspect.Parameter.empty
+
+
+class HasParameters(Protocol):
+    """A module, or what stands for one."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its parameters."""
+
+
+def parameter_dtype(module: HasParameters, default: torch.dtype) -> torch.dtype:
+    """The type that a network computes in: that of its first trainable real parameter.
+
+    Without a trainable one it is that of the first real parameter, and without any the default. Frozen parts may be in
+    half precision, and complex weights say nothing about inputs.
+
+    Example:
+        >>> frozen = nn.Linear(1, 1).half().requires_grad_(False)
+        >>> parameter_dtype(nn.Sequential(frozen, nn.Linear(1, 1)), torch.float64)
+        torch.float32
+    """
+    real = None
+    for p in module.parameters():
+        if p.is_floating_point():
+            if p.requires_grad:
+                return p.dtype
+            real = real or p.dtype
+    return real or default
+
+
+class _DetachNonLeaf(TorchFunctionMode):
+    """Lets `deepcopy` copy tensors that are part of a graph, which torch refuses, without their graph."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), tensor.detach().clone())
+        return func(*args, **(kwargs or {}))
+
+
+def copy_network(network: M) -> M:
+    """A copy of a network, none of whose parameters requires grad.
+
+    Networks keep tensors that are part of a graph: ``torch.nn.utils.weight_norm`` the weight that it computes before
+    each forward pass, others an activation of the last one. They are copied without it.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
+        ...     layer = nn.utils.weight_norm(nn.Linear(2, 2))
+        >>> torch.equal(copy_network(layer)(torch.ones(1, 2)), layer(torch.ones(1, 2)))
+        True
+    """
+    with _DetachNonLeaf():
+        return deepcopy(network).requires_grad_(False)
+
+
+def clone(tensor: Tensor) -> Tensor:
+    """A copy with memory of its own: XLA lets a clone share it until a step in place deletes it for both.
+
+    Example:
+        >>> x = torch.ones(1)
+        >>> clone(x).data_ptr() == x.data_ptr()
+        False
+    """
+    tensor = tensor.detach()
+    return tensor.cpu().to(tensor.device) if tensor.device.type == "xla" else tensor.clone()
+
+
+@contextmanager
+def evaluation(*modules: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every submodule is in the mode that it was in.
+
+    Example:
+        >>> net = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+        >>> with evaluation(net):
+        ...     net.training
+        False
+        >>> net[0].training, net[1].training
+        (True, False)
+    """
+    training = [m for module in modules for m in module.modules() if m.training]
+    for module in modules:
+        module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def has_batch_norm(layer: nn.Module) -> bool:
+    """Whether a layer is a BatchNorm in train mode, which mixes the samples of a batch.
+
+    Example:
+        >>> has_batch_norm(nn.BatchNorm1d(1)), has_batch_norm(nn.BatchNorm1d(1).eval())
+        (True, False)
+    """
+    kinds = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+    return isinstance(layer, kinds) and layer.training
 
 
 def matrices(network: nn.Module) -> list[Tensor]:
@@ -71,21 +209,22 @@ def matrices(network: nn.Module) -> list[Tensor]:
     found: list[Tensor] = []
     seen: set[nn.Parameter] = set()
     for layer in network.modules():
-        weight = layer._parameters.get("weight", layer._parameters.get("weight_orig"))
-        if "weight_v" in layer._parameters:
+        own = dict(layer.named_parameters(recurse=False))
+        weight = own.get("weight", own.get("weight_orig"))
+        if has_old_weight_norm(layer):
             raise ValueError(
                 f"cannot see the weight of a {type(layer).__name__} layer with torch.nn.utils.weight_norm: use "
                 "torch.nn.utils.parametrizations.weight_norm."
             )
         if "weight" in getattr(layer, "parametrizations", {}):
             # weight norm has no single weight before it, but length and direction
-            weight = getattr(layer.parametrizations.weight, "original", None)  # type: ignore[union-attr]
-            weight = layer.weight if weight is None else weight  # type: ignore[assignment]
+            before = getattr(layer.parametrizations.weight, "original", None)  # type: ignore[union-attr]
+            weight = layer.weight if before is None else before  # type: ignore[assignment]
         if weight is None or weight.dim() < 2 or isinstance(layer, nn.Embedding | nn.EmbeddingBag) or weight in seen:
             continue
         if isinstance(weight, nn.Parameter):
             seen.add(weight)  # which two layers may share
-        if isinstance(layer, _ConvTransposeNd):  # (in, out / groups, ...)
+        if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):  # (in, out / groups, ...)
             found.append(torch.cat([part.transpose(0, 1) for part in weight.chunk(layer.groups)]))
         else:
             found.append(weight)
@@ -99,10 +238,7 @@ def has_spectral_norm(module: nn.Module) -> bool:
         >>> has_spectral_norm(nn.utils.spectral_norm(nn.Linear(2, 2)))
         True
     """
-    hooks = module._forward_pre_hooks.values()
-    return isinstance(module, parametrizations._SpectralNorm) or any(
-        isinstance(hook, OldSpectralNorm) for hook in hooks
-    )
+    return is_spectral_norm(module) or has_old_spectral_norm(module)
 
 
 @torch.no_grad()
@@ -117,7 +253,7 @@ def follow_spectrum(module: nn.Module) -> None:
         1.0
     """
     for parts in [m for m in module.modules() if isinstance(m, parametrize.ParametrizationList)]:
-        spectral = [m for m in parts if isinstance(m, parametrizations._SpectralNorm)]
+        spectral = [m for m in parts if is_spectral_norm(m)]
         training = [m.training for m in spectral]
         for m in spectral:
             m.training = True
@@ -180,7 +316,7 @@ def rescale_spectrum(layer: nn.Module, name: str, factor: float, n_power_iterati
         3.0
     """
     parts = layer.parametrizations[name]  # type: ignore[index]
-    for m in (m for m in parts if isinstance(m, parametrizations._SpectralNorm)):
+    for m in (m for m in parts if is_spectral_norm(m)):
         m.n_power_iterations = n_power_iterations
     scale = next((m for m in parts if isinstance(m, SpectralScale)), None)
     if scale is not None:

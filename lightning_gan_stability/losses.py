@@ -3,26 +3,57 @@
 A logit l is what the discriminator returns, before any sigmoid; σ(l) = 1/(1 + e⁻ˡ) and sp(l) = log(1 + eˡ). E_r and E_f
 are means over real and fake samples. Every method returns one value per logit and leaves the mean to the caller; the
 discriminator's real and fake parts are added index by index. Logits in float16 and bfloat16 are computed in float32.
+
+With several discriminators a loss is asked for each of them alone, and what it says is summed: the convention of
+HiFi-GAN, DAC and pix2pixHD. ``reduction="mean"`` takes the mean, as SPADE and EnCodec do.
 """
 
 import abc
+import inspect
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal, final, get_args
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_gan_stability.doors import mean_over_ranks
+from lightning_gan_stability._checks import (
+    check,
+    check_bool,
+    check_choice,
+    check_finite,
+    check_number,
+    check_share,
+    is_number,
+    is_plain,
+)
+from lightning_gan_stability._compat import Float32Buffers
+from lightning_gan_stability.distributed import mean_over_ranks
 
+Reduction = Literal["sum", "mean"]
 Kind = Literal["kl", "reverse_kl", "pearson", "neyman", "squared_hellinger", "jensen_shannon", "gan", "total_variation"]
 
 
 class AdversarialLoss(nn.Module, abc.ABC):
-    """What each player minimizes: to add a loss, write the two methods and set the flags that apply.
+    """What each player minimizes: to add a loss, write the two methods and set the attributes that apply.
 
     Logits are (n,) or (n, patches), real and fake ones of the same shape, else ``ValueError``; so are the values.
+
+    Args:
+        reduction: what is done with the losses of several discriminators: ``"sum"`` or ``"mean"``.
+
+    Attributes:
+        needs_real: the generator's loss needs the real logits too.
+        couples_batch: values depend on the whole batch, so that micro-batches would change the loss.
+        zero_sum: L_D + L_G does not depend on the generator.
+        judges_reconstructions: logits are the reconstruction errors of an auto-encoder.
+        threshold: the logit that is neither real nor fake, which :meth:`accuracy` counts by. None, the default: a logit
+            means something only beside another one, and pairs of real and fake logits are compared.
+        direction: 1.0: a higher logit looks more real; −1.0: a lower one does.
+
+    Raises:
+        ValueError: if ``reduction`` is none of these.
 
     Example:
         >>> class Linear(AdversarialLoss):
@@ -34,12 +65,17 @@ class AdversarialLoss(nn.Module, abc.ABC):
         tensor([-3.])
     """
 
-    needs_real: ClassVar[bool] = False  # the generator's loss needs the real logits too
-    couples_batch: ClassVar[bool] = False  # values depend on the whole batch: micro-batches change the loss
-    zero_sum: bool = False  # L_D + L_G does not depend on the generator
-    judges_reconstructions: ClassVar[bool] = False  # logits are reconstruction errors of an auto-encoder
-    _threshold: float | None = 0.0  # the logit of a tie; None: a logit has no zero point and pairs are compared
-    _direction: float = 1.0  # −1: a lower logit looks more real
+    needs_real: ClassVar[bool] = False
+    couples_batch: ClassVar[bool] = False
+    zero_sum: bool = False
+    judges_reconstructions: ClassVar[bool] = False
+    threshold: float | None = None
+    direction: float = 1.0
+    reduction: Reduction = "sum"
+
+    def __init__(self, reduction: Reduction = "sum") -> None:
+        super().__init__()
+        self.reduction = check_choice("reduction", reduction, get_args(Reduction))
 
     @abc.abstractmethod
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -51,14 +87,13 @@ class AdversarialLoss(nn.Module, abc.ABC):
 
     def accuracy(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         """Return the share of logits that the discriminator judges right, a scalar in [0, 1]."""
-        real, fake = (self._direction * logits for logits in _pair(real_logits, fake_logits))
-        if self._threshold is None:
+        real, fake = (self.direction * logits for logits in _pair(real_logits, fake_logits))
+        if self.threshold is None:
             return (real > fake).float().mean()
-        tie = self._direction * self._threshold
+        tie = self.direction * self.threshold
         return torch.stack([real > tie, fake < tie]).float().mean()
 
 
-@final
 class Minimax(AdversarialLoss):
     """The original game: the discriminator's cross-entropy, and the generator minimizes its negative.
 
@@ -71,6 +106,7 @@ class Minimax(AdversarialLoss):
     """
 
     zero_sum = True
+    threshold = 0.0
 
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         real, fake = _pair(real_logits, fake_logits)
@@ -80,7 +116,6 @@ class Minimax(AdversarialLoss):
         return -_softplus(_precise(fake_logits))
 
 
-@final
 class NonSaturating(AdversarialLoss):
     """The original game with a generator that maximizes log σ(l), whose gradient lives on while the discriminator wins.
 
@@ -99,20 +134,22 @@ class NonSaturating(AdversarialLoss):
         tensor([100.0000,   0.6931])
     """
 
-    def __init__(self, real_label: float = 1.0) -> None:
-        super().__init__()
-        _require(_is_number(real_label) and 0 < real_label <= 1, f"`real_label` must be in (0, 1], got {real_label!r}.")
-        self.real_label = real_label
+    threshold = 0.0
+
+    def __init__(self, real_label: float = 1.0, reduction: Reduction = "sum") -> None:
+        super().__init__(reduction)
+        self.real_label = check(is_number(real_label) and 0 < real_label <= 1, "real_label", "in (0, 1]", real_label)
 
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         real, fake = _pair(real_logits, fake_logits)
+        if self.real_label == 1:
+            return _softplus(-real) + _softplus(fake)
         return self.real_label * _softplus(-real) + (1 - self.real_label) * _softplus(real) + _softplus(fake)
 
     def generator(self, fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
         return _softplus(-_precise(fake_logits))
 
 
-@final
 class LeastSquares(AdversarialLoss):
     """Squared distances of the logits from a label for each player's aim (LSGAN).
 
@@ -132,13 +169,14 @@ class LeastSquares(AdversarialLoss):
         tensor([0.0000, 2.5000])
     """
 
-    def __init__(self, a: float = 0.0, b: float = 1.0, c: float = 1.0) -> None:
-        super().__init__()
+    def __init__(self, a: float = 0.0, b: float = 1.0, c: float = 1.0, reduction: Reduction = "sum") -> None:
+        super().__init__(reduction)
         for name, value in (("a", a), ("b", b), ("c", c)):
-            _require(_is_number(value), f"`{name}` must be a finite number, got {value!r}.")
-        _require(a != b, f"`a` and `b` must differ, got {a!r} for both.")
+            check_finite(name, value)
+        if a == b:
+            raise ValueError(f"`a` and `b` must differ, got {a!r} for both.")
         self.a, self.b, self.c = a, b, c
-        self._threshold, self._direction = (a + b) / 2, math.copysign(1.0, b - a)
+        self.threshold, self.direction = (a + b) / 2, math.copysign(1.0, b - a)
 
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         real, fake = _pair(real_logits, fake_logits)
@@ -148,7 +186,6 @@ class LeastSquares(AdversarialLoss):
         return (_precise(fake_logits) - self.c).square() / 2
 
 
-@final
 class Wasserstein(AdversarialLoss):
     """The difference of the mean logits: minus the Wasserstein-1 distance, if the discriminator is 1-Lipschitz.
 
@@ -161,7 +198,6 @@ class Wasserstein(AdversarialLoss):
     """
 
     zero_sum = True
-    _threshold = None
 
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         real, fake = _pair(real_logits, fake_logits)
@@ -171,7 +207,6 @@ class Wasserstein(AdversarialLoss):
         return -_precise(fake_logits)
 
 
-@final
 class Hinge(AdversarialLoss):
     """Margins for the discriminator, which learns nothing from samples beyond ±1; a linear loss for the generator.
 
@@ -183,6 +218,8 @@ class Hinge(AdversarialLoss):
         tensor([2., 0.])
     """
 
+    threshold = 0.0
+
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         real, fake = _pair(real_logits, fake_logits)
         return (1 - real).relu() + (1 + fake).relu()
@@ -191,8 +228,7 @@ class Hinge(AdversarialLoss):
         return -_precise(fake_logits)
 
 
-@final
-class BoundaryEquilibrium(AdversarialLoss):
+class BoundaryEquilibrium(Float32Buffers, AdversarialLoss):
     """An auto-encoder discriminator rebuilds real samples well and fake ones badly, balanced by a weight k (BEGAN).
 
     L_D = 𝓛(x) − k 𝓛(G(z)) and L_G = 𝓛(G(z)), with k ← clip(k + λ (γ 𝓛(x) − 𝓛(G(z))), 0, 1) after every step of D.
@@ -218,14 +254,14 @@ class BoundaryEquilibrium(AdversarialLoss):
     """
 
     judges_reconstructions = True
-    _threshold = None
-    _direction = -1.0
+    direction = -1.0
 
     def __init__(self, gamma: float = 0.5, lambda_k: float = 1e-3) -> None:
         super().__init__()
-        _require(_is_number(gamma) and 0 <= gamma <= 1, f"`gamma` must be in [0, 1], got {gamma!r}.")
-        _require(_is_number(lambda_k) and lambda_k > 0, f"`lambda_k` must be a positive number, got {lambda_k!r}.")
+        check_share("gamma", gamma)
+        check_number("lambda_k", lambda_k, positive=True)
         self.gamma, self.lambda_k = gamma, lambda_k
+        # float32 whatever the module is cast to: bfloat16 would swallow steps of 1e-3
         self.k = nn.Buffer(torch.zeros((), dtype=torch.float32))
         self.convergence = nn.Buffer(torch.zeros((), dtype=torch.float32))
 
@@ -248,12 +284,7 @@ class BoundaryEquilibrium(AdversarialLoss):
         self.k.copy_((self.k + self.lambda_k * balance).clamp(0, 1))
         self.convergence.copy_(real_mean + balance.abs())
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # bfloat16 would swallow steps of 1e-3: the buffers stay in float32 when a whole module is cast ("bf16-true")
-        return super()._apply(lambda buffer: _precise(fn(buffer)), recurse)  # type: ignore[no-untyped-call]
 
-
-@final
 class Relativistic(AdversarialLoss):
     """Each real sample should look more real than its fake partner (RpGAN, RSGAN), and the reverse for the generator.
 
@@ -267,7 +298,6 @@ class Relativistic(AdversarialLoss):
     """
 
     needs_real = True
-    _threshold = None
 
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         real, fake = _pair(real_logits, fake_logits)
@@ -277,7 +307,6 @@ class Relativistic(AdversarialLoss):
         return self.discriminator(fake_logits, _need(real_logits, self))
 
 
-@final
 class RelativisticAverage(AdversarialLoss):
     """Real samples should look more real than the average fake one, and fake ones less than the average real (RaSGAN).
 
@@ -292,7 +321,6 @@ class RelativisticAverage(AdversarialLoss):
 
     needs_real = True
     couples_batch = True
-    _threshold = None
 
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         real, fake = _pair(real_logits, fake_logits)
@@ -303,7 +331,6 @@ class RelativisticAverage(AdversarialLoss):
         return self.discriminator(fake_logits, _need(real_logits, self))
 
 
-@final
 class FDivergence(AdversarialLoss):
     """The variational bound of an f-divergence D_f(p‖q) = E_q f(p/q) (f-GAN).
 
@@ -327,13 +354,11 @@ class FDivergence(AdversarialLoss):
         tensor([0., 0.])
     """
 
-    def __init__(self, kind: Kind, saturating: bool = True) -> None:
-        super().__init__()
-        _require(kind in get_args(Kind), f"`kind` must be one of {', '.join(get_args(Kind))}, got {kind!r}.")
-        _require(isinstance(saturating, bool), f"`saturating` must be True or False, got {saturating!r}.")
-        self.kind: Kind = kind
-        self.saturating = self.zero_sum = saturating
-        self._threshold = 1.0 if kind == "kl" else 0.0  # where g(v) = f'(1)
+    def __init__(self, kind: Kind, saturating: bool = True, reduction: Reduction = "sum") -> None:
+        super().__init__(reduction)
+        self.kind: Kind = check_choice("kind", kind, get_args(Kind))
+        self.saturating = self.zero_sum = check_bool("saturating", saturating)
+        self.threshold = 1.0 if kind == "kl" else 0.0  # where g(v) = f'(1)
 
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         real, fake = _pair(real_logits, fake_logits)
@@ -350,8 +375,11 @@ def _precise(x: Tensor) -> Tensor:
 
 
 def _pair(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-    message = "`real_logits` and `fake_logits` must have the same shape, got {} and {}: the loss pairs them by index."
-    _require(real.shape == fake.shape, message.format(tuple(real.shape), tuple(fake.shape)))
+    if real.shape != fake.shape:
+        raise ValueError(
+            f"`real_logits` and `fake_logits` must have the same shape, got {tuple(real.shape)} and "
+            f"{tuple(fake.shape)}: the loss pairs them by index."
+        )
     return _precise(real), _precise(fake)
 
 
@@ -359,15 +387,6 @@ def _need(real_logits: Tensor | None, loss: AdversarialLoss) -> Tensor:
     if real_logits is None:
         raise ValueError(f"`{type(loss).__name__}` compares with real logits: pass `real_logits`.")
     return real_logits
-
-
-def _require(valid: bool, message: str) -> None:
-    if not valid:
-        raise ValueError(message)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _softplus(x: Tensor) -> Tensor:
@@ -390,3 +409,47 @@ _F_DIVERGENCES: dict[Kind, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], 
     "gan": (lambda v: -_softplus(-v), _softplus),
     "total_variation": (lambda v: v.tanh() / 2, lambda v: v.tanh() / 2),
 }
+
+
+# ---------- losses in checkpoints
+
+
+def loss_recipe(loss: AdversarialLoss) -> dict[str, Any]:
+    """The class and the arguments of a loss that keeps its arguments as attributes, as plain data for a checkpoint.
+
+    Arguments are None if the loss does not keep all of them: then it cannot be made again.
+
+    Example:
+        >>> loss_recipe(NonSaturating(real_label=0.9))
+        {'name': 'NonSaturating', 'arguments': {'real_label': 0.9, 'reduction': 'sum'}}
+    """
+    parameters = inspect.signature(type(loss)).parameters.values()
+    named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    arguments = {name: getattr(loss, name, loss) for name in named}
+    return {"name": type(loss).__qualname__, "arguments": arguments if is_plain(arguments) else None}
+
+
+def loss_from_recipe(recipe: Mapping[str, Any]) -> AdversarialLoss:
+    """Make the loss of a recipe again, from the subclasses of :class:`AdversarialLoss` that were imported.
+
+    Raises:
+        ValueError: if no such class has been imported, or the arguments do not suffice.
+
+    Example:
+        >>> loss_from_recipe({"name": "NonSaturating", "arguments": {"real_label": 0.9}}).real_label
+        0.9
+    """
+    try:
+        kinds = _subclasses(AdversarialLoss)  # type: ignore[type-abstract]
+        return next(kind for kind in kinds if kind.__qualname__ == recipe["name"])(**recipe["arguments"])
+    except (StopIteration, TypeError) as error:
+        raise ValueError(
+            f"The checkpoint was made with {recipe['name']}, which cannot be made again from the arguments "
+            f"{recipe['arguments']}: import the class, or pass an instance."
+        ) from error
+
+
+def _subclasses(kind: type[AdversarialLoss]) -> Iterator[type[AdversarialLoss]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _subclasses(child)

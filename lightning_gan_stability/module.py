@@ -1,55 +1,116 @@
-"""The base module of every GAN here: two networks behind two doors, and two primitives."""
+"""The base module of every GAN here: two networks, what users override, and what callbacks and rules ask for."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, MutableMapping, Sequence
-from copy import copy, deepcopy
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from types import FrameType
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_gan_stability import doors
-from lightning_gan_stability.callbacks.base import NETWORKS, Player, check_number, check_positive_int
-from lightning_gan_stability.clock import LRSchedulerCallable, OptimizerCallable
-from lightning_gan_stability.doors import Play
-from lightning_gan_stability.gradients import Primitives
-from lightning_gan_stability.layers import restore_parametrizations
-from lightning_gan_stability.losses import AdversarialLoss, NonSaturating
-from lightning_gan_stability.processes import complete_hooks, note_hooks
+from lightning_gan_stability._checks import (
+    check,
+    check_choice,
+    check_integer,
+    check_number,
+    check_type,
+    describe,
+    is_plain,
+)
+from lightning_gan_stability._compat import given_hyperparameters, is_compiled, original_module
+from lightning_gan_stability.callback import Regularizer
+from lightning_gan_stability.engine import Engine, Objective
+from lightning_gan_stability.guard import Guard, check_run, find_guard
+from lightning_gan_stability.layers import Packed, copy_network, parameter_dtype, restore_parametrizations
+from lightning_gan_stability.losses import AdversarialLoss, NonSaturating, loss_from_recipe, loss_recipe
+from lightning_gan_stability.networks import NetworkRunner, call_network, check_condition, check_samples
+from lightning_gan_stability.noise import Noise, Randomness
+from lightning_gan_stability.outputs import (
+    NETWORKS,
+    PLAYERS,
+    Condition,
+    Extras,
+    Features,
+    GANOutputs,
+    Logits,
+    Player,
+    Sample,
+    StepRecord,
+    Terms,
+    Unpacked,
+    batch_size,
+    detach,
+    differentiable,
+    same_structure,
+    shapes,
+    take_rows,
+    tree_leaves,
+)
+from lightning_gan_stability.sharding import Sharding
+from lightning_gan_stability.substitution import FrozenBuffers, Substitution
+
+# as in lightning.pytorch.cli, which takes long to import
+OptimizerCallable = Callable[[Iterable], Optimizer]  # type: ignore[type-arg]
+LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 
 
-class GANModule(Primitives):
+class GANModule(LightningModule):
     """A generator and a discriminator that train against each other, by manual optimization.
 
     One batch is one GAN step: every player of ``plan`` takes its gradient and steps, and ``iteration`` and the
     Trainer's ``global_step`` both rise by one, so ``max_steps`` and ``every_n_train_steps`` count batches. Callbacks
-    change how: a :class:`~lightning_gan_stability.callbacks.base.Regularizer` adds to a player's loss, one
-    :class:`~lightning_gan_stability.callbacks.base.UpdateRule` replaces the order of gradients and steps.
+    change how: a :class:`~lightning_gan_stability.callback.Regularizer` adds to a player's loss, one
+    :class:`~lightning_gan_stability.callback.UpdateRule` replaces the order of gradients and steps.
+
+    A subclass overrides :meth:`unpack`, :meth:`generate`, :meth:`discriminate`, :meth:`auxiliary_losses` and
+    :meth:`adversarial_weight`, and any hook of Lightning without ``super()``, but for ``configure_callbacks``. Samples,
+    conditions and logits are tensors or trees (dicts, lists, named tuples) of tensors with the batch first; logits in a
+    dict or a list are those of several discriminators.
 
     "Generative Adversarial Networks", https://arxiv.org/abs/1406.2661
 
     Args:
-        generator: maps latents (n, latent_dim) to samples (n, ...). If ``forward`` has a second positional parameter
-            without a default, or with the default None, it also gets the labels.
-        discriminator: maps samples (n, ...) to logits: (n,), (n, 1), or (n, patches...). Labels as for the generator.
-        latent_dim: length of the standard normal vector that a sample is made from.
+        generator: maps latents (n, latent_dim) to samples (n, ...), or, without latents, a condition to samples. If its
+            ``forward`` has a second positional parameter without a default, or with the default None, it also gets the
+            condition. A ``ModuleDict`` of networks needs an overridden :meth:`generate`.
+        discriminator: maps samples (n, ...) to logits: (n,), (n, 1), or (n, patches...). Conditions as for the
+            generator. A ``ModuleDict`` or ``ModuleList``: several discriminators, each of which judges every sample.
+        latent_dim: length of the standard normal vector that a sample is made from; None: the generator takes none.
         loss: None: :class:`~lightning_gan_stability.losses.NonSaturating`.
         g_optimizer: makes the generator's optimizer from its parameters. None: Adam(lr=2e-4, betas=(0.5, 0.999)).
         d_optimizer: the same for the discriminator.
-        g_scheduler: makes a learning rate scheduler from the optimizer; it steps after each of the player's steps.
+        g_scheduler: makes a learning rate scheduler from the generator's optimizer.
         d_scheduler: the same for the discriminator.
-        clip_norm: largest L2 norm of a player's gradient, clipped separately for each player. None: no limit.
+        scheduler_interval: ``"step"``: a scheduler steps after each step of its player; ``"epoch"``: after each epoch.
+        clip_norm: largest L2 norm of a player's gradient, clipped separately for each player; a number for both, or
+            ``{"d": 10.0, "g": 1000.0}``. None: no limit.
         accumulate: micro-batches per update: less memory, the same gradient (unless a network has BatchNorm).
+        augment: what every sample goes through before the discriminator, in training alone.
         noise_seed: seed of the module's own noise, together with the process's rank and the iteration.
-        compile: compile both networks in place when a fit begins; True, or the name of a backend of ``torch.compile``.
+        compile: compile both networks in place when a fit begins; True, or a dict of arguments of ``torch.compile``.
             Plain steps run compiled; penalties and rules with second derivatives, which compiled graphs do not have,
             run in eager.
+
+    Attributes:
+        iteration: batches trained on so far.
+        steps: batches on which each player has moved, ``{"d": ..., "g": ...}``.
+        last_step: a :class:`~lightning_gan_stability.outputs.StepRecord` of the last batch: logits, terms, norms.
+        noise: the module's own random numbers, a :class:`~lightning_gan_stability.noise.Noise`.
+        generator_ema: the average of the generator's weights that ``GeneratorEMA`` keeps, or None.
+        adversarial: whether the generator's loss has its adversarial term; callbacks may set it between batches.
 
     Raises:
         ValueError: if an argument has a bad value.
@@ -61,63 +122,60 @@ class GANModule(Primitives):
         torch.Size([5, 2])
     """
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Let hooks that a subclass overrides without ``super()``, as it may in Lightning, lose nothing."""
-        super().__init_subclass__(**kwargs)
-        complete_hooks(cls, GANModule)
-
     def __init__(
         self,
         generator: nn.Module,
         discriminator: nn.Module,
-        latent_dim: int,
+        latent_dim: int | None = None,
         loss: AdversarialLoss | None = None,
         g_optimizer: OptimizerCallable | None = None,
         d_optimizer: OptimizerCallable | None = None,
         g_scheduler: LRSchedulerCallable | None = None,
         d_scheduler: LRSchedulerCallable | None = None,
-        clip_norm: float | None = None,
+        scheduler_interval: str = "step",
+        clip_norm: float | Mapping[Player, float] | None = None,
         accumulate: int = 1,
+        augment: nn.Module | None = None,
         noise_seed: int = 0,
-        compile: bool | str = False,
+        compile: bool | dict[str, Any] = False,
     ) -> None:
-        super().__init__({"d": d_optimizer, "g": g_optimizer}, {"d": d_scheduler, "g": g_scheduler})
-        self.clip_norm, self.accumulate, self.noise_seed = clip_norm, accumulate, noise_seed
-        check_positive_int("latent_dim", latent_dim)
-        check_positive_int("accumulate", accumulate)
-        if clip_norm is not None:
-            check_number("clip_norm", clip_norm, positive=True)
-        _check_type("noise_seed", noise_seed, int)
-        if not isinstance(compile, bool) and compile not in torch.compiler.list_backends(exclude_tags=()):
-            names = ", ".join(torch.compiler.list_backends())
-            raise ValueError(f"`compile` must be True, False, or a backend such as {names}, got {compile!r}.")
-        makers = {"g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
-        for name, make in (makers | {"g_scheduler": g_scheduler, "d_scheduler": d_scheduler}).items():
-            if make is not None and not callable(make):
-                what = "parameters" if name.endswith("optimizer") else "an optimizer"
-                got = repr(make) if doors.is_plain(make) else f"a {type(make).__name__}"
-                raise ValueError(f"`{name}` must be a function that makes one from {what}, got {got}.")
-        _check_type("generator", generator, nn.Module)
-        _check_type("discriminator", discriminator, nn.Module)
-        if generator is discriminator:
+        super().__init__()
+        self.automatic_optimization = False
+        self.latent_dim = latent_dim if latent_dim is None else check_integer("latent_dim", latent_dim)
+        self.clip_norm = _checked_clip_norm(clip_norm)
+        self.accumulate = check_integer("accumulate", accumulate)
+        self.scheduler_interval = check_choice("scheduler_interval", scheduler_interval, ("step", "epoch"))
+        self.compile_options = _checked_compile(compile)
+        self.make_optimizer = {"d": d_optimizer, "g": g_optimizer}
+        self.make_scheduler = {"d": d_scheduler, "g": g_scheduler}
+        for player in PLAYERS:
+            _check_maker(f"{player}_optimizer", self.make_optimizer[player], "parameters")
+            _check_maker(f"{player}_scheduler", self.make_scheduler[player], "an optimizer")
+        if check_type("generator", generator, nn.Module) is check_type("discriminator", discriminator, nn.Module):
             raise ValueError("`generator` and `discriminator` must be two modules, got the same one twice.")
-        self.loss = NonSaturating() if loss is None else loss
-        _check_type("loss", self.loss, AdversarialLoss)
-        self.save_hyperparameters(frame=_outermost(self))
+        self.loss_given = loss is not None
+        self.save_hyperparameters(frame=inspect.currentframe())
         self.generator = generator
         self.discriminator = discriminator
         self.generator_ema: nn.Module | None
         self.register_module("generator_ema", None)
-        self._average_rests = False
-        self._backend = "inductor" if compile is True else compile
-        self.augment: nn.Module = nn.Identity()
-        self.latent_dim = latent_dim
-        self._loss_given = loss is not None
+        self.average_rests = False  # there is an average that no callback moves
+        self.loss: AdversarialLoss = check_type("loss", NonSaturating() if loss is None else loss, AdversarialLoss)
+        self.augment: nn.Module = check_type("augment", nn.Identity() if augment is None else augment, nn.Module)
+        self.iteration = 0
+        self.steps: dict[Player, int] = {"d": 0, "g": 0}
+        self.last_step = StepRecord()
+        self.adversarial = True
+        self.noise = Noise(check_type("noise_seed", noise_seed, int), self)
+        self.networks = NetworkRunner(self)
+        self.engine = Engine(self)
+        self.sharding = Sharding(self)
+        self.guard: Guard | None = None
         self._plan: tuple[Player, ...] = ("d", "g")
 
     @property
     def plan(self) -> tuple[Player, ...]:
-        """The players that move on one batch, in order; a knob that callbacks may turn between batches."""
+        """The players that move on one batch, in order; callbacks may set it between batches."""
         return self._plan
 
     @plan.setter
@@ -126,267 +184,657 @@ class GANModule(Primitives):
             raise ValueError(f"`plan` must be a sequence of 'd' and 'g' with at least one entry, got {plan!r}.")
         self._plan = tuple(plan)
 
-    # ---------- the doors
+    @property
+    def noise_seed(self) -> int:
+        """The seed of ``noise``."""
+        return self.noise.seed
 
-    def sample(self, n: int, labels: Tensor | None = None, latents: Tensor | None = None) -> Tensor:
+    @noise_seed.setter
+    def noise_seed(self, seed: int) -> None:
+        self.noise.seed = check_type("noise_seed", seed, int)
+
+    @property
+    def moved(self) -> frozenset[Player]:
+        """The players that stepped on the last batch, or so far on the batch at hand."""
+        return frozenset(self.last_step.moved)
+
+    @property
+    def current_generator(self) -> nn.Module:
+        """The generator, or in eval mode its moving average when there is one."""
+        return self.generator if self.training or self.generator_ema is None else self.generator_ema
+
+    @property
+    def packing(self) -> int:
+        """How many samples the discriminator judges together."""
+        discriminator = original_module(self.discriminator)
+        return discriminator.packing if isinstance(discriminator, Packed) else 1
+
+    # ---------- override these
+
+    def unpack(self, batch: Any) -> tuple[Sample, Condition]:
+        """Take a batch apart into real samples (n, ...) and a condition or None; override it for batches of your own.
+
+        It knows a tensor, ``(x,)``, ``(x, condition)`` and ``{"image": x, "label": condition}`` (label optional).
+
+        Raises:
+            ValueError: if the batch has another form.
+        """
+        real, condition = batch, None
+        if isinstance(batch, Sequence) and len(batch) in (1, 2):
+            real, condition = batch[0], batch[1] if len(batch) == 2 else None
+        elif isinstance(batch, Mapping):
+            real, condition = batch.get("image"), batch.get("label")
+        if not isinstance(real, Tensor) or not isinstance(condition, Tensor | None):
+            raise ValueError(
+                "A batch must be a tensor, (x,), (x, condition) or {'image': x, 'label': condition}, got "
+                f"{describe(batch)}: override `GANModule.unpack` for another form."
+            )
+        return real, condition
+
+    def generate(
+        self, network: nn.Module, n: int, condition: Condition, latents: Tensor | None
+    ) -> Sample | tuple[Sample, Extras]:
+        """Let a generator make samples.
+
+        Args:
+            network: the generator, its average, or the generator while other weights are in place: use it instead of
+                ``self.generator``.
+            n: number of samples.
+            condition: what the batch gave as condition, or None.
+            latents: (n, latent_dim); None for a generator without latents.
+
+        Returns:
+            (n, ...) samples, or ``(samples, extras)`` with a dict of whatever losses need besides.
+        """
+        if latents is not None:
+            return call_network(network, latents, condition)
+        if condition is None:
+            raise ValueError("The generator takes no latents, and there is no condition to make samples from.")
+        return network(condition)
+
+    def discriminate(
+        self, network: nn.Module, sample: Sample, condition: Condition
+    ) -> Logits | tuple[Logits, Features]:
+        """Let a discriminator judge samples that are augmented already.
+
+        Args:
+            network: the discriminator, perhaps while other weights are in place: use it instead of
+                ``self.discriminator``.
+            sample: (n, ...).
+            condition: what the batch gave as condition, or None.
+
+        Returns:
+            Logits (n,) or (n, patches...), (n / m,) for packs of m samples, or a dict or list of them for several
+            discriminators; or ``(logits, features)`` with whatever losses compare of real and fake samples.
+        """
+        if isinstance(network, nn.ModuleDict):
+            return {name: call_network(part, sample, condition) for name, part in network.items()}
+        if isinstance(network, nn.ModuleList):
+            return [call_network(part, sample, condition) for part in network]
+        return call_network(network, sample, condition)
+
+    def auxiliary_losses(self, player: Player, outputs: GANOutputs) -> Terms:
+        """Further terms of a player's loss, added to it as they are and logged as ``<player>/<name>``.
+
+        Args:
+            player: ``"d"`` or ``"g"``.
+            outputs: what the player sees of a (micro-)batch.
+
+        Returns:
+            Scalar tensors by name.
+        """
+        return {}
+
+    def adversarial_weight(self, player: Player, outputs: GANOutputs) -> float | Tensor:
+        """The factor of a player's adversarial loss.
+
+        Args:
+            player: ``"d"`` or ``"g"``.
+            outputs: what the player sees of a (micro-)batch.
+        """
+        return 1.0
+
+    # ---------- samples and logits
+
+    def sample(self, n: int | None = None, condition: Condition = None, latents: Tensor | None = None) -> Sample:
         """Draw samples from the generator, or from its moving average in eval mode when there is one.
 
         Args:
-            n: number of samples.
-            labels: (n, ...) labels for a generator that takes them.
+            n: number of samples; None: as many as there are latents or conditions.
+            condition: (n, ...), for a generator that takes one.
             latents: (n, latent_dim); None: drawn from the module's own noise.
 
         Returns:
             (n, ...) samples.
 
         Raises:
-            ValueError: if latents or labels do not fit ``n`` and ``latent_dim``.
+            ValueError: if latents or condition do not fit ``n`` and ``latent_dim``, or say not how many samples to
+            draw.
 
         Example:
             >>> from lightning_gan_stability import MLP
             >>> gan = GANModule(MLP([16, 32, 2]), MLP([2, 32, 1]), latent_dim=16)
-            >>> gan.sample(3, latents=torch.zeros(3, 16)).shape
+            >>> gan.sample(latents=torch.zeros(3, 16)).shape
             torch.Size([3, 2])
         """
-        check_positive_int("n", n)
-        latents = self.randn(n, self.latent_dim) if latents is None else latents.to(self.device)
-        if latents.shape != (n, self.latent_dim):
-            raise ValueError(f"`latents` must have shape {(n, self.latent_dim)}, got {tuple(latents.shape)}.")
-        average = None if self.training else self.generator_ema
-        return self._forward("generator", self.generator if average is None else average, latents, labels)
+        condition = move_data_to_device(condition, self.device)
+        if n is None:
+            given = latents if latents is not None else condition
+            if given is None:
+                raise ValueError("`n` is needed where neither `latents` nor `condition` says how many samples to draw.")
+            n = batch_size(given)
+        check_condition(condition, check_integer("n", n))
+        if self.latent_dim is None:
+            if latents is not None:
+                raise ValueError("`latents` are of no use: the generator takes none (`latent_dim` is None).")
+        elif latents is None:
+            latents = self.draw_latents(n)
+        else:
+            latents = latents.to(self.device)
+            if latents.shape != (n, self.latent_dim):
+                raise ValueError(f"`latents` must have shape {(n, self.latent_dim)}, got {tuple(latents.shape)}.")
+        return self.networks.generate(n, condition, latents)[0]
 
-    def discriminate(self, samples: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Judge samples: augment them, then the discriminator's logits.
+    def forward(self, inputs: Any, condition: Condition = None) -> Sample:
+        """Samples from latents and a condition, or, for a generator without latents, from a condition alone."""
+        if self.latent_dim is None:
+            return self.sample(condition=inputs)
+        return self.sample(len(inputs), condition, inputs)
+
+    def logits(self, sample: Sample, condition: Condition = None) -> Logits:
+        """Judge samples: augment them (in train mode), then the discriminator's logits.
 
         Args:
-            samples: (n, ...).
-            labels: (n, ...) labels for a discriminator that takes them.
+            sample: (n, ...).
+            condition: (n, ...), for a discriminator that takes one.
 
         Returns:
-            Logits (n,), or (n, patches), or (n // m,) of packs of m samples. With an auto-encoder as discriminator and
-            a loss that judges reconstructions: the mean absolute error of each sample, (n,).
+            Logits (n,), or (n, patches), or (n // m,) of packs of m samples; of several discriminators a dict or list
+            of these. With an auto-encoder as discriminator and a loss that judges reconstructions: the mean absolute
+            error of each sample, (n,).
 
         Raises:
             ValueError: if the discriminator does not return at least one logit per sample (or pack of samples).
         """
-        samples = self.augment(samples)
-        output = self._forward("discriminator", self.discriminator, samples, labels)
-        if self.loss.judges_reconstructions and output.shape == samples.shape:
-            output = (output - samples).abs().reshape(len(samples), -1).mean(1, keepdim=True)
-        n = len(samples) // self._pack
-        if output.dim() == 0 or len(output) != n:
-            per = "sample" if self._pack == 1 else f"pack of {self._pack} samples"
+        return self.networks.discriminate(sample, condition)[0]
+
+    def draw_latents(self, n: int) -> Tensor:
+        """Latents (n, latent_dim) from the module's own noise, in the type that the generator computes in."""
+        assert self.latent_dim is not None
+        dtype = parameter_dtype(self.generator, torch.get_default_dtype())
+        return self.noise.randn(n, self.latent_dim, dtype=dtype)
+
+    def unpacked(self, batch: Any) -> Unpacked:
+        """Real samples and condition of a batch, checked; of a batch for packs, without the rest that fills none."""
+        if isinstance(batch, Unpacked):
+            return batch
+        found = self.unpack(batch)
+        if not (isinstance(found, tuple | list) and len(found) == 2 and found[0] is not None):
+            got = f"a {type(found).__name__} of {len(found)}" if isinstance(found, tuple | list) else describe(found)
+            raise ValueError(f"`unpack` must return samples and a condition (or None) of a batch, got {got}.")
+        real, condition = found
+        n = check_samples("Real samples", real)
+        check_condition(condition, n)
+        pack = self.packing
+        rows = n - n % pack
+        if rows == n:
+            return Unpacked(real, condition)
+        if rows == 0:
             raise ValueError(
-                f"The discriminator must return one logit or more per {per}: expected shape ({n},) or "
-                f"({n}, patches), got {tuple(output.shape)}."
+                f"The discriminator judges {pack} samples together, but the batch has {n}: use a larger batch size, "
+                "and drop_last=True in the loader."
             )
-        logits = output.reshape(len(output), -1)
-        return logits.squeeze(1) if logits.shape[1] == 1 else logits
+        return Unpacked(take_rows(real, 0, rows), take_rows(condition, 0, rows))
 
-    def unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """Take a batch apart into real samples (n, ...) and labels or None; override it for batches of your own.
+    def compute_samples(
+        self, player: Player, batch: Any, regularizers: Sequence[Regularizer] | None = None
+    ) -> GANOutputs:
+        """Real and generated samples of a (micro-)batch, which nobody has judged yet.
 
-        It knows a tensor, ``(x,)``, ``(x, labels)`` and ``{"image": x, "label": labels}`` (label optional).
+        Args:
+            player: ``"d"``: generated samples carry no gradient to the generator; ``"g"``: they do.
+            batch: anything that :meth:`unpack` knows; or samples that were made for the generator's turn before, of
+                which the discriminator gets a copy without a graph.
+            regularizers: tensors that these differentiate by require grad. None: those that are due.
+
+        Returns:
+            Outputs without logits.
 
         Raises:
-            ValueError: if the batch has another form, or samples that are not floating point.
+            ValueError: if the generator's samples do not have the shape of the data.
         """
-        return doors.unpack(batch)
+        regularizers = self.due(player) if regularizers is None else regularizers
+        names = {name for regularizer in regularizers for name in regularizer.differentiates}
+        if isinstance(batch, GANOutputs):  # made once for both players
+            return _for_player(player, batch, names)
+        with self.full_precision() if names else nullcontext():
+            real, condition = self.unpacked(batch)
+            n = batch_size(real)
+            latents = None if self.latent_dim is None else self.draw_latents(n)
+            if "real" in names:
+                real = differentiable(real)
+            if player == "g":
+                if "latents" in names and latents is not None:
+                    latents = latents.requires_grad_()
+                fake, extras = self.networks.generate(n, condition, latents)
+            else:
+                with torch.no_grad():
+                    fake, extras = self.networks.generate(n, condition, latents)
+                if "fake" in names:
+                    fake = differentiable(fake)
+        if isinstance(fake, Tensor) and isinstance(real, Tensor):
+            fits = fake.shape == real.shape
+        else:
+            fits = same_structure(fake, real) and shapes(fake) == shapes(real)
+        if not fits:
+            raise ValueError(
+                f"The generator made samples of shape {shapes(fake)}, but the data have shape {shapes(real)}."
+            )
+        return GANOutputs(real, fake, latents=latents, condition=condition, extras=extras)
 
-    def play(self, player: Player, batch: Any) -> Play:
+    def compute_outputs(
+        self, player: Player, batch: Any, regularizers: Sequence[Regularizer] | None = None
+    ) -> GANOutputs:
         """Let both networks look at one (micro-)batch, as far as the player's loss needs it.
 
         Args:
             player: ``"d"``: the fake samples carry no gradient to the generator; ``"g"``: they do.
             batch: anything that :meth:`unpack` knows.
+            regularizers: whose needs the outputs serve: tensors that they differentiate by require grad. None: those
+                that are due.
 
         Returns:
-            The play. Tensors that a due penalty differentiates by require grad.
+            What the player sees.
 
         Raises:
-            ValueError: if the generator's samples do not have the shape of the data.
+            ValueError: if samples or logits do not have the shape that they must have.
         """
-        real, labels = self._whole_packs(*self._unpacked(batch))
-        real = self._leaf("real", real)
-        latents = self.randn(len(real), self.latent_dim)
-        if player == "d":
-            with torch.no_grad():
-                fake = self.sample(len(real), labels, latents)
-            fake = self._leaf("fake", fake)
-        else:
-            latents = self._leaf("latents", latents)
-            fake = self.sample(len(real), labels, latents)
-        if fake.shape != real.shape:
-            raise ValueError(
-                f"The generator made samples of shape {tuple(fake.shape[1:])}, but the data have shape "
-                f"{tuple(real.shape[1:])}."
-            )
-        needs_real = player == "d" or self.loss.needs_real
-        real_logits = self.discriminate(real, labels) if needs_real else None
-        return Play(real, fake, real_logits, self.discriminate(fake, labels), latents, labels)
+        regularizers = self.due(player) if regularizers is None else regularizers
+        precise = any(regularizer.differentiates for regularizer in regularizers)
+        with self.full_precision() if precise else nullcontext():
+            outputs = self.compute_samples(player, batch, regularizers)
+            if player == "d":
+                return self.judge(outputs)
+            real = self.loss.needs_real or any(regularizer.needs_real for regularizer in regularizers)
+            return self.judge(outputs, real=real) if self.adversarial else outputs
 
-    def _unpacked(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """What `unpack` says, which a subclass may have got wrong."""
-        found = self.unpack(batch)
-        if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor)):
-            got = f"a tuple of {len(found)}" if isinstance(found, tuple) else f"a {type(found).__name__}"
-            raise ValueError(f"`unpack` must return samples and labels (or None) of a batch, got {got}.")
-        return found
+    def judge(self, outputs: GANOutputs, real: bool = True, fake: bool = True) -> GANOutputs:
+        """The outputs with the logits and features that the discriminator gives now.
 
-    def _whole_packs(self, real: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The samples that a discriminator of packs can judge: all but the rest that fills no pack."""
-        n = len(real) - len(real) % self._pack
-        if n == 0:
-            raise ValueError(
-                f"The discriminator judges {self._pack} samples together, but the batch has {len(real)}: use a larger "
-                "batch size, and drop_last=True in the loader."
-            )
-        return (real, labels) if n == len(real) else (real[:n], None if labels is None else labels[:n])
+        Args:
+            outputs: samples, judged before or not.
+            real: judge the real samples.
+            fake: judge the generated samples.
+        """
+        changes: dict[str, Any] = {}
+        if real:
+            logits, features = self.networks.discriminate(outputs.real, outputs.condition)
+            changes |= {"real_logits": logits, "real_features": features}
+        if fake:
+            logits, features = self.networks.discriminate(outputs.fake, outputs.condition)
+            changes |= {"fake_logits": logits, "fake_features": features}
+        return outputs.replace(**changes)
 
-    def _leaf(self, name: str, tensor: Tensor) -> Tensor:
-        return tensor.detach().requires_grad_() if name in self._now.differentiate else tensor
+    def resample(self, outputs: GANOutputs, latents: Tensor | None) -> GANOutputs:
+        """The outputs with samples from other latents, with a graph to the generator if theirs have one."""
+        graph = any(leaf.grad_fn is not None for leaf in tree_leaves(outputs.fake))
+        with torch.set_grad_enabled(graph):
+            fake, extras = self.networks.generate(batch_size(outputs.fake), outputs.condition, latents)
+        return outputs.replace(fake=fake, extras=extras, latents=latents)
 
-    def _forward(self, name: str, network: nn.Module, inputs: Tensor, labels: Tensor | None) -> Tensor:
-        """Run a network on what it takes, and explain its failure before the first step."""
-        if labels is not None and not isinstance(labels, Tensor):
-            raise ValueError(f"`labels` must be a tensor or None, got a {type(labels).__name__}.")
-        labels = labels if labels is None else labels.to(self.device)
-        if network._compiled_call_impl is not None:
-            # one graph for all batch sizes: Dynamo gives up after eight of one class of network
-            torch._dynamo.maybe_mark_dynamic(inputs, 0)
-        try:
-            return doors.call(network, inputs, labels)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, IndexError, ValueError) as error:
-            if self.iteration:
-                raise
-            dtype = doors.dtype_of(network, inputs.dtype)
-            hint = "" if dtype == inputs.dtype else f" (the input is {inputs.dtype}, the network {dtype})"
-            raise ValueError(f"The {name} failed on an input of shape {tuple(inputs.shape)}{hint}: {error}") from error
+    # ---------- gradients and steps
+
+    def compute_gradients(self, player: Player, batch: Any, objective: Objective | None = None) -> GANOutputs:
+        """Put the gradient of one player's loss on one batch into its parameters' ``grad``; nothing steps.
+
+        Args:
+            player: whose loss and whose parameters.
+            batch: the whole batch; it is split into ``accumulate`` micro-batches.
+            objective: what the gradient is of: a function of a (micro-)batch that returns what the player sees, its
+                total loss, and the terms for the log. None: :meth:`compute_outputs` and :meth:`player_loss`.
+
+        Returns:
+            What the player saw on the whole batch, without graphs.
+        """
+
+        def player_objective(part: Any) -> tuple[GANOutputs, Tensor, Terms]:
+            outputs = self.compute_outputs(player, part)
+            return outputs, *self.player_loss(player, outputs)
+
+        return self.engine.compute_gradients(player, batch, player_objective if objective is None else objective)
+
+    def apply_gradients(self, player: Player) -> None:
+        """Clip the player's gradient and step its optimizer and scheduler.
+
+        Args:
+            player: whose optimizer steps.
+
+        Raises:
+            FloatingPointError: if a term of the loss or the gradient is not finite; then nothing steps.
+        """
+        self.engine.apply_gradients(player)
+
+    def due(self, player: Player) -> list[Regularizer]:
+        """The regularizers that add to a player's loss on this batch."""
+        return self.engine.due(player)
+
+    def adversarial_loss(self, player: Player, outputs: GANOutputs) -> tuple[Tensor, Terms]:
+        """A player's adversarial loss, without its weight, and the values of it for the log."""
+        return self.engine.adversarial_loss(player, outputs)
+
+    def player_loss(
+        self, player: Player, outputs: GANOutputs, adversarial: Tensor | None = None
+    ) -> tuple[Tensor, Terms]:
+        """A player's total loss: adversarial, auxiliary, and due penalties; and the values of its terms for the log.
+
+        Args:
+            player: whose loss.
+            outputs: what the player sees.
+            adversarial: another adversarial loss, before its weight. None: that of ``loss``.
+        """
+        return self.engine.player_loss(player, outputs, adversarial)
+
+    def joint_losses(self, batch: Any) -> tuple[dict[Player, Tensor], dict[Player, Tensor]]:
+        """Both players' losses on one batch, total and adversarial alone, each with its graph to both networks."""
+        return self.engine.joint_losses(batch)
+
+    def set_gradients(self, player: Player, gradients: Sequence[Tensor | None]) -> None:
+        """Put given gradients, averaged over processes, into the ``grad`` of a player's trainable parameters."""
+        self.engine.set_gradients(player, gradients)
+
+    def step(self, player: Player, schedule: bool = True) -> None:
+        """Step a player's optimizer with the gradients that are there, and its scheduler."""
+        self.engine.step(player, schedule)
+
+    @torch.no_grad()
+    def constrain(self, player: Player, parameters: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
+        """What callbacks make of a player's parameters after a step, such as clipping.
+
+        Args:
+            player: whose parameters.
+            parameters: tensors in their place, of which new ones are made, differentiably. None: the parameters
+                themselves, which are changed in place.
+        """
+        if parameters is not None:
+            with torch.enable_grad():
+                return self.engine.constrained(player, parameters)
+        live = self.trainable_parameters(player)
+        for parameter, value in zip(live, self.engine.constrained(player, live), strict=True):
+            if value is not parameter:
+                parameter.copy_(value)
+        return live
+
+    def optimizer(self, player: Player) -> LightningOptimizer:
+        """A player's optimizer."""
+        return self.engine.optimizer(player)
+
+    def trainable_parameters(self, player: Player) -> list[nn.Parameter]:
+        """The parameters that a player's optimizer moves, in its order."""
+        return self.engine.trainable_parameters(player)
+
+    # ---------- contexts
+
+    def full_precision(self, eager: bool = True) -> AbstractContextManager[None]:
+        """Forward passes without autocast and, if ``eager``, uncompiled: what second derivatives need."""
+        return self.engine.full_precision(eager)
+
+    def loss_at_rest(self) -> AbstractContextManager[None]:
+        """Evaluations of ``loss`` that leave its buffers (BEGAN's k) where they are."""
+        return self.engine.loss_at_rest()
+
+    def frozen_buffers(self) -> AbstractContextManager[None]:
+        """A look at the networks that leaves BatchNorm's statistics and spectral norm's vectors where they are."""
+        return FrozenBuffers(self)()
+
+    def replay_randomness(self, start: Randomness | None = None) -> AbstractContextManager[None]:
+        """Everything that is drawn within starts from a given point (None: from here), and is not used up."""
+        return self.noise.replay(start)
+
+    def substitute(self, parameters: Sequence[Tensor], frozen: nn.Module | None = None) -> Substitution:
+        """A function that runs others with tensors in the place of parameters, in which buffers do not move.
+
+        Args:
+            parameters: those that are replaced.
+            frozen: the part of the module whose buffers must not move; None: all of it.
+
+        Returns:
+            ``run(tensors, function, *arguments)``.
+        """
+        return Substitution(self, parameters, frozen)
 
     # ---------- what the Trainer calls
 
-    def setup(self, stage: str) -> None:
-        """Refuse what cannot work; let plain ``strategy: ddp`` work."""
-        super().setup(stage)
-        if self.loss.judges_reconstructions and self._pack > 1:
-            raise MisconfigurationException(
-                f"{type(self.loss).__name__} judges each sample by its reconstruction, and Packed judges {self._pack} "
-                "together: use another loss, or the discriminator without Packed."
-            )
-        if stage == "fit" and self.loss.couples_batch and self.accumulate > 1:
-            raise MisconfigurationException(
-                f"{type(self.loss).__name__} compares each sample with the mean of its batch, which accumulate="
-                f"{self.accumulate} would take over micro-batches: use accumulate=1, or the pairwise Relativistic loss."
-            )
+    def configure_callbacks(self) -> list[Callback]:
+        """What stands guard over the run; a subclass that overrides it returns this too."""
+        check_run(self.trainer)
+        self.guard = Guard(self)
+        return [self.guard]
 
-    def on_fit_start(self) -> None:
-        """Refuse networks in eval mode and optimizers that cannot be right; compile."""
-        if not self.training:
-            raise MisconfigurationException(
-                "The module is in eval mode, in which BatchNorm, dropout and spectral norm do not train: call "
-                "`module.train()` before `fit`."
-            )
-        self._check_optimizers()
-        for player in self.plan:
-            if not self._moving(player):
-                raise MisconfigurationException(
-                    f"All parameters of the {NETWORKS[player]} are frozen, but it stands in `module.plan`: "
-                    f"{self.plan}. Unfreeze it, or set `module.plan` to the other player."
-                )
-        if self._average_rests and self.generator_ema is not None:
-            rank_zero_warn(
-                "The module has an average of its generator from an earlier run, which `sample` draws from in eval "
-                "mode, but no GeneratorEMA moves it: add one, or set `module.generator_ema = None`."
-            )
-        if isinstance([*self.discriminator.modules()][-1], nn.Sigmoid) and not self.loss.judges_reconstructions:
-            rank_zero_warn("The discriminator ends in a Sigmoid, but losses take logits: remove it.")
-        for network in (self.generator, self.discriminator):
-            if self._backend and network._compiled_call_impl is None:
-                network.compile(backend=self._backend)
+    def configure_optimizers(self) -> Any:
+        """The two optimizers, discriminator first, and the schedulers; keep the order when you override it.
 
-    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Samples from given latents: ``sample(len(latents), labels, latents)``."""
-        return self.sample(len(latents), labels, latents)
+        A further optimizer is yours to step, in ``training_step`` after ``super()``: as
+        ``self.trainer.optimizers[2].step()``, because one of ``self.optimizers()`` would count as another batch.
+        """
+        optimizers, schedulers = [], []
+        for player, network in NETWORKS.items():
+            make_optimizer = self.make_optimizer[player] or _adam
+            optimizers.append(make_optimizer(self.get_submodule(network).parameters()))
+            if make := self.make_scheduler[player]:
+                scheduler = make(optimizers[-1])
+                if isinstance(scheduler, dict):
+                    raise MisconfigurationException(
+                        f"`{player}_scheduler` must make a scheduler, got a dict: set `scheduler_interval` to say what "
+                        "it counts, or override `configure_optimizers`."
+                    )
+                schedulers.append({"scheduler": scheduler, "interval": self.scheduler_interval})
+        return optimizers, schedulers
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def configure_model(self) -> None:
+        """Shard both networks over the processes of a ModelParallelStrategy.
+
+        To shard single layers too, override it: ``fully_shard`` them if there is a ``device_mesh``, then call this one.
+        """
+        self.sharding.shard()
+
+    def compile_networks(self) -> None:
+        """Compile the networks in place, if ``compile`` says so; of several discriminators each for itself."""
+        if self.compile_options is not None:
+            for network in self.sharding.networks:
+                if network is not self.generator_ema and not is_compiled(network):
+                    network.compile(**self.compile_options)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """One GAN step on one batch by the run's update rule; ``iteration`` and ``global_step`` rise by one."""
+        guard, trainer = find_guard(self), self.trainer
+        rule = self.engine.rule()
+        rule.check_plan(self)
+        visible, values = guard.is_visible(trainer), self.last_step.values
+        self.last_step = step = StepRecord(self.iteration, visible, finished=False, values=values)
+        rescued = False
+        with self.noise.of_step():
+            try:
+                rule(self, batch)
+            except FloatingPointError:
+                rescued = any(callback.rescue(trainer, self) for callback in self.engine.callbacks())
+                if not rescued:
+                    raise
+        if not step.moved:
+            # one batch is one global_step, also when a rule leaves both players where they are
+            progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+            progress.increment_ready()
+            progress.increment_completed()
+        if rescued:
+            self.last_step = StepRecord()
+            self.engine.start()
+            return
+        self.iteration += 1
+        for player in step.moved:
+            self.steps[player] += 1
+        if trainer.is_last_batch:
+            self.engine.schedule("epoch", trainer.optimizers[: len(PLAYERS)])
+        step.finished = True
+        if step.visible:
+            self.engine.check_finite()
+            for name, value in step.values.items():
+                self.log(name, value, prog_bar=name.endswith("/adversarial"), sync_dist=True)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Both losses and the discriminator's accuracy on held-out data, as ``val/...``."""
-        self._now.draw = 0 if batch_idx == 0 else self._now.draw
-        if len(self.unpack(batch)[0]) < self._pack:
+        if batch_size(self.unpack(batch)[0]) < self.packing:
             return  # the rest of a data set that fills no pack
-        play = self.play("d", batch)
-        values = {
-            "val/d/adversarial": self._adversarial("d", play),
-            "val/g/adversarial": self._adversarial("g", play),
-            "val/d/accuracy": self.loss.accuracy(*play.both_logits),
-        }
-        self.log_dict(values, batch_size=len(play.real), sync_dist=True)
+        with self.noise.of("validation", dataloader_idx, batch_idx):
+            outputs = self.compute_outputs("d", batch, ())
+        values: dict[str, Tensor] = {}
+        for player in PLAYERS:
+            _, terms = self.adversarial_loss(player, outputs)
+            terms |= self.engine.auxiliary_losses(player, outputs)
+            values |= {f"val/{player}/{name}": value for name, value in terms.items()}
+        accuracies = [self.loss.accuracy(real, fake) for _, real, fake in outputs.pairs()]
+        values["val/d/accuracy"] = torch.stack(accuracies).mean()
+        self.log_dict(values, batch_size=batch_size(outputs.real), sync_dist=True)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """As many samples as the batch has, with its labels if there are any."""
-        self._now.draw = 0 if batch_idx == 0 else self._now.draw
-        real, labels = self.unpack(batch)
-        return self.sample(len(real), labels)
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Sample:
+        """As many samples as the batch has, with its conditions if there are any.
+
+        For a generator without latents, a tensor or a tuple of one is what samples are made from.
+        """
+        alone = batch[0] if isinstance(batch, list | tuple) and len(batch) == 1 else batch
+        with self.noise.of("prediction", dataloader_idx, batch_idx):
+            if self.latent_dim is None and isinstance(alone, Tensor):
+                return self.sample(condition=alone)
+            real, condition = self.unpack(batch)
+            return self.sample(batch_size(real), condition)
+
+    # ---------- checkpoints
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides weights: clocks, the draws of noise, and how the loss was made."""
+        return {
+            "iteration": self.iteration,
+            "steps": dict(self.steps),
+            "draw": self.noise.draw,
+            "loss": loss_recipe(self.loss),
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.iteration, self.steps, self.noise.draw = state["iteration"], dict(state["steps"]), state["draw"]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights, and with them the average and the spectral norm that callbacks brought into the state."""
-        state = copy(state_dict)
-        self._make_room(state)  # type: ignore[arg-type]
-        return super().load_state_dict(state, strict, assign)
+        """Load weights, with the average and the spectral norm that callbacks brought into the state, and the clocks.
 
-    def _make_room(self, state: MutableMapping[str, Any]) -> None:
-        if self.generator_ema is None and _has_average(state):
-            self.generator_ema = deepcopy(self.generator).requires_grad_(False)
-            self._average_rests = True  # until GeneratorEMA sees it
-        restore_parametrizations(self, state)
+        A loss that was given to the module wins over that of the state.
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the iteration and the loss."""
-        self._raise_unless_finite()
-        gan = {"iteration": self.iteration, "steps": dict(self._steps), "draw": self._now.draw}
-        checkpoint["gan"] = gan | {"loss": doors.recipe(self.loss)}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the iteration and, as far as they are not there, the loss, the parametrizations and the average."""
-        if "gan" not in checkpoint:
-            raise ValueError("This is no checkpoint of a GANModule: it has no entry 'gan'.")
-        gan = checkpoint["gan"]
-        self.iteration, self._steps, self._now.draw = gan["iteration"], dict(gan["steps"]), gan["draw"]
-        if "state_dict" not in checkpoint:
-            return  # a distributed checkpoint, which the strategy has read into the shards
-        state = checkpoint["state_dict"]
-        if self._trainer is None and not self._loss_given:
-            self.loss = doors.cook(AdversarialLoss, gan["loss"])  # type: ignore[type-abstract]
-        if type(self.loss).__qualname__ != gan["loss"]["name"]:
-            for key in [k for k in state if k.startswith("loss.")]:
-                del state[key]  # a loss that is passed wins, with its own state
-            state.update(self.loss.state_dict(prefix="loss."))
-        if self.generator_ema is not None and not _has_average(state):
+        Raises:
+            ValueError: if ``strict``, and the state is not that of a GANModule.
+        """
+        state: Any = copy(state_dict)
+        extra = state.get("_extra_state")
+        if extra is None and strict:
+            raise ValueError(
+                "This is no state of a GANModule: it has no entry '_extra_state'. Load bare weights with strict=False."
+            )
+        if extra is not None:
+            self._take_loss(extra["loss"], state)
+        averaged = any(key.startswith("generator_ema.") for key in state)
+        if self.generator_ema is None and averaged:
+            self.generator_ema = copy_network(self.generator)
+            self.average_rests = True  # until GeneratorEMA sees it
+        elif self.generator_ema is not None and not averaged:
             # a run goes on with an average that it did not have before
             state |= {f"generator_ema.{k[10:]}": v.clone() for k, v in state.items() if k.startswith("generator.")}
-        self._make_room(state)
-        if self._trainer is not None and isinstance(self._trainer.precision_plugin, DoublePrecision):
-            self.double()  # Lightning does so after it has read the checkpoint, which would be rounded
-        for key in [k for k in state if k.startswith("augment.") and k not in self.state_dict()]:
-            del state[key]  # augmentation belongs to the callback that brought it, and acts in training alone
+        restore_parametrizations(self, state)
+        # augmentation acts in training alone, and may come from a callback
+        own = {f"augment.{key}": value for key, value in self.augment.state_dict().items()}
+        for key in [k for k in state if k.startswith("augment.") and k not in own]:
+            del state[key]
+        for key, value in own.items():
+            state.setdefault(key, value)
+        return super().load_state_dict(state, strict, assign)
+
+    def _take_loss(self, recipe: Mapping[str, Any], state: dict[str, Any]) -> None:
+        """Let the module and a state agree on the loss."""
+        if not self.loss_given and loss_recipe(self.loss) != recipe:
+            self.loss = loss_from_recipe(recipe).to(self.device)
+        if type(self.loss).__qualname__ != recipe["name"]:
+            for key in [k for k in state if k.startswith("loss.")]:
+                del state[key]
+            state.update(self.loss.state_dict(prefix="loss."))
+
+    def save_hyperparameters(
+        self, *args: Any, ignore: Any = None, frame: FrameType | None = None, logger: bool = True
+    ) -> None:
+        """Keep the arguments of the most derived class that are plain data, for checkpoints and loggers.
+
+        Networks would be copied, pickled and logged. Under LightningCLI it keeps the config, from which they are made
+        again. A subclass need not call it, and may.
+        """
+        current = inspect.currentframe()
+        frame = frame or (current and current.f_back)
+        if args or given_hyperparameters() is not None or frame is None:
+            super().save_hyperparameters(*args, ignore=ignore, frame=frame, logger=logger)
+            return
+        *_, arguments = collect_init_args(frame, [], classes=(type(self),))
+        every = {name for level in collect_init_args(frame, [], classes=(HyperparametersMixin,)) for name in level}
+        plain = {name for name, value in arguments.items() if is_plain(value)}
+        dropped = {ignore} if isinstance(ignore, str) else set(ignore or ())
+        lost = [
+            n
+            for n, v in arguments.items()
+            if n not in plain | dropped and not (isinstance(v, nn.Module) or callable(v))
+        ]
+        if lost:
+            rank_zero_warn(
+                "Of a module's arguments checkpoints keep numbers, strings, lists and dicts, and not "
+                f"{', '.join(lost)}: give what is left out to `load_from_checkpoint` again."
+            )
+        super().save_hyperparameters(ignore=[*(every - plain) | dropped], frame=frame, logger=logger)
 
 
-note_hooks(GANModule)
+def _for_player(player: Player, outputs: GANOutputs, names: set[str]) -> GANOutputs:
+    """Samples that both players share, as one of them needs them."""
+    if player == "g":
+        return outputs
+    real, fake = (differentiable if name in names else detach for name in ("real", "fake"))
+    return outputs.replace(real=real(outputs.real), fake=fake(outputs.fake), extras=detach(outputs.extras))
 
 
-def _has_average(state: Mapping[str, Any]) -> bool:
-    return any(key.startswith("generator_ema.") for key in state)
+def _checked_clip_norm(clip_norm: Any) -> float | dict[Player, float] | None:
+    if isinstance(clip_norm, Mapping):
+        check(
+            bool(clip_norm) and set(clip_norm) <= {"d", "g"},
+            "clip_norm",
+            "a number, or a dict of 'd' and 'g'",
+            clip_norm,
+        )
+        return {player: check_number(f"clip_norm[{player!r}]", v, positive=True) for player, v in clip_norm.items()}
+    return None if clip_norm is None else check_number("clip_norm", clip_norm, positive=True)
 
 
-def _outermost(module: GANModule) -> FrameType | None:
-    """The call of the most derived ``__init__``: its arguments make the module again, not those of its bases."""
-    frame = sys._getframe(1)
-    while (outer := frame.f_back) and outer.f_code.co_name == "__init__" and outer.f_locals.get("self") is module:
-        frame = outer
-    return frame
+def _checked_compile(options: Any) -> dict[str, Any] | None:
+    check(
+        isinstance(options, bool | dict), "compile", "True, False, or a dict of arguments of `torch.compile`", options
+    )
+    if not isinstance(options, dict):
+        return {} if options else None
+    allowed = set(inspect.signature(torch.compile).parameters) - {"model"}
+    unknown = [name for name in options if name not in allowed]
+    if unknown:
+        raise ValueError(
+            f"`compile` must hold arguments of `torch.compile` ({', '.join(sorted(allowed))}), got {unknown[0]!r}."
+        )
+    backend = options.get("backend", "inductor")
+    if isinstance(backend, str):
+        check_choice("compile['backend']", backend, torch.compiler.list_backends(exclude_tags=()))
+    return dict(options)
 
 
-def _check_type(name: str, value: object, kind: type) -> None:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"`{name}` must be of type {kind.__name__}, got {value!r}.")
+def _check_maker(name: str, make: Any, source: str) -> None:
+    if make is not None and not callable(make):
+        got = repr(make) if is_plain(make) else f"a {type(make).__name__}"
+        raise ValueError(f"`{name}` must be a function that makes one from {source}, got {got}.")
+
+
+def _adam(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    return torch.optim.Adam(parameters, lr=2e-4, betas=(0.5, 0.999))

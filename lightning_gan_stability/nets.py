@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_gan_stability._checks import check, check_integer, check_number, is_integer
 from lightning_gan_stability.layers import Packed as Packed
 
 __all__ = ["MLP", "AutoEncoder", "DCGANDiscriminator", "DCGANGenerator", "ResNetDiscriminator", "ResNetGenerator"]
@@ -23,33 +24,24 @@ _SLOPE = 0.2  # of every LeakyReLU here, as in the DCGAN and R3GAN papers
 _GAIN = nn.init.calculate_gain("leaky_relu", _SLOPE)
 
 
-def _require(condition: bool, name: str, what: str, value: object) -> None:
-    if not condition:
-        raise ValueError(f"`{name}` must be {what}, got {value!r}.")
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _are_positive(values: object, at_least: int) -> bool:
-    return isinstance(values, Sequence) and len(values) >= at_least and all(map(_is_positive, values))
-
-
 def _check(**arguments: object) -> None:
     for name, value in arguments.items():
         if value is None and name in ("output_activation", "gain", "num_classes"):
             continue
         if name == "size":
-            _require(_is_positive(value) and value in _SIZES, name, f"one of {', '.join(map(str, _SIZES))}", value)
+            check(is_integer(value) and value in _SIZES, name, f"one of {', '.join(map(str, _SIZES))}", value)
         elif name in ("input_scale", "gain"):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-            _require(number, name, "a positive number", value)
+            check_number(name, value, positive=True)
         elif "activation" in name:
             valid = isinstance(value, type) and issubclass(value, nn.Module)
-            _require(valid, name, "a module class such as torch.nn.Tanh", value)
+            check(valid, name, "a module class such as torch.nn.Tanh", value)
         else:
-            _require(_is_positive(value), name, "a positive integer", value)
+            check_integer(name, value)
+
+
+def _are_positive(values: object, at_least: int) -> bool:
+    whole = isinstance(values, Sequence) and all(is_integer(value) and value > 0 for value in values)
+    return whole and len(values) >= at_least  # type: ignore[arg-type]
 
 
 def _need(labels: Tensor | None, num_classes: int, network: str) -> Tensor:
@@ -108,12 +100,12 @@ class MLP(nn.Module):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        _require(_are_positive(sizes, 2), "sizes", "two or more positive integers", sizes)
+        check(_are_positive(sizes, 2), "sizes", "two or more positive integers", sizes)
         _check(activation=activation, output_activation=output_activation)
         _check(input_scale=input_scale, gain=gain, num_classes=num_classes)
         shape = sizes[-1:] if output_shape is None else output_shape
         fits = _are_positive(shape, 0) and math.prod(shape) == sizes[-1]
-        _require(fits, "output_shape", f"positive integers with the product {sizes[-1]}, as in `sizes`", shape)
+        check(fits, "output_shape", f"positive integers with the product {sizes[-1]}, as in `sizes`", shape)
         self.output_shape, self.input_scale, self.num_classes = tuple(shape), input_scale, num_classes
         layers: list[nn.Module] = []
         for inside, outside in pairwise([sizes[0] + (num_classes or 0), *sizes[1:]]):

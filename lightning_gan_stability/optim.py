@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeAlias, final
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from lightning_gan_stability.doors import mean_over_ranks, whole
+from lightning_gan_stability._checks import check, is_number
+from lightning_gan_stability.distributed import full_tensor, mean_over_ranks
 
 __all__ = ["NegativeMomentum", "OptimisticAdam", "OptimisticSGD"]
 
@@ -18,13 +20,8 @@ State: TypeAlias = dict[str, Any]
 
 def _check(name: str, value: object, low: float, high: float, what: str) -> None:
     """Raise ``ValueError`` unless low ≤ value < high, a number or a tensor of one, which torch takes for ``lr``."""
-    number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
-    if not number or isinstance(value, bool) or not low <= float(value) < high:  # type: ignore[arg-type]
-        raise ValueError(f"`{name}` must be {what}, got {value!r}.")
-
-
-def _is_share(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    check(is_number(number) and low <= number < high, name, what, value)  # type: ignore[operator]
 
 
 class _PerParameter(Optimizer):
@@ -57,7 +54,6 @@ class _PerParameter(Optimizer):
         raise NotImplementedError
 
 
-@final
 class OptimisticSGD(_PerParameter):
     """Gradient descent that expects the next gradient to differ from this one as this one did from the last (OGDA).
 
@@ -93,7 +89,6 @@ class OptimisticSGD(_PerParameter):
         state["previous"] = gradient
 
 
-@final
 class OptimisticAdam(_PerParameter):
     """Adam with the optimistic correction.
 
@@ -134,8 +129,8 @@ class OptimisticAdam(_PerParameter):
         super()._check(group)
         _check("eps", group["eps"], 0, math.inf, "a finite number that is not negative")
         betas = group["betas"]
-        if not isinstance(betas, Sequence) or len(betas) != 2 or not all(_is_share(beta) for beta in betas):
-            raise ValueError(f"`betas` must be two numbers in [0, 1), got {betas!r}.")
+        two = isinstance(betas, Sequence) and len(betas) == 2
+        check(two and all(is_number(b) and 0 <= b < 1 for b in betas), "betas", "two numbers in [0, 1)", betas)
 
     def _move(self, parameter: Tensor, gradient: Tensor, state: State, group: Group) -> None:
         state.setdefault("exp_avg", torch.zeros_like(parameter))
@@ -150,7 +145,6 @@ class OptimisticAdam(_PerParameter):
         state["previous"] = direction
 
 
-@final
 class NegativeMomentum(_PerParameter):
     """Gradient descent with a momentum that may be negative, which damps the players' circling.
 
@@ -262,7 +256,8 @@ _RULES: dict[type[Optimizer], tuple[Callable[..., tuple[Tensor, State]], Callabl
 }
 
 
-class Part(NamedTuple):
+@dataclass
+class Part:
     """Parameters that take the same step: their numbers, their group, and their state as one vector each."""
 
     rows: list[int]
@@ -272,7 +267,7 @@ class Part(NamedTuple):
     def as_leaves(self) -> "Part":
         """The same numbers, as tensors that a gradient can be taken of."""
         detached = {k: v.detach().requires_grad_() if isinstance(v, Tensor) else v for k, v in self.state.items()}
-        return self._replace(state=detached)
+        return replace(self, state=detached)
 
 
 class Differentiable:
@@ -285,7 +280,7 @@ class Differentiable:
         optimizer: SGD, Adam, AdamW or RMSprop of torch.
         parameters: those of its parameters that move, in any order.
         clip_norm: largest norm of the whole gradient, or None.
-        limit: what every parameter is clamped to after a step, or None.
+        constrain: what is done to the parameters after a step, such as clipping, or None.
 
     Raises:
         ValueError: if the optimizer is another one.
@@ -303,11 +298,12 @@ class Differentiable:
         optimizer: Optimizer,
         parameters: Sequence[Tensor],
         clip_norm: float | None = None,
-        limit: float | None = None,
+        constrain: Callable[[list[Tensor]], list[Tensor]] | None = None,
     ) -> None:
         if type(optimizer) not in _RULES:
             raise ValueError(f"{type(optimizer).__name__} is not SGD, Adam, AdamW or RMSprop of torch.")
-        self.optimizer, self.parameters, self.clip_norm, self.limit = optimizer, parameters, clip_norm, limit
+        self.optimizer, self.parameters = optimizer, parameters
+        self.clip_norm, self.constrain = clip_norm, constrain
         self.rule, self.needs = _RULES[type(optimizer)]
 
     def __call__(
@@ -331,12 +327,11 @@ class Differentiable:
         moved, after = list(parameters), []
         for part, slope in zip(parts, slopes, strict=True):
             flat, state = self.rule(_flat(parameters, part.rows), slope, part.state, part.group)
-            flat = flat if self.limit is None else flat.clamp(-self.limit, self.limit)
             pieces = torch.split(flat, [parameters[row].numel() for row in part.rows])
             for row, piece in zip(part.rows, pieces, strict=True):
                 moved[row] = piece.view(parameters[row].shape)
-            after.append(part._replace(state=state))
-        return moved, after
+            after.append(replace(part, state=state))
+        return moved if self.constrain is None else self.constrain(moved), after
 
     def _clip(self, slopes: list[Tensor]) -> list[Tensor]:
         if self.clip_norm is None:
@@ -371,7 +366,7 @@ class Differentiable:
 
 
 def _joined(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([whole(tensor).reshape(-1) for tensor in tensors])
+    return torch.cat([full_tensor(tensor).reshape(-1) for tensor in tensors])
 
 
 def _flat(tensors: Sequence[Tensor | None], rows: Sequence[int]) -> Tensor:

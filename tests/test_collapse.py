@@ -28,9 +28,9 @@ from lightning_gan_stability import (
     ScalePenalty,
     UpdateRatio,
 )
-from lightning_gan_stability.callbacks import collapse
-from lightning_gan_stability.callbacks.collapse import is_bad, is_progress, name_trouble
-from lightning_gan_stability.callbacks.rollback import give_weights, put_back, take, weights_of
+from lightning_gan_stability.monitors import collapse
+from lightning_gan_stability.monitors.collapse import is_bad, is_progress, name_trouble
+from lightning_gan_stability.monitors.rollback import give_weights, put_back, take, weights_of
 
 GOOD = {"fid": 1.0, "missing": 0.0, "imbalance": 0.05, "moved": 0.05, "diversity": 1.0, "coverage": 0.9, "recall": 0.9}
 NULL = {"coverage": 0.97, "recall": 0.97}
@@ -52,7 +52,7 @@ def monitored(values):
 
     def measure(trainer, module):
         last[0] = next(rest, last[0])
-        monitor.values, monitor.null, monitor._at = dict(last[0]), NULL, trainer.global_step
+        monitor.values, monitor.null, monitor.measured_at = dict(last[0]), NULL, trainer.global_step
 
     monitor._measure = measure
     return monitor
@@ -236,7 +236,7 @@ def state(trainer, module):
     optimizers = [[v["exp_avg"].sum().item() for v in o.state_dict()["state"].values()] for o in trainer.optimizers]
     rates = [o.param_groups[0]["lr"] for o in trainer.optimizers]
     average = [] if module.generator_ema is None else weights(module.generator_ema).tolist()
-    return weights(module).tolist(), average, optimizers, rates, module.iteration, dict(module._steps)
+    return weights(module).tolist(), average, optimizers, rates, module.iteration, dict(module.steps)
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -409,7 +409,7 @@ def test_bad_factors(kind):
 
 
 def test_a_bad_player():
-    with pytest.raises(ValueError, match="`player` must be 'd', 'g' or None, got 'e'"):
+    with pytest.raises(ValueError, match="`player` must be one of 'd', 'g', None, got 'e'"):
         ScaleLearningRate(player="e")
 
 
@@ -459,7 +459,7 @@ def rescued(module, *callbacks):
             limit_val_batches=0,
         )
         run.fit(module, Ring(batch_size=32, val_samples=64))
-    assert detector._rollbacks == 1
+    assert detector.rollbacks == 1
     return [optimizer.param_groups[0]["lr"] for optimizer in run.optimizers]
 
 

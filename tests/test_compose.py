@@ -49,7 +49,7 @@ from lightning_gan_stability import (
     Regularizer,
     Relativistic,
     RelativisticAverage,
-    SampleGrid,
+    SampleLogger,
     Simultaneous,
     SpectralNorm,
     Unrolling,
@@ -187,7 +187,7 @@ def test_adaptive_ratio_with_every_loss(balance, loss):
 @pytest.mark.parametrize("rule", ["none", "Simultaneous", "Extragradient", "ConsensusOptimization"])
 def test_optimistic_steps_under_other_rules(rule):
     module = gan("NonSaturating", rule)
-    module._make_optimizer = dict.fromkeys("dg", lambda p: OptimisticAdam(p, lr=1e-3))
+    module.make_optimizer = dict.fromkeys("dg", lambda p: OptimisticAdam(p, lr=1e-3))
     check(module, [*RULES[rule](), R1Penalty(0.1), GeneratorEMA()], None)
 
 
@@ -195,7 +195,7 @@ OTHERS = {
     "Lookahead": lambda: [Lookahead()],
     "AdaptiveUpdateRatio": lambda: [AdaptiveUpdateRatio()],
     "WeightClipping": lambda: [WeightClipping()],
-    "SampleGrid": lambda: [SampleGrid()],
+    "SampleLogger": lambda: [SampleLogger()],
     "HealthMonitor": lambda: [HealthMonitor()],
     "QualityMonitor": lambda: [QualityMonitor(n_samples=50, every=1)],
     "CollapseDetector": lambda: [CollapseDetector("rollback"), QualityMonitor(n_samples=50, every=2)],

@@ -7,6 +7,7 @@ One pair of processes trains all cases, four train some; the parent trains them 
 import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
-from toys import Shift, fit, free_port, points, small, trainer, weights
+from toys import Shift, fit, free_port, points, small, tensors, trainer, weights
 
 from lightning_gan_stability import (
     MLP,
@@ -66,6 +67,8 @@ from lightning_gan_stability import (
     Wasserstein,
     WeightClipping,
 )
+from lightning_gan_stability.noise import Noise
+from lightning_gan_stability.sharding import check_strategy
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -75,22 +78,34 @@ BATCHES, BATCH_SIZE = 5, 20  # 20 in all, 10 for each rank, which 3 micro-batche
 # ---------- cases
 
 
+class GivenNoise(Noise):
+    """Noise that comes with the data: one α for each sample, and other latents than those of the step."""
+
+    def randn(self, n, *shape, dtype=None):
+        module = self.clock
+        return module.latents.roll(1, dims=1) if shape == (4,) else module.given["noise"]
+
+    def rand(self, n, *shape, dtype=None):
+        return self.clock.given["uniform" if shape else "alpha"]
+
+
 class Given(GANModule):
-    """A GAN whose noise comes with the data: latents for each player, one α for each sample."""
+    """A GAN whose noise comes with the data, as a condition that no network looks at: latents for each player."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.noise = GivenNoise(0, self)
 
     def unpack(self, batch):
-        self.batch = batch
-        return batch["image"], None
+        return batch["image"], {name: value for name, value in batch.items() if name != "image"}
 
-    def play(self, player, batch):
-        self.player, self.batch = player, batch
-        return super().play(player, batch)
+    def compute_samples(self, player, batch, regularizers=None):
+        batch = self.unpacked(batch)
+        self.given, self.latents = batch.condition, batch.condition[f"{player}_latents"]
+        return super().compute_samples(player, batch, regularizers)
 
-    def randn(self, n, *shape):
-        return self.batch[f"{self.player}_latents"] if shape == (4,) else self.batch["noise"]
-
-    def rand(self, n, *shape):
-        return self.batch["uniform" if shape else "alpha"]
+    def draw_latents(self, n):
+        return self.latents
 
 
 def data(rank=None, dtype=torch.float32, shape=(2,), ranks=2):
@@ -140,26 +155,6 @@ def double(loss=None, optimizer=adam, **kwargs):
 def packs():
     networks = MLP([4, 16, 2]), Packed(MLP([4, 16, 1]), 2)
     return Given(*networks, 4, g_optimizer=adam, d_optimizer=adam)
-
-
-class Turn(Given):
-    """Other latents than the ones before, for penalties that compare two."""
-
-    def randn(self, n, *shape):
-        return super().randn(n, *shape).roll(1, dims=1) if self._asked else super().randn(n, *shape)
-
-    def sample(self, n, labels=None, latents=None):
-        samples = super().sample(n, labels, latents)
-        self._asked = True
-        return samples
-
-    def play(self, player, batch):
-        self._asked = False
-        return super().play(player, batch)
-
-
-def turn():
-    return Turn(MLP([4, 16, 2]), MLP([2, 16, 1]), 4, g_optimizer=sgd, d_optimizer=sgd)
 
 
 class Layers(Given):
@@ -251,7 +246,7 @@ CASES = {
         [ConsistencyPenalty("real", transform=Shift()), ConsistencyPenalty("balanced", transform=Shift())],
     ),
     "PathLengthPenalty": (gan, [PathLengthPenalty(every=1, decay=0.5)]),
-    "ModeSeeking, float64": (lambda: turn().double(), [ModeSeeking()]),
+    "ModeSeeking, float64": (lambda: double(optimizer=sgd), [ModeSeeking()]),
 }
 
 SHARDED = [case for case in CASES if not any(name in case for name in ("Consensus", "Competitive", "ACGD", "bf16"))]
@@ -314,7 +309,7 @@ class Watch(Callback):
         self.between = []
 
     def on_train_batch_end(self, trainer, module, *_):
-        self.between.append(module.randn(3, 4))
+        self.between.append(module.noise.randn(3, 4))
 
 
 class Latents(Regularizer):
@@ -331,9 +326,9 @@ class Latents(Regularizer):
     def state_key(self):
         return f"Latents{self.player}"
 
-    def penalty(self, module, play):
-        self.seen += [play.latents.detach().clone(), module.rand(3)]
-        return play.fake_logits.sum() * 0
+    def penalty(self, module, outputs):
+        self.seen += [outputs.latents.detach().clone(), module.noise.rand(3)]
+        return outputs.fake_logits.sum() * 0
 
 
 def noise(rank, **kwargs):
@@ -355,7 +350,7 @@ class First(Callback):
 
     def on_train_start(self, trainer, module):
         monitor = next(c for c in trainer.callbacks if isinstance(c, QualityMonitor))
-        self.seen = {"values": dict(monitor.values), "null": dict(monitor.null), "shares": list(monitor._shares)}
+        self.seen = {"values": dict(monitor.values), "null": dict(monitor.null), "shares": list(monitor.shares)}
 
 
 def quality(rank=None, **kwargs):
@@ -367,7 +362,7 @@ def quality(rank=None, **kwargs):
     health = HealthMonitor(every=2)
     run = trainer(callbacks=[QualityMonitor(n_samples=101, every=1), detector, health, first], **options)
     run.fit(module, DataLoader(TensorDataset(real), batch_size=10))
-    seen = {"events": detector.events, "windows": health._windows, "verdicts": health.verdicts}
+    seen = {"events": detector.events, "windows": health.windows, "verdicts": health.verdicts}
     return seen | {"weights": weights(module), "first": first.seen, "iteration": module.iteration}
 
 
@@ -424,6 +419,50 @@ def refused(rank, **kwargs):
     return {"said": said}
 
 
+class Signal(Callback):
+    """Sends SIGUSR1 to one process in the middle of a step; its handler saves, as Lightning's does under SLURM."""
+
+    def __init__(self, rank, at, validation=False):
+        self.rank, self.at, self.validation, self.saved = rank, at, validation, []
+
+    def on_fit_start(self, trainer, module):
+        def save(*_):
+            self.saved.append(module.iteration)
+            trainer.save_checkpoint(f"signal_{self.at}.ckpt")
+
+        self.before = signal.signal(signal.SIGUSR1, save)
+
+    def send(self, trainer):
+        if trainer.global_rank == self.rank:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if module.iteration == self.at and not self.validation:
+            self.send(trainer)
+
+    def on_validation_batch_start(self, trainer, module, *_):
+        if self.validation and not self.saved:
+            self.send(trainer)
+
+    def on_fit_end(self, *_):
+        signal.signal(signal.SIGUSR1, self.before)
+
+
+def stopped(rank, **kwargs):
+    """One of two processes gets a signal, in a step or in validation: both save, and a run goes on from there."""
+    seen = {"saved": []}
+    options = {"max_steps": 8, "max_epochs": -1, "num_sanity_val_steps": 0, "limit_val_batches": 2} | kwargs
+    source = lambda: Ring(batch_size=16, epoch_length=4, val_samples=64)  # noqa: E731
+    for who, at, validation in ((0, 2, False), (1, 5, False), (1, 4, True)):
+        module, watch = small(), Signal(who, at, validation)
+        trainer(callbacks=[R1Penalty(0.5), watch], **options).fit(module, source())
+        again = small(seed=1)
+        trainer(callbacks=[R1Penalty(0.5)], **options).fit(again, source(), ckpt_path=f"signal_{at}.ckpt")
+        seen["saved"].append(watch.saved)
+        seen[f"weights {at}"] = weights(module), weights(again)
+    return seen
+
+
 def unequal(rank, **kwargs):
     """What is said of processes with three and four batches."""
     try:
@@ -462,7 +501,7 @@ def worker(rank, port, folder, names):
     options = {"strategy": "ddp", "devices": size, "use_distributed_sampler": False}
     results = {}
     others = {"noise": noise, "quality": quality, "resumed": resumed, "refused": refused}
-    others |= {"unequal": unequal, "more": more}
+    others |= {"unequal": unequal, "more": more, "stopped": stopped}
     others |= {f"sharded {case}": sharded(case) for case in SHARDED}
     others |= {f"threaded {case}": threaded(case) for case in THREADED}
     others["sharded quality"] = lambda rank, **kwargs: quality(rank, **kwargs | {"strategy": sharding()})
@@ -591,6 +630,14 @@ def test_different_numbers_of_batches_are_refused_on_all_ranks(ranks):
         assert f"have between 3 and 4 batches in an epoch, this one {3 + rank}: give all the same" in seen["said"]
 
 
+def test_a_signal_that_one_process_gets_stops_both_at_the_same_batch(ranks):
+    first, second = results(ranks, "stopped")
+    assert first["saved"] == second["saved"] == [[3], [6], [4]]
+    for at in (2, 5, 4):
+        for whole, again in (first[f"weights {at}"], second[f"weights {at}"]):
+            assert torch.equal(whole, again)
+
+
 def test_a_run_goes_on_with_more_processes_or_with_fewer(ranks, tmp_path_factory):
     first, second = results(ranks, "more")
     assert torch.equal(first["weights"], second["weights"])
@@ -599,7 +646,7 @@ def test_a_run_goes_on_with_more_processes_or_with_fewer(ranks, tmp_path_factory
     (path,) = tmp_path_factory.getbasetemp().parent.rglob("two.ckpt")
     kept = torch.load(path, weights_only=True)["state_dict"]
     run, module = lone(path, steps=9)  # which is done already
-    assert all(torch.equal(value, kept[name]) for name, value in module.state_dict().items())
+    assert all(torch.equal(value, kept[name]) for name, value in tensors(module.state_dict()).items())
     run, module = lone(path, steps=11)
     assert (module.iteration, run.global_step) == (11, 11)
 
@@ -686,9 +733,7 @@ def test_training_on_two_processes_warns_of_nothing(ranks):
 )
 def test_what_the_user_says_about_unused_parameters_stands(strategy, expected):
     run = trainer(strategy=strategy if isinstance(strategy, str) else strategy(), devices=2)
-    module = small()
-    module.trainer = run
-    module.setup("fit")
+    check_strategy(run)
     assert run.strategy._ddp_kwargs["find_unused_parameters"] is expected
 
 

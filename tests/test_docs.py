@@ -1,6 +1,5 @@
-"""What the pages under docs/ say of the package: names, defaults, papers, tests, and what the site is built from."""
+"""What the documentation says of the package: names, defaults, papers, tests, and what the site is built from."""
 
-import ast
 import inspect
 import re
 import types
@@ -8,71 +7,110 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import tables
 import torch
 import yaml
 from lightning.pytorch import LightningDataModule
-from toys import fit, points, small
+from toys import small, trainer
 
 import lightning_gan_stability
-from lightning_gan_stability import metrics, nets
-from lightning_gan_stability.callbacks import health
+from lightning_gan_stability import Ring, metrics, nets
+from lightning_gan_stability.monitors import health
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-# what is no method: bases, the module, data and networks
-OTHERS = {"AdversarialLoss", "GANModule", "Play", "Regularizer", "Remedy", "UpdateRule"} | {
+PAGES = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
+METHODS = [pytest.param(method, id=method.names[0]) for rows in tables.METHODS.values() for method in rows]
+BASES = {
+    "AdversarialLoss",
+    "GANCallback",
+    "GANModule",
+    "GANOutputs",
+    "Regularizer",
+    "Remedy",
+    "StepRecord",
+    "UpdateRule",
+}
+# what is no method: bases, data and networks
+OTHERS = BASES | {
     name
     for name in lightning_gan_stability.__all__
     for kind in [getattr(lightning_gan_stability, name)]
-    if issubclass(kind, LightningDataModule) or (kind.__module__ == nets.__name__ and name != "Packed")
+    if issubclass(kind, LightningDataModule) or kind.__module__ == nets.__name__
 }
-
-
-def methods():
-    """The rows of docs/methods.md: names, and the cells for papers, formula, defaults and tests."""
-    lines = (DOCS / "methods.md").read_text(encoding="utf-8").splitlines()
-    rows = [line.split("|")[1:-1] for line in lines if line.startswith("| `")]
-    return [(re.findall(r"`(\w+)`", row[0]), *(cell.strip() for cell in row[1:])) for row in rows]
-
-
-def found(name):
-    return getattr(lightning_gan_stability, name, None) or getattr(metrics, name)
 
 
 def test_every_method_has_one_row():
     public = {*lightning_gan_stability.__all__, *metrics.__all__} - OTHERS
-    assert Counter(name for names, *_ in methods() for name in names) == Counter(public)
+    rows = [method.values[0] for method in METHODS]
+    assert Counter(name for method in rows for name in method.names) == Counter(public)
 
 
-@pytest.mark.parametrize("row", methods(), ids=lambda row: row[0][0])
-def test_defaults_and_papers_are_those_of_the_code(row):
-    names, papers, _, defaults, _ = row
-    said = {key: ast.literal_eval(value) for key, value in re.findall(r"`(\w+)=([^`]+)`", defaults)}
-    kinds = [found(name) for name in names]
-    for kind in kinds:
-        signature = inspect.signature(kind).parameters
-        real = {key: p.default for key, p in signature.items() if p.default not in (p.empty, None)}
-        assert real.items() <= said.items()
-        unsaid = said.keys() - real.keys() if kind is kinds[0] else set()  # statistics have fewer arguments
-        assert {key: getattr(kind(), key) for key in unsaid} == {key: said[key] for key in unsaid}
-    links = re.findall(r"\[([\d.]+)\]\(https://arxiv.org/abs/([\d.]+)\)", papers)
-    assert papers.count("](") == len(links)
-    for text, link in links:
-        assert text == link
-        assert any(link in (inspect.getdoc(kind) or "") for kind in kinds)
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults_are_those_of_each_name(method):
+    """Names that share a row share their defaults, and None is replaced only where it is the default."""
+    for kind in method.objects:
+        given = {name: value for name, value in tables.defaults_of(kind).items() if value is not None}
+        assert given.items() <= method.defaults.items()
+    signature = tables.defaults_of(method.objects[0])
+    assert {name: signature[name] for name in method.instead_of_none} == dict.fromkeys(method.instead_of_none)
+    assert None not in method.defaults.values()
 
 
-@pytest.mark.parametrize("row", methods(), ids=lambda row: row[0][0])
-def test_the_tests_that_the_table_names_exist(row):
-    tests = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row[-1])
-    assert len(tests) == row[-1].count("`") / 2 > 0
-    for file, name in tests:
+@pytest.mark.parametrize("method", METHODS)
+def test_papers_are_those_of_the_docstrings(method):
+    said = "\n".join(inspect.getdoc(kind) or "" for kind in method.objects)
+    for paper in method.papers:
+        assert re.search(rf"https://arxiv\.org/abs/{re.escape(paper.number)}(?!\d)", said)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_tests_of_a_method_exist(method):
+    assert method.tests
+    for test in method.tests:
+        file, name = test.split("::")
         assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8")
 
 
+def test_every_table_is_on_one_page():
+    """And rendered in its place, whatever builds the site."""
+    named = [name for page in PAGES.values() for name in tables.PLACEHOLDER.findall(page)]
+    assert Counter(named) == Counter([*tables.TABLES])
+    for page in PAGES.values():
+        filled = tables.fill(page)
+        assert "{{" not in filled
+        assert all(tables.TABLES[name]() in filled for name in tables.PLACEHOLDER.findall(page))
+
+
+def test_methods_are_under_the_heading_of_their_section():
+    named = re.findall(r"^## (.+?)$|^\{\{ methods: (.+) \}\}$", PAGES["methods.md"], flags=re.MULTILINE)
+    headings, sections = [heading for heading, _ in named if heading], [section for _, section in named if section]
+    assert headings == sections == list(tables.METHODS)
+
+
+def test_an_unknown_table_is_an_error():
+    with pytest.raises(ValueError, match="There is no table 'methods: Loses', but there are methods: Losses, "):
+        tables.fill("## Losses\n\n{{ methods: Loses }}\n")
+
+
+def test_a_cell_that_would_be_taken_apart_is_an_error():
+    with pytest.raises(ValueError, match=r"must not have a \| or a line break, got 'E\|l\|'"):
+        tables.table(["Formula"], [["E|l|"]])
+
+
+def test_a_table_in_markdown():
+    found = tables.table(["Default", "Test"], [["`eps=1e-8`", ""]])
+    assert found == "| Default | Test |\n| --- | --- |\n| `eps=1e-8` |  |"
+
+
+def test_defaults_are_written_as_in_python():
+    values = {'"d"': "d", "1e-8": 1e-8, "1e-10": 1e-10, "(0.9, 0.999)": (0.9, 0.999), "True": True}
+    assert {tables.literal(value): value for value in values.values()} == values
+
+
 def test_every_public_name_is_on_one_page_of_the_api():
-    pages = [path.read_text(encoding="utf-8") for path in (DOCS / "api").glob("*.md")]
-    named = Counter(re.findall(r"^::: lightning_gan_stability\.(\S+)$", "\n".join(pages), flags=re.MULTILINE))
+    pages = "\n".join(text for page, text in PAGES.items() if page.startswith("api/"))
+    named = Counter(re.findall(r"^::: lightning_gan_stability\.(\S+)$", pages, flags=re.MULTILINE))
     functions = [f"metrics.{x}" for x in metrics.__all__ if isinstance(getattr(metrics, x), types.FunctionType)]
     assert named == Counter([*lightning_gan_stability.__all__, *functions, "cli.main"])
 
@@ -85,33 +123,38 @@ def nav(entry):
 
 def test_every_page_is_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").replace("!relative ", "")
-    pages = [str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")]
-    assert Counter(nav(yaml.safe_load(text)["nav"])) == Counter(pages)
+    assert Counter(nav(yaml.safe_load(text)["nav"])) == Counter([*PAGES])
 
 
-def test_the_advice_is_that_of_the_health_monitor():
-    page = (DOCS / "guides" / "recipes.md").read_text(encoding="utf-8")
-    assert dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", page, flags=re.MULTILINE)) == health.ADVICE
+def test_the_health_monitor_has_advice_for_each_verdict():
+    others = {"oscillation", "loss_tells_nothing"}  # which it decides from more than its windows
+    assert health.ADVICE.keys() == health.DECISIONS.keys() | others
+    assert all(f"`{verdict}` | {advice}" in tables.TABLES["advice"]() for verdict, advice in health.ADVICE.items())
 
 
-def test_configs_have_the_entries_that_the_recipes_say():
-    rows = (DOCS / "guides" / "recipes.md").read_text(encoding="utf-8").splitlines()
-    rows = [row.split("|")[1:-1] for row in rows if "configs/" in row and row.startswith("|")]
-    assert len(rows) > 10
-    for _, entry, configs in rows:
-        name = re.search(r"class_path: (\w+)|`([A-Z]\w+)`", entry)
-        for config in re.findall(r"`(configs/\S+)`", configs):
-            assert f"class_path: {name[1] or name[2]}" in (ROOT / config).read_text(encoding="utf-8")
+@pytest.mark.parametrize("recipe", tables.RECIPES, ids=lambda recipe: recipe.symptom)
+def test_configs_have_the_entries_that_the_recipes_say(recipe):
+    assert hasattr(lightning_gan_stability, recipe.name)
+    for config in recipe.configs:
+        assert re.search(rf"class_path: {recipe.name}\b", (ROOT / config).read_text(encoding="utf-8"))
 
 
 def test_what_is_in_a_checkpoint(tmp_path):
-    page = (DOCS / "guides" / "resume.md").read_text(encoding="utf-8").split("## ")[1]
-    run = fit(small(), points(2))
+    run = trainer(max_steps=2, limit_val_batches=0)
+    run.fit(small(), Ring(batch_size=8, epoch_length=4))
     run.save_checkpoint(tmp_path / "last.ckpt")
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
-    assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} <= checkpoint.keys()
-    assert checkpoint["gan"].keys() == {"iteration", "steps", "draw", "loss"}
+    for path in (path for part in tables.CHECKPOINT for path in part.paths):
+        found = checkpoint
+        for key in path:
+            assert key in found, path
+            found = found[key]
+    assert checkpoint["state_dict"]["_extra_state"].keys() == {"iteration", "steps", "draw", "loss"}
+
+
+def test_the_site_is_built_with_the_tables():
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert "hooks: [docs/hooks.py]" in text
 
 
 def test_nothing_is_fetched_while_the_site_is_built():

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from toys import dirac, fit, ignoring, points, sgd, small, trainer, weights, zeros
+from toys import dirac, fit, ignoring, points, sgd, small, tensors, trainer, weights, zeros
 
 from lightning_gan_stability import (
     MLP,
@@ -31,7 +31,7 @@ from lightning_gan_stability import (
     UpdateRatio,
     Wasserstein,
 )
-from lightning_gan_stability.callbacks.health import (
+from lightning_gan_stability.monitors.health import (
     ADVICE,
     exploding_gradient,
     loss_tells_nothing,
@@ -248,7 +248,7 @@ class Measure(Callback):
 
     def on_train_batch_end(self, trainer, module, *_):
         loss = module.iteration // 10
-        module._now.logs["g/adversarial"] = torch.tensor(float(loss))
+        module.last_step.terms["g"]["adversarial"] = torch.tensor(float(loss))
         if module.iteration % 10 == 0:
             trainer.callback_metrics["quality/fid"] = torch.tensor(100.0 + self.direction * loss)
 
@@ -270,29 +270,29 @@ def test_measurements_of_a_quality_monitor_are_found():
             callbacks=[QualityMonitor(n_samples=100, every=20, metrics=["fid"]), monitor], max_steps=90, max_epochs=-1
         )
         run.fit(small(g_optimizer=sgd(1e-3), d_optimizer=sgd(0.1)), Ring(batch_size=64, val_samples=100))
-    assert len(monitor._fids) == 5  # one before the first step
+    assert len(monitor.fids) == 5  # one before the first step
 
 
-def test_the_generator_is_asked_by_its_door():
-    """Translations: labels are images, and there are no latents."""
+def test_the_generator_is_asked_as_its_module_asks():
+    """Translations: conditions are images, and there are no latents."""
 
     class Translate(GANModule):
         def unpack(self, batch):
             return batch[1], batch[0]
 
-        def sample(self, n, labels=None, latents=None):
-            seen.append(self.generator_ema is None)
-            return self.generator(labels)
+        def generate(self, network, n, condition, latents):
+            seen.append(network is self.generator)
+            return network(condition)
 
-        def discriminate(self, samples, labels=None):
-            return self.discriminator(torch.cat([samples, labels], 1))
+        def discriminate(self, network, sample, condition):
+            return network(torch.cat([sample, condition], 1))
 
     seen = []
-    module = Translate(MLP([3, 8, 2]), MLP([5, 8, 1]), latent_dim=1)
+    module = Translate(MLP([3, 8, 2]), MLP([5, 8, 1]))
     pairs = [(torch.randn(8, 3), torch.randn(8, 2)) for _ in range(6)]
     with ignoring():
         fit(module, pairs, callbacks=[HealthMonitor(every=3), GeneratorEMA()])
-    assert seen == ([False] * 6 + [True]) * 2  # two players' samples in three steps, then the monitor's
+    assert seen == [True] * 14  # two players' samples in three steps, then the monitor's: of the generator as it is
     assert module.generator_ema is not None
 
 
@@ -312,8 +312,8 @@ def test_windows_without_a_generator_step_do_not_count():
     """It moves on every 30th batch: a window of ten in three knows its gradient, which is 0 once D has saturated."""
     module = dirac(1e-9, psi=0.0, loss=Minimax())
     monitor = watched(module, zeros(180), UpdateRatio(30), every=10)
-    assert [math.isnan(w["g_norm"]) for w in monitor._windows] == [True, True, False] * 6
-    assert set(monitor._counts) == set(ADVICE) - {"loss_tells_nothing"}
+    assert [math.isnan(w["g_norm"]) for w in monitor.windows] == [True, True, False] * 6
+    assert set(monitor.counts) == set(ADVICE) - {"loss_tells_nothing"}
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -357,7 +357,7 @@ def test_training_is_the_same_with_and_without(kind):
         with ignoring():
             run = trainer(callbacks=[*(c() for c in callbacks), *more], limit_val_batches=1, num_sanity_val_steps=0)
             run.fit(module, DataLoader(batches, batch_size=None), DataLoader(batches[:2], batch_size=None))
-        runs.append((dict(module.state_dict()), torch.rand(2)))
+        runs.append((tensors(module.state_dict()), torch.rand(2)))
     for key, value in runs[0][0].items():
         assert torch.equal(value, runs[1][0][key]), key
     assert torch.equal(runs[0][1], runs[1][1])
@@ -405,7 +405,7 @@ def test_held_out_data(loaders, held):
     with ignoring():
         trainer(callbacks=[monitor]).fit(module, DataLoader(points(4), batch_size=None), loaders())
     assert (monitor._held and len(monitor._held[0])) == held
-    assert all(math.isfinite(window["r_v"]) for window in monitor._windows)
+    assert all(math.isfinite(window["r_v"]) for window in monitor.windows)
 
 
 def test_held_out_data_are_left_alone_if_so_wished():
@@ -425,7 +425,7 @@ def test_packs_and_averages():
         monitor = HealthMonitor(every=10)
         with ignoring():
             fit(small(g_optimizer=sgd(0.3)), points(40), callbacks=[*more, monitor])
-        apart.append([window["apart"] for window in monitor._windows])
+        apart.append([window["apart"] for window in monitor.windows])
     assert apart[0] == apart[1]
 
 

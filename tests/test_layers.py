@@ -1,11 +1,13 @@
-"""Packed discriminators: the same game with packs for samples, with penalties, odd batches and micro-batches."""
+"""Packed discriminators, which play the same game with packs for samples; copies of networks and their types."""
+
+import copy
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import softplus
 from torch.utils.data import DataLoader
-from toys import fit, points, sgd, trainer, weights
+from toys import fit, ignoring, points, sgd, trainer, weights
 
 from lightning_gan_stability import (
     MLP,
@@ -23,7 +25,7 @@ from lightning_gan_stability import (
     SpectralNorm,
     Unrolling,
 )
-from lightning_gan_stability.layers import matrices
+from lightning_gan_stability.layers import copy_network, matrices, parameter_dtype
 from lightning_gan_stability.nets import Packed as FromNets
 
 
@@ -67,9 +69,8 @@ def test_a_step_is_that_of_a_plain_gan_whose_samples_are_packs(n, m, loss):
     (batch,) = data(1, n)
     parameters = list(gan.discriminator.parameters())
     k = n - n % m
-    gan._now.in_step = True
-    fake = gan.generator(gan.randn(k, 4)).detach()
-    gan._now.in_step = False
+    with gan.noise.of_step():  # the latents of step 0
+        fake = gan.generator(gan.noise.randn(k, 4)).detach()
     l_r = gan.discriminator.discriminator(batch[:k].reshape(k // m, -1)).squeeze(1)
     l_f = gan.discriminator.discriminator(fake.reshape(k // m, -1)).squeeze(1)
     gradients = torch.autograd.grad(gan.loss.discriminator(l_r, l_f).mean(), parameters, allow_unused=True)
@@ -89,10 +90,9 @@ def test_penalties_are_of_packs(m):
     gan.plan = ("d",)
     (batch,) = data(1, n)
     inner = gan.discriminator.discriminator
-    gan._now.in_step = True
-    fake = gan.generator(gan.randn(n, 4)).detach().reshape(n // m, -1)
-    alpha = gan.rand(n)[::m, None]
-    gan._now.in_step, gan._now.draw = False, 0
+    with gan.noise.of_step():
+        fake = gan.generator(gan.noise.randn(n, 4)).detach().reshape(n // m, -1)
+        alpha = gan.noise.rand(n)[::m, None]
 
     def squares(x):
         x = x.clone().requires_grad_()
@@ -173,7 +173,7 @@ def test_the_loss_of_a_pack_of_copies():
         ((nn.Identity(), 0), "`m` must be a positive integer, got 0."),
         ((nn.Identity(), 2.0), "`m` must be a positive integer, got 2.0."),
         ((nn.Identity(), True), "`m` must be a positive integer, got True."),
-        (("net", 2), "`discriminator` must be a module, got 'net'."),
+        (("net", 2), "`discriminator` must be of type Module, got 'net'."),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -203,3 +203,135 @@ def test_a_shared_matrix_counts_once():
     a, b = nn.Linear(3, 3), nn.Linear(3, 3)
     b.weight = a.weight
     assert len(matrices(nn.Sequential(a, b, nn.Linear(3, 2)))) == 2
+
+
+# ---------- copies
+
+
+class Caching(nn.Module):
+    """Keeps what it has computed, with its graph, wherever one can keep it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.plain = nn.Linear(2, 2), torch.ones(2)
+        self.register_buffer("buffer", torch.zeros(2), persistent=False)
+        self.last, self.items, self.named, self.nested = None, [], {}, ()
+
+    def forward(self, x):
+        y = self.layer(x)
+        self.last, self.items, self.named = y, [y, 2 * y], {"y": y}
+        self.nested = ({"deep": [self.layer.weight * 3]}, "text")
+        return y
+
+
+def test_a_copy_of_a_network_that_keeps_tensors_with_their_graph():
+    network = Caching()
+    x = torch.randn(3, 2)
+    y = network(x)
+    copied = copy_network(network)
+    kept = [copied.last, *copied.items, copied.named["y"], copied.nested[0]["deep"][0]]
+    for tensor, original in zip(kept, [y, y, 2 * y, y, 3 * network.layer.weight], strict=True):
+        assert torch.equal(tensor, original)
+        assert not tensor.requires_grad
+        assert tensor.is_leaf
+    assert copied.nested[1] == "text"
+    # one tensor in several places is one in the copy, too, and none is shared with the original
+    assert copied.last is copied.items[0] is copied.named["y"]
+    pointers = {t.data_ptr() for t in [network.last, *network.items, network.plain, *network.parameters()]}
+    assert not pointers & {t.data_ptr() for t in [*kept, copied.plain, *copied.parameters(), *copied.buffers()]}
+    # and the original has its graph
+    network.last.sum().backward()
+    assert network.layer.weight.grad is not None
+
+
+def test_a_copy_is_a_network_of_its_own():
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2).requires_grad_(False)).eval()
+    copied = copy_network(network)
+    assert torch.equal(weights(copied), weights(network))
+    assert not any(p.requires_grad for p in copied.parameters())
+    assert [p.requires_grad for p in network.parameters()] == [True] * 4 + [False] * 2
+    assert [m.training for m in copied.modules()] == [m.training for m in network.modules()]
+    before = weights(copied).clone()
+    with torch.no_grad():
+        network[0].weight.add_(1)
+    network.train()(torch.randn(4, 2))
+    assert torch.equal(weights(copied), before)
+    assert torch.equal(copied[1].running_mean, torch.zeros(2))
+
+
+def test_a_copy_ties_what_is_tied():
+    network = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    network[1].weight = network[0].weight
+    copied = copy_network(network)
+    assert copied[1].weight is copied[0].weight
+    assert copied[1].weight is not network[1].weight
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm], ids=lambda norm: norm.__name__)
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(3, 4), lambda: nn.Conv1d(2, 4, 2)], ids=["Linear", "Conv1d"])
+def test_a_copy_with_an_older_normalization(layer, norm):
+    torch.manual_seed(0)
+    with ignoring():
+        network = nn.Sequential(norm(layer()))
+    x = torch.randn(2, 3) if isinstance(network[0], nn.Linear) else torch.randn(2, 2, 3)
+    for _ in range(2):  # before the first forward pass and after it
+        network.eval()
+        copied = copy_network(network)
+        assert torch.equal(copied(x), network(x))
+        assert copied.state_dict().keys() == network.state_dict().keys()
+        network.train()(x)
+    network(x).sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+    # the copy computes from its own weights
+    before = copied(x)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(2).add_(1)
+    assert torch.equal(copied(x), before)
+    copied.load_state_dict(network.state_dict())
+    network.eval()
+    assert torch.equal(copied(x), network(x))
+
+
+def test_copies_of_other_tensors_are_as_ever():
+    """The mode that copies tensors with a graph is over afterwards: elsewhere torch refuses them."""
+    copy_network(nn.Linear(1, 1))
+    with pytest.raises(RuntimeError, match="Only Tensors created explicitly by the user"):
+        copy.deepcopy(torch.ones(1, requires_grad=True) * 2)
+
+
+# ---------- the type that a network computes in
+
+
+def parts(*layers):
+    """A network of layers with (type, whether they train)."""
+    network = nn.Module()
+    for i, (dtype, trains) in enumerate(layers):
+        network.register_parameter(f"p{i}", nn.Parameter(torch.zeros(1, dtype=dtype), requires_grad=trains))
+    return network
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([], torch.float64),
+        ([(torch.float32, True)], torch.float32),
+        ([(torch.float16, False), (torch.float32, True)], torch.float32),
+        ([(torch.float32, True), (torch.float16, False)], torch.float32),
+        ([(torch.complex64, True), (torch.bfloat16, True)], torch.bfloat16),
+        ([(torch.complex64, True), (torch.float16, False), (torch.float32, True)], torch.float32),
+        ([(torch.bfloat16, False), (torch.float32, False)], torch.bfloat16),
+        ([(torch.complex64, False), (torch.bfloat16, False)], torch.bfloat16),
+        ([(torch.complex64, True)], torch.float64),
+        ([(torch.int8, False)], torch.float64),
+        ([(torch.int8, False), (torch.float16, True)], torch.float16),
+    ],
+)
+def test_the_type_is_that_of_the_first_real_parameter_that_trains(layers, expected):
+    assert parameter_dtype(parts(*layers), torch.float64) is expected
+
+
+def test_latents_have_the_type_of_what_trains():
+    frozen = nn.Linear(4, 4).half().requires_grad_(False)
+    generator = nn.ModuleDict({"frozen": frozen, "head": nn.Linear(4, 2)})
+    assert GANModule(generator, MLP([2, 1]), 4).draw_latents(3).dtype is torch.float32

@@ -1,8 +1,9 @@
-"""The doors of GANModule, what it refuses, and what it does for validation, prediction and checkpoints."""
+"""What users override in GANModule, what it refuses, and what it does for validation, prediction and checkpoints."""
 
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -10,17 +11,21 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from toys import fit, points, sgd, small, trainer, weights
+from toys import Shift, fit, points, sgd, small, trainer, weights
 
 from lightning_gan_stability import (
     MLP,
     AdversarialLoss,
     BoundaryEquilibrium,
     GANModule,
+    GeneratorEMA,
+    GradientPenalty,
     Hinge,
     LeastSquares,
     NonSaturating,
@@ -30,7 +35,7 @@ from lightning_gan_stability import (
     Simultaneous,
     UpdateRule,
 )
-from lightning_gan_stability.processes import HOOKS
+from lightning_gan_stability.sharding import check_strategy
 
 # ---------- arguments
 
@@ -75,7 +80,7 @@ def test_defaults():
         assert optimizer.defaults["betas"] == (0.5, 0.999)
 
 
-# ---------- doors
+# ---------- samples and logits
 
 
 def test_sample_maps_latents_through_the_generator():
@@ -115,7 +120,7 @@ def test_logits_are_one_or_more_per_sample(output, shape):
         def forward(self, x):
             return torch.zeros(output)
 
-    assert GANModule(MLP([4, 2]), Fixed(), 4).discriminate(torch.zeros(6, 2)).shape == shape
+    assert GANModule(MLP([4, 2]), Fixed(), 4).logits(torch.zeros(6, 2)).shape == shape
 
 
 @pytest.mark.parametrize("output", [(), (1,), (3, 2)])
@@ -125,7 +130,7 @@ def test_other_logits_are_refused(output):
             return torch.zeros(output)
 
     with pytest.raises(ValueError, match=r"expected shape \(6,\) or \(6, patches\), got \("):
-        GANModule(MLP([4, 2]), Fixed(), 4).discriminate(torch.zeros(6, 2))
+        GANModule(MLP([4, 2]), Fixed(), 4).logits(torch.zeros(6, 2))
 
 
 def test_augmentation_acts_on_real_and_fake_and_the_penalty_looks_before_it():
@@ -136,9 +141,23 @@ def test_augmentation_acts_on_real_and_fake_and_the_penalty_looks_before_it():
     gan = GANModule(MLP([4, 2]), nn.Linear(2, 1, bias=False), 4, d_optimizer=sgd(0.0), g_optimizer=sgd(0.0))
     gan.augment = Triple()
     x = torch.randn(3, 2)
-    torch.testing.assert_close(gan.discriminate(x), 3 * gan.discriminator(x).squeeze(1))
+    torch.testing.assert_close(gan.logits(x), 3 * gan.discriminator(x).squeeze(1))
     run = fit(gan, points(1), callbacks=[R1Penalty(2.0)])
     torch.testing.assert_close(run.callback_metrics["d/r1"], 9 * gan.discriminator.weight.detach().square().sum())
+
+
+def test_augmentation_acts_in_training_alone():
+    """Held-out losses are those of samples as they are."""
+    gan = small(loss=Hinge())
+    gan.augment = Shift()
+    plain, run = small(loss=Hinge()), {}
+    for name, module in (("plain", plain), ("augmented", gan)):
+        run[name] = trainer()
+        run[name].validate(module, DataLoader(points(2), batch_size=None), verbose=False)
+    assert run["augmented"].callback_metrics == run["plain"].callback_metrics
+    x = torch.randn(3, 2)
+    assert torch.equal(gan.eval().logits(x), plain.logits(x))
+    assert torch.equal(gan.train().logits(x), plain.logits(x + 0.1))
 
 
 def test_patch_logits_train():
@@ -147,10 +166,10 @@ def test_patch_logits_train():
     assert run.callback_metrics["d/adversarial"].isfinite()
 
 
-def test_a_subclass_overrides_a_door():
+def test_a_subclass_overrides_discriminate():
     class Scaled(GANModule):
-        def discriminate(self, samples, labels=None):
-            return 2 * super().discriminate(samples, labels)
+        def discriminate(self, network, sample, condition):
+            return 2 * super().discriminate(network, sample, condition)
 
     gan = Scaled(MLP([4, 2]), MLP([2, 1]), 4)
     run = fit(gan, points(1))
@@ -207,13 +226,80 @@ def test_micro_batches_take_their_labels_along():
     assert [len(labels) for labels in gan.generator.seen] == [2, 2, 2] * 2
 
 
+@dataclass
+class Example:
+    """A batch whose samples nobody can see from outside."""
+
+    pictures: torch.Tensor
+    names: list
+
+
+class Examples(GANModule):
+    def unpack(self, batch):
+        return batch.pictures, None
+
+
+@pytest.mark.parametrize("accumulate", [2, 3])
+def test_micro_batches_of_a_batch_of_any_class_are_parts_of_it(accumulate):
+    """`unpack` is asked once, and what it returns is divided."""
+    moved, sizes = [], []
+    for parts in (1, accumulate):
+        torch.manual_seed(0)
+        gan = Examples(MLP([4, 16, 2]), MLP([2, 16, 1]), 4, None, sgd(0.1), sgd(0.1), accumulate=parts).double()
+        gan.generator.register_forward_pre_hook(lambda _, args, parts=parts: sizes.append((parts, len(args[0]))))
+        data = [Example(batch, ["a"] * len(batch)) for batch in points(3, 6, dtype=torch.float64)]
+        fit(gan, data, callbacks=[R1Penalty(0.5)])
+        moved.append(weights(gan))
+    assert {size for parts, size in sizes if parts > 1} == {6 // accumulate}
+    torch.testing.assert_close(*moved, rtol=1e-12, atol=1e-14)
+
+
+class Embeds(nn.Module):
+    """A generator whose first part is frozen and in half precision, with a complex weight besides."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(3, 4).half().requires_grad_(False)
+        self.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+        self.network = MLP([4, 16, 2])
+
+    def forward(self, latents):
+        return self.network(latents + self.table.weight[0].float()) * self.phase.real
+
+
+class Judges(nn.Module):
+    """A discriminator of the same kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Linear(2, 2).half().requires_grad_(False)
+        self.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+        self.network = MLP([2, 16, 1])
+
+    def forward(self, samples):
+        return self.network(samples * self.phase.real + self.features.weight[0].float())
+
+
+@pytest.mark.parametrize("callbacks", [list, lambda: [R1Penalty(0.1), GradientPenalty(0.1), GeneratorEMA(decay=0.5)]])
+def test_networks_with_parts_of_other_types(callbacks):
+    torch.manual_seed(0)
+    gan = GANModule(Embeds(), Judges(), 4)
+    before = {name: p.detach().clone() for name, p in gan.named_parameters()}
+    fit(gan, points(3), callbacks=callbacks())
+    assert gan.sample(2).dtype is torch.float32
+    for name, p in gan.named_parameters():
+        if name in before:
+            assert p.dtype is before[name].dtype
+            assert torch.equal(p, before[name]) != p.requires_grad
+
+
 def test_labels_that_are_needed_and_missing():
-    with pytest.raises(ValueError, match=r"The generator failed on .*: it takes labels, but none were given"):
+    with pytest.raises(ValueError, match=r"The generator failed on .*: .* takes a condition .*, but none was given"):
         GANModule(Needy(4, 2), MLP([2, 1]), 4).sample(2)
     gan = GANModule(Conditional(4, 2), MLP([2, 1]), 4)
     assert gan.sample(2).shape == (2, 2)
-    with pytest.raises(ValueError, match=r"`labels` must have 2 entries, one for each sample, got 3\."):
-        gan.sample(2, labels=torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"`condition` must have 2 entries, one for each sample, got 3\."):
+        gan.sample(2, condition=torch.tensor([0, 1, 2]))
 
 
 # ---------- batches and shapes
@@ -242,7 +328,7 @@ def test_batch_forms():
 )
 def test_unknown_batches(batch, message):
     with pytest.raises(ValueError, match=message):
-        small().unpack(batch)
+        small().unpacked(batch)
 
 
 def test_networks_that_do_not_fit_are_explained_before_the_first_step():
@@ -259,7 +345,10 @@ def test_networks_that_do_not_fit_are_explained_before_the_first_step():
             GANModule(MLP([4, 2]), MLP([3, 1]), 4),
             r"The discriminator failed on an input of shape \(8, 2\): .*\(8x2 and 3x1\)",
         ),
-        (GANModule(nn.LSTM(4, 2), MLP([3, 1]), 4), r"The generator failed on .*: it must return a tensor, got a tuple"),
+        (
+            GANModule(nn.LSTM(4, 2), MLP([3, 1]), 4),
+            r"The generator failed on .*: `generate` must return a dict of extras beside the sample, got a tuple",
+        ),
         (
             GANModule(MLP([4, 2]), nn.Sequential(nn.Linear(2, 2), nn.Flatten(0)), 4),
             r"The discriminator must return one logit or more per sample",
@@ -304,11 +393,10 @@ def test_a_run_that_is_done_is_no_empty_loader(tmp_path):
 
 def test_strategies_that_cannot_do_this_are_refused():
     for kind in (FSDPStrategy, DeepSpeedStrategy):
-        gan = small()
-        gan._trainer = trainer()
-        gan.trainer.strategy.__class__ = type(kind.__name__, (kind, type(gan.trainer.strategy)), {})
+        run = trainer()
+        run.strategy.__class__ = type(kind.__name__, (kind, type(run.strategy)), {})
         with pytest.raises(Exception, match=f"{kind.__name__} cannot train two optimizers .* use strategy='ddp'"):
-            gan.setup("fit")
+            check_strategy(run)
 
 
 def test_a_checkpoint_interval_that_lightning_would_ignore_is_refused(tmp_path):
@@ -335,14 +423,17 @@ def test_validation_logs_held_out_losses():
     run.validate(gan, DataLoader(points(2), batch_size=None), verbose=False)
     assert first == dict(run.callback_metrics)  # the same noise each time
     real = torch.cat(points(2))
-    expected = (1 - gan.discriminate(real)).relu().mean()
-    fakes = (1 + gan.discriminate(torch.cat([gan.sample(8, latents=z) for z in _latents(gan)]))).relu().mean()
+    expected = (1 - gan.logits(real)).relu().mean()
+    fakes = (1 + gan.logits(torch.cat([gan.sample(8, latents=z) for z in held_out_latents(gan)]))).relu().mean()
     torch.testing.assert_close(first["val/d/adversarial"], (expected + fakes).detach())
 
 
-def _latents(gan):
-    gan._now.draw = 0
-    return [gan.randn(8, 4), gan.randn(8, 4)]
+def held_out_latents(gan):
+    latents = []
+    for batch_idx in range(2):
+        with gan.noise.of("validation", 0, batch_idx):
+            latents.append(gan.noise.randn(8, 4))
+    return latents
 
 
 def test_validation_inside_training_changes_nothing():
@@ -368,8 +459,8 @@ def test_predict_returns_samples():
 
 def test_a_regularizer_of_three_lines():
     class Drift(Regularizer):
-        def penalty(self, module, play):
-            return play.real_logits.square()
+        def penalty(self, module, outputs):
+            return outputs.real_logits.square()
 
     gan = small(d_optimizer=sgd(0.1), g_optimizer=sgd(0.1))
     run = fit(gan, points(1), callbacks=[Drift(weight=2.0)])
@@ -378,8 +469,8 @@ def test_a_regularizer_of_three_lines():
     class ByGradient(Regularizer):
         weight = 0.5
 
-        def penalty(self, module, play):
-            (g,) = torch.autograd.grad(play.real_logits.sum(), play.real, create_graph=True)
+        def penalty(self, module, outputs):
+            (g,) = torch.autograd.grad(outputs.real_logits.sum(), outputs.real, create_graph=True)
             return g.square().sum(1)
 
     a = fit(small(), points(1), callbacks=[ByGradient()])
@@ -391,8 +482,8 @@ def test_a_penalty_of_the_generator_differentiates_by_the_latents():
     class PathLength(Regularizer):
         player = "g"
 
-        def penalty(self, module, play):
-            (g,) = torch.autograd.grad(play.fake.sum(), play.latents, create_graph=True)
+        def penalty(self, module, outputs):
+            (g,) = torch.autograd.grad(outputs.fake.sum(), outputs.latents, create_graph=True)
             return g.square().sum(1)
 
     gan = GANModule(nn.Linear(4, 2, bias=False), MLP([2, 1]), 4, g_optimizer=sgd(0.0))
@@ -432,7 +523,7 @@ def test_an_auto_encoder_is_judged_by_its_error():
     gan = GANModule(MLP([4, 2]), MLP([2, 8, 2]), 4, loss=BoundaryEquilibrium())
     x = torch.randn(5, 2)
     expected = (gan.discriminator(x) - x).abs().mean(1)
-    torch.testing.assert_close(gan.discriminate(x), expected)
+    torch.testing.assert_close(gan.logits(x), expected)
     run = fit(gan, points(4))
     assert gan.loss.k > 0
     assert run.callback_metrics["d/real_logit"] > 0
@@ -555,9 +646,9 @@ def test_a_foreign_checkpoint_is_refused(tmp_path):
     run = fit(small(), points(1), callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True)
     path = run.checkpoint_callback.best_model_path
     checkpoint = torch.load(path, weights_only=True)
-    del checkpoint["gan"]
+    del checkpoint["state_dict"]["_extra_state"]
     torch.save(checkpoint, tmp_path / "foreign.ckpt")
-    with pytest.raises(ValueError, match="This is no checkpoint of a GANModule"):
+    with pytest.raises(ValueError, match="This is no state of a GANModule"):
         GANModule.load_from_checkpoint(tmp_path / "foreign.ckpt", generator=MLP([4, 2]), discriminator=MLP([2, 1]))
 
 
@@ -602,9 +693,9 @@ def test_optimizers_may_have_more_than_a_network():
     assert gan.iteration == 1
 
 
-@pytest.mark.parametrize(("door", "player"), [("sample", "generator"), ("discriminate", "discriminator")])
-def test_a_loss_without_a_gradient_says_where_to_look(door, player, monkeypatch):
-    monkeypatch.setattr(GANModule, door, torch.no_grad()(getattr(GANModule, door)))
+@pytest.mark.parametrize(("method", "player"), [("generate", "generator"), ("discriminate", "discriminator")])
+def test_a_loss_without_a_gradient_says_where_to_look(method, player, monkeypatch):
+    monkeypatch.setattr(GANModule, method, torch.no_grad()(getattr(GANModule, method)))
     gan = small()
     with pytest.raises(ValueError, match=f"The loss of the {player} does not depend on its parameters: something in"):
         fit(gan, points(1))
@@ -647,7 +738,7 @@ class Breaks(Regularizer):
 
     differentiates = ("real",)
 
-    def penalty(self, module, play):
+    def penalty(self, module, outputs):
         raise RuntimeError("broken")
 
 
@@ -655,9 +746,8 @@ def test_an_error_inside_of_a_step_leaves_nothing_behind():
     gan, twin = (small(accumulate=2) for _ in range(2))
     with pytest.raises(RuntimeError, match="broken"):
         fit(gan, points(2), callbacks=[Breaks()])
-    gan._now.draw = 0
-    assert torch.equal(gan.randn(4, 2), twin.randn(4, 2))
-    assert not gan.play("d", points(1)[0]).real.requires_grad
+    assert torch.equal(gan.noise.randn(4, 2), twin.noise.randn(4, 2))
+    assert not gan.compute_outputs("d", points(1)[0], ()).real.requires_grad
 
 
 def test_a_frozen_player_that_is_to_move_is_refused():
@@ -682,6 +772,16 @@ def test_reconstructions_of_packs_are_refused():
 # ---------- what a subclass may get wrong
 
 
+# every hook of Lightning, but the one that says that it needs `super()`, and those that are the step itself
+HOOKS = [
+    name
+    for base in (ModelHooks, DataHooks, CheckpointHooks)
+    for name, hook in vars(base).items()
+    if name.startswith(("on_", "setup", "teardown", "configure_", "prepare_")) and callable(hook)
+    if name not in ("configure_sharded_model", "on_before_batch_transfer", "on_after_batch_transfer")
+]
+
+
 def silent(name):
     """A subclass that overrides a hook as in any LightningModule: without `super()`."""
     return type("Silent", (GANModule,), {name: lambda self, *args, **kwargs: called.append(name)})
@@ -696,57 +796,102 @@ def test_a_hook_without_super_loses_nothing(name, tmp_path):
     runs = []
     for kind in (GANModule, silent(name), type("Deeper", (silent(name),), {})):
         torch.manual_seed(0)
-        called.clear()
         module = kind(MLP([4, 16, 2]), MLP([2, 16, 1]), 4, clip_norm=1e-2, g_optimizer=sgd(0.5), d_optimizer=sgd(0.5))
         saves = ModelCheckpoint(tmp_path / kind.__name__, every_n_train_steps=3, save_top_k=-1)
         fit(module, points(3), callbacks=[saves], enable_checkpointing=True, max_epochs=2)
         checkpoint = next((tmp_path / kind.__name__).glob("*step=3.ckpt"))
         other = kind(MLP([4, 16, 2]), MLP([2, 16, 1]), 4, clip_norm=1e-2, g_optimizer=sgd(0.5), d_optimizer=sgd(0.5))
         fit(other, points(3), ckpt_path=checkpoint, max_epochs=2)
-        assert name in called or kind is GANModule
         runs.append((weights(module), weights(other), other.iteration))
     for run in runs:
         assert run[2] == 6
         assert all(torch.equal(run[i], runs[0][0]) for i in (0, 1))
 
 
-def test_a_hook_with_super_runs_the_base_once():
-    seen = []
+def test_silent_hooks_are_called():
+    """What the test above overrides is really overridden."""
+    called.clear()
+    for name in ("on_fit_start", "on_train_start", "setup", "on_before_optimizer_step"):
+        fit(silent(name)(MLP([4, 2]), MLP([2, 1]), 4), points(1))
+    assert {*called} == {"on_fit_start", "on_train_start", "setup", "on_before_optimizer_step"}
 
-    class Mixin:
-        def on_train_start(self):
-            seen.append("mixin")
-            super().on_train_start()
 
-    class Base(GANModule):
-        def on_train_start(self):
-            seen.append("before")
-            super().on_train_start()
-            seen.append(self._first_step)
+def test_a_hook_of_the_module_sees_clipped_gradients():
+    norms = []
 
-    class Mixed(Mixin, Base):
-        pass
+    class Own(GANModule):
+        def on_before_optimizer_step(self, optimizer):
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            norms.append(nn.utils.get_total_norm(gradients).item())
 
-    fit(Mixed(MLP([4, 2]), MLP([2, 1]), 4), points(2))
-    assert seen == ["mixin", "before", 0]
+    fit(Own(MLP([4, 2]), MLP([2, 1]), 4, clip_norm=1e-3), points(2))
+    assert norms == pytest.approx([1e-3] * 4, rel=1e-3)
+
+
+def test_configure_callbacks_needs_super():
+    class Own(GANModule):
+        def configure_callbacks(self):
+            return []
+
+    with pytest.raises(MisconfigurationException, match="`configure_callbacks` of Own leaves out what GANModule retu"):
+        fit(Own(MLP([4, 2]), MLP([2, 1]), 4), points(1))
+
+    class Adds(GANModule):
+        def configure_callbacks(self):
+            return [*super().configure_callbacks(), Timer()]
+
+    assert any(isinstance(c, Timer) for c in fit(Adds(MLP([4, 2]), MLP([2, 1]), 4), points(1)).callbacks)
+
+
+def test_one_trainer_fits_several_modules():
+    """Each has its own guard, and a module that is no GAN is left alone."""
+    run = trainer(max_steps=2, max_epochs=-1)
+    for module in (small(), small(clip_norm=1e-3)):
+        run.fit_loop.epoch_loop.manual_optimization.optim_step_progress.reset()
+        run.fit(module, DataLoader(points(2), batch_size=None))
+        assert module.iteration == 2
+    other = trainer(max_steps=2)
+    other.callbacks.append(next(c for c in run.callbacks if type(c).__name__ == "Guard"))
+    other.fit(BoringModel())
+    assert other.global_step == 2
 
 
 @pytest.mark.parametrize(
     ("found", "got"),
-    [(torch.zeros(2, 2), "a Tensor"), ([torch.zeros(2, 2), None], "a list"), ((None, None), "a tuple of 2")],
+    [
+        (torch.zeros(2, 2), "a torch.float32 tensor of shape (2, 2)"),
+        ([torch.zeros(2, 2)], "a list of 1"),
+        ((None, None), "a tuple of 2"),
+    ],
 )
 def test_an_unpack_that_returns_something_else_is_refused(found, got):
     class Wrong(GANModule):
         def unpack(self, batch):
             return found
 
-    with pytest.raises(ValueError, match=rf"must return samples and labels \(or None\) of a batch, got {got}\."):
+    message = f"`unpack` must return samples and a condition (or None) of a batch, got {got}."
+    with pytest.raises(ValueError, match=re.escape(message)):
         fit(Wrong(MLP([4, 2]), MLP([2, 1]), 4), points(1))
 
 
-def test_labels_are_one_tensor():
-    with pytest.raises(ValueError, match=r"`labels` must be a tensor or None, got a list\."):
-        small().sample(2, labels=[0, 1])
+def test_an_unpack_may_return_a_list():
+    """As the batch of a TensorDataset is one."""
+
+    class Own(GANModule):
+        def unpack(self, batch):
+            return [batch, None]
+
+    plain = small()
+    module = Own(MLP([4, 16, 2]), MLP([2, 16, 1]), 4)
+    module.load_state_dict(plain.state_dict())
+    for gan in (plain, module):
+        fit(gan, points(2))
+    assert torch.equal(weights(plain), weights(module))
+
+
+def test_conditions_are_tensors():
+    with pytest.raises(ValueError, match=r"`condition` must be a tensor, or a tree of tensors, .* got a int\."):
+        small().sample(2, condition=[0, 1])
 
 
 def test_shared_parameters_need_one_gradient_at_a_time():

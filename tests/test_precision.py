@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from torch.nn.functional import softplus
 from torch.utils.data import DataLoader
-from toys import fit, points, sgd, small, trainer, weights
+from toys import fit, points, sgd, small, spy_on_samples, trainer, weights
 
 from lightning_gan_stability import (
     MLP,
@@ -32,7 +32,7 @@ from lightning_gan_stability import (
     R1Penalty,
     R2Penalty,
     Regularizer,
-    SampleGrid,
+    SampleLogger,
     Simultaneous,
     Unrolling,
     Wasserstein,
@@ -142,12 +142,12 @@ def test_penalty_gradient_of_a_deep_network_loses_nothing(penalty, precision):
 
 
 class Judged(Regularizer):
-    """A user's penalty that judges the samples of the play once more."""
+    """A user's penalty that judges the samples once more."""
 
     differentiates = ()
 
-    def penalty(self, module, play):
-        return (module.discriminate(play.fake) - play.fake_logits).square()
+    def penalty(self, module, outputs):
+        return (module.logits(outputs.fake) - outputs.fake_logits).square()
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "float16"])
@@ -228,14 +228,8 @@ class Loud(AdversarialLoss):
 
 def spy_on_latents(module):
     """A list that fills with the latents that the generator trains on."""
-    seen, play = [], module.play
-
-    def spy(player, batch):
-        result = play(player, batch)
-        seen.extend([result.latents] * (player == "g"))
-        return result
-
-    module.play = spy
+    seen = []
+    spy_on_samples(module, lambda player, outputs: seen.extend([outputs.latents] * (player == "g")))
     return seen
 
 
@@ -488,8 +482,8 @@ def train_compiled(backend, rule, batches):
 
     torch._dynamo.reset()
     counters.clear()
-    module = small(compile=backend)
-    callbacks = [R1Penalty(0.5, every=4), GeneratorEMA(half_life=2), SampleGrid(every=4, n=9), *rule]
+    module = small(compile={"backend": backend} if backend else False)
+    callbacks = [R1Penalty(0.5, every=4), GeneratorEMA(half_life=2), SampleLogger(every=4, n=9), *rule]
     run = trainer(callbacks=callbacks, max_steps=len(batches), max_epochs=-1, val_check_interval=4)
     run.fit(module, DataLoader(batches, batch_size=None), DataLoader(batches[:4], batch_size=None))
     return module, counters["stats"]["unique_graphs"]
@@ -516,15 +510,27 @@ def test_compiled_runs_equal_eager_ones_with_few_graphs(dynamo, rule, most):
 
 def test_networks_that_are_compiled_already_keep_their_backend(dynamo):
     backend, runs = dynamo
-    module = small(compile="aot_eager")
+    module = small(compile={"backend": "aot_eager"})
     module.discriminator.compile(backend=backend)
     fit(module, points(2))
     assert len(runs) == 2 * 3
 
 
-@pytest.mark.parametrize("value", ["no_such_backend", 1, None])
-def test_compile_takes_a_backend(value):
-    with pytest.raises(ValueError, match=r"`compile` must be True, False, or a backend such as .*inductor.*, got "):
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            {"backend": "no_such_backend"},
+            r"`compile\['backend'\]` must be one of .*'inductor'.*, got 'no_such_backend'\.",
+        ),
+        ({"mod": "default"}, r"`compile` must hold arguments of `torch.compile` \(.*mode.*\), got 'mod'\."),
+        ("aot_eager", r"`compile` must be True, False, or a dict of arguments of `torch.compile`, got 'aot_eager'\."),
+        (1, r"`compile` must be True, False, or a dict"),
+        (None, r"`compile` must be True, False, or a dict"),
+    ],
+)
+def test_compile_takes_arguments_of_torch_compile(value, message):
+    with pytest.raises(ValueError, match=message):
         small(compile=value)
 
 

@@ -27,10 +27,11 @@ from lightning_gan_stability import (
     QualityMonitor,
     Ring,
 )
-from lightning_gan_stability.batches import digits, from_start
-from lightning_gan_stability.callbacks import quality
+from lightning_gan_stability.datasets import digits
 from lightning_gan_stability.metrics import density_coverage, frechet_distance, mode_coverage, precision_recall
 from lightning_gan_stability.metrics.statistics import Cells, Seen, distance
+from lightning_gan_stability.monitors import quality
+from lightning_gan_stability.monitors.real_data import from_start
 
 FEW = {"n_samples": 100, "every": 2}
 
@@ -56,7 +57,7 @@ def digit_gan():
 
 def test_values_are_those_of_the_functions_on_the_same_samples():
     """Real samples are the first of the stream; fakes come from the monitor's latents, which the test draws itself."""
-    from lightning_gan_stability.doors import generator
+    from lightning_gan_stability.noise import generator
 
     module, data, monitor = small(), ring(), QualityMonitor(**FEW)
     fit(module, data, monitor)
@@ -132,7 +133,7 @@ def test_moved_is_the_distance_to_the_last_shares():
     class Watch(Callback):
         def on_train_batch_end(self, _, module, *__):
             if module.iteration % 2 == 0:
-                seen.append((list(monitor._shares), monitor.values["moved"]))
+                seen.append((list(monitor.shares), monitor.values["moved"]))
 
     fit(small(), ring(), monitor, Watch())
     assert seen[1][1] == pytest.approx(distance(seen[0][0], seen[1][0]))
@@ -373,12 +374,12 @@ def test_the_cache_is_used_and_a_torn_one_is_not(tmp_path, caplog):
     ("arguments", "text"),
     [
         ({"every": 0}, "`every` must be a positive integer, got 0"),
-        ({"n_samples": 10}, "`n_samples` must be at least 50, got 10"),
-        ({"n_samples": 1.5}, "`n_samples` must be a positive integer"),
+        ({"n_samples": 10}, "`n_samples` must be an integer of at least 50, got 10"),
+        ({"n_samples": 1.5}, "`n_samples` must be an integer of at least 50, got 1.5"),
         ({"metrics": ["fids"]}, r"`metrics` must be some of fid, kid, .* got \['fids'\]"),
         ({"metrics": []}, "`metrics` must be some of"),
-        ({"split": "test"}, "`split` must be 'train' or 'val', got 'test'"),
-        ({"extractor": "inception"}, "`extractor` must be a module, got 'inception'"),
+        ({"split": "test"}, "`split` must be one of 'train', 'val', got 'test'"),
+        ({"extractor": "inception"}, "`extractor` must be of type Module, got 'inception'"),
     ],
 )
 def test_bad_arguments(arguments, text):

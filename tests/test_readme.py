@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lightning.pytorch.callbacks
 import pytest
+import tables
 
 import lightning_gan_stability
 from lightning_gan_stability.cli import main
@@ -102,13 +103,13 @@ def test_yaml(page, text, tmp_path):
         finish(text)
 
 
-ENTRIES = re.findall(r"`(\{class_path: .+?\})`", PAGES["docs/guides/recipes.md"].read_text(encoding="utf-8"))
+ENTRIES = [recipe for recipe in tables.RECIPES if recipe.arguments is not None]
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: re.findall(r"\w+", entry)[1])
-def test_an_entry_that_a_recipe_names(entry):
-    fit_file(base(), f"trainer:\n  callbacks:\n  - {entry}\n", options=SHORT)
+@pytest.mark.parametrize("recipe", ENTRIES, ids=lambda recipe: recipe.name)
+def test_an_entry_that_a_recipe_names(recipe):
+    fit_file(base(), f"trainer:\n  callbacks:\n  - {recipe.entry}\n", options=SHORT)
 
 
 @pytest.mark.parametrize(("page", "text"), own("bash"))

@@ -137,9 +137,8 @@ def test_r1_against_the_gradient_of_the_whole_loss_by_hand():
     gan.plan = ("d",)
     batch = points(1, dtype=torch.float64)[0]
     parameters = list(gan.discriminator.parameters())
-    gan._now.in_step = True  # the latents of step 0
-    fake = gan.generator(gan.randn(8, 4)).detach()
-    gan._now.in_step = False
+    with gan.noise.of_step():  # the latents of step 0
+        fake = gan.generator(gan.noise.randn(8, 4)).detach()
     x = batch.clone().requires_grad_()
     logits = gan.discriminator(x)
     (g,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
@@ -198,8 +197,8 @@ def test_coefficients_are_checked(value):
 
 def test_names_in_the_log():
     class MyOwnPenalty(Regularizer):
-        def penalty(self, module, play):
-            return play.fake_logits
+        def penalty(self, module, outputs):
+            return outputs.fake_logits
 
     names = [p().name for p in (*PENALTIES, MyOwnPenalty)]
     assert names == ["r1", "r2", "gradient_penalty", "dragan", "my_own"]
@@ -261,8 +260,8 @@ def test_zero_centred_on_interpolates():
     gan.plan = ("d",)
     batch = points(1, dtype=torch.float64)[0]
     run = fit(gan, [batch], callbacks=[GradientPenalty(weight=2.0, target=0.0)])
-    gan.iteration, gan._now.in_step, gan._now.draw = 0, True, 0
-    fake, alpha = gan.generator(gan.randn(8, 4)).detach(), gan.rand(8)[:, None]
+    with first_draws(gan):
+        fake, alpha = gan.generator(gan.noise.randn(8, 4)).detach(), gan.noise.rand(8)[:, None]
     x = (alpha * batch + (1 - alpha) * fake).requires_grad_()
     (g,) = torch.autograd.grad(gan.discriminator(x).sum(), x)
     assert run.callback_metrics["d/gradient_penalty"].item() == pytest.approx(2 * g.square().sum(1).mean().item())
@@ -276,8 +275,9 @@ def test_approximate_penalties_on_a_linear_critic(approximate, exact):
     w, sigma, weight = torch.tensor([3.0, -4.0], dtype=torch.float64), 0.1, 7.0
     gan = linear_gan(w.tolist(), d_optimizer=sgd(0.01))
     fit(gan, ZEROS, callbacks=[approximate(weight, sigma)])
-    gan.iteration, gan._now.in_step, gan._now.draw = 0, True, 1  # draw 0 are the latents
-    n = gan.randn(6, 2)
+    with first_draws(gan):
+        gan.noise.draw = 1  # draw 0 are the latents
+        n = gan.noise.randn(6, 2)
     gradient = 2 * weight * sigma**2 * ((n @ w)[:, None] * n).mean(0)
     torch.testing.assert_close(gan.discriminator.weight[0].detach(), w - 0.01 * gradient)
     gans = [linear_gan(w.tolist(), d_optimizer=sgd(0.0)) for _ in range(2)]
@@ -301,7 +301,7 @@ def test_approximate_penalties_use_the_same_network_twice(penalty, kind):
 
         class Jitter(nn.Module):
             def forward(self, x):
-                return x + gan.randn(*x.shape)
+                return x + gan.noise.randn(*x.shape)
 
         gan.augment = Jitter()
     callbacks = [SpectralNorm()] if kind == "spectral norm" else []
@@ -330,10 +330,10 @@ def test_lecam_against_the_authors_recursion():
     seen = gan.compute_gradients
 
     def spy(player, batch):
-        play = seen(player, batch)
+        outputs = seen(player, batch)
         if player == "d":
-            logits.append(play.both_logits)
-        return play
+            logits.append((outputs.real_logits, outputs.fake_logits))
+        return outputs
 
     gan.compute_gradients = spy
     fit(gan, points(6, dtype=torch.float64), callbacks=[lecam, record], log_every_n_steps=1)
@@ -373,20 +373,20 @@ IMAGES = [torch.randn(6, 1, 8, 8, dtype=torch.float64)]
 
 def first_draws(gan):
     """The noise of step 0 from the start."""
-    gan.iteration, gan._now.in_step, gan._now.draw = 0, True, 0
-    return gan
+    gan.iteration = 0
+    return gan.noise.of_step()
 
 
 @pytest.mark.parametrize("kind", ["real", "balanced"])
 def test_consistency_of_mirrored_and_moved_images(kind):
     gan = image_gan()
     run = fit(gan, IMAGES, callbacks=[ConsistencyPenalty(kind, weight=3.0)])
-    first_draws(gan)
-    fake = gan.generator(gan.randn(6, 4)).detach()
-    expected = 0
-    for x in (IMAGES[0], fake)[: 1 + (kind == "balanced")]:
-        moved = penalties.flip_and_shift(x, gan.rand(6, 3))
-        expected = expected + 3 * (gan.discriminator(x) - gan.discriminator(moved)).square().mean()
+    with first_draws(gan):
+        fake = gan.generator(gan.noise.randn(6, 4)).detach()
+        expected = 0
+        for x in (IMAGES[0], fake)[: 1 + (kind == "balanced")]:
+            moved = penalties.flip_and_shift(x, gan.noise.rand(6, 3))
+            expected = expected + 3 * (gan.discriminator(x) - gan.discriminator(moved)).square().mean()
     assert run.callback_metrics["d/consistency"].item() == pytest.approx(expected.item())
 
 
@@ -409,12 +409,12 @@ def test_latent_consistency_of_both_players():
         ConsistencyPenalty("latent", weight=0.3, player="g", radius=0.5),
     ]
     run = fit(gan, IMAGES, callbacks=entries)
-    first_draws(gan)
-    z, near = gan.randn(6, 4), gan.randn(6, 4)
-    logits = [gan.discriminator(gan.generator(x)) for x in (z, z + 0.05 * near)]
-    expected = 2 * (logits[0] - logits[1]).square().mean()
-    assert run.callback_metrics["d/consistency"].item() == pytest.approx(expected.item())
-    z, near = gan.randn(6, 4), gan.randn(6, 4)
+    with first_draws(gan):
+        z, near = gan.noise.randn(6, 4), gan.noise.randn(6, 4)
+        logits = [gan.discriminator(gan.generator(x)) for x in (z, z + 0.05 * near)]
+        expected = 2 * (logits[0] - logits[1]).square().mean()
+        assert run.callback_metrics["d/consistency"].item() == pytest.approx(expected.item())
+        z, near = gan.noise.randn(6, 4), gan.noise.randn(6, 4)
     expected = -0.3 * (gan.generator(z) - gan.generator(z + 0.5 * near)).square().mean()
     assert run.callback_metrics["g/consistency"].item() == pytest.approx(expected.item())
 
@@ -433,7 +433,7 @@ def test_generators_half_of_latent_consistency_moves_the_generator():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"kind": "fake"}, "`kind` must be one of real, balanced, latent, got 'fake'."),
+        ({"kind": "fake"}, "`kind` must be one of 'real', 'balanced', 'latent', got 'fake'."),
         ({"player": "g"}, "`player` must be 'd', or 'g' with kind='latent', got 'g' and 'real'."),
         ({"player": "x", "kind": "latent"}, "`player` must be 'd', or 'g' with kind='latent', got 'x' and 'latent'."),
         ({"radius": 0.1}, "`radius` is of no use with kind='real'."),
@@ -503,10 +503,10 @@ def test_path_length_against_a_linear_generator():
     fit(gan, points(5, dtype=torch.float64), callbacks=[penalty, record], log_every_n_steps=1)
     mean, a = 0.0, gan.generator.weight.detach()
     for step in (0, 2, 4):
-        first_draws(gan)
         gan.iteration = step
-        gan._now.draw = 2  # latents of D and of G came first
-        lengths = (gan.randn(8, 2) @ a).norm(dim=1)
+        with gan.noise.of_step():
+            gan.noise.draw = 2  # latents of D and of G came first
+            lengths = (gan.noise.randn(8, 2) @ a).norm(dim=1)
         expected = 3.0 * (lengths - mean).square().mean().item()
         assert record.logged("g/path_length")[step] == pytest.approx(expected, rel=1e-5)
         mean = 0.8 * mean + 0.2 * lengths.mean().item()
@@ -543,8 +543,8 @@ def test_mode_seeking_of_a_scaled_identity(scale):
             "`transform` must be a module from samples to samples, or None,",
         ),
         (lambda: LeCam(start=-1), "`start` must be an integer that is not negative, got -1."),
-        (lambda: PathLengthPenalty(decay=-0.1), "`decay` must be a finite number that is not negative, got -0.1."),
-        (lambda: OrthogonalPenalty(player="x"), "`player` must be 'd' or 'g', got 'x'."),
+        (lambda: PathLengthPenalty(decay=-0.1), r"`decay` must be in \[0, 1\], got -0.1."),
+        (lambda: OrthogonalPenalty(player="x"), "`player` must be one of 'd', 'g', got 'x'."),
         (lambda: LogitDrift(weight=float("nan")), "`weight` must be a finite number that is not negative, got nan."),
         (lambda: ModeSeeking(every=0), "`every` must be a positive integer, got 0."),
     ],
@@ -605,14 +605,12 @@ def test_a_pack_is_perturbed_by_one_share():
     seen = []
 
     class Packs(GANModule):
-        def discriminate(self, samples, labels=None):
-            seen.append(samples.detach())
-            return super().discriminate(samples, labels)
-
-        def rand(self, n, *shape):
-            return torch.ones(n, *shape) if shape else super().rand(n)
+        def discriminate(self, network, sample, condition):
+            seen.append(sample.detach())
+            return super().discriminate(network, sample, condition)
 
     gan = Packs(MLP([2, 4, 1]), Packed(MLP([2, 4, 1]), 2), 2)
+    gan.noise.rand_like = torch.ones_like
     gan.plan = ("d",)
     real = torch.tensor([[-1.0], [1.0]] * 4)
     fit(gan, [real], callbacks=[DRAGANPenalty()])
@@ -623,10 +621,9 @@ def test_a_pack_is_perturbed_by_one_share():
 
 def test_running_means_in_low_precision_move():
     path = PathLengthPenalty(decay=0.999, every=1)
-    path._means = torch.tensor(1.0)
-    module = small()
-    module._identity, path._owner = path, path
-    fit(module, points(4, dtype=torch.bfloat16), callbacks=[path], precision="bf16-true")
+    path.load_state_dict({"means": torch.tensor(1.0)})
+    path.setup = lambda *_, **__: None  # or the state would count as another run's
+    fit(small(), points(4, dtype=torch.bfloat16), callbacks=[path], precision="bf16-true")
     assert path.state_dict()["means"].dtype == torch.float32
 
 
@@ -656,8 +653,8 @@ def test_schedules_and_starts_count_the_players_own_steps():
             asked.append(step)
             return super().weight_at(step)
 
-        def penalty(self, module, play):
-            return play.fake.square().mean()
+        def penalty(self, module, outputs):
+            return outputs.fake.square().mean()
 
     lecam = LeCam(1.0, start=2)
     shown = []
@@ -665,7 +662,7 @@ def test_schedules_and_starts_count_the_players_own_steps():
     class Look(Callback):
         def on_train_batch_end(self, trainer, module, *_):
             if "d" in module.moved:
-                shown.append(module._now.logs["d/le_cam"].item() > 0)
+                shown.append(module.last_step.values["d/le_cam"].item() > 0)
 
     fit(small(), points(12), callbacks=[Watched(1.0, final_weight=0.0, steps=4), lecam, UpdateRatio(3), Look()])
     assert asked == [0, 1, 2, 3]
@@ -677,7 +674,7 @@ def test_a_regularizer_without_an_init_of_the_base():
         def __init__(self):
             self.target = 1.0
 
-        def penalty(self, module, play):
-            return (play.both_logits[0] - self.target).square()
+        def penalty(self, module, outputs):
+            return (outputs.real_logits - self.target).square()
 
     assert fit(small(), points(2), callbacks=[Mine()]).callback_metrics["d/mine"] > 0

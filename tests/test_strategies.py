@@ -1,9 +1,10 @@
-"""The table of docs/strategies.md, cell by cell: what works does, what is refused says so."""
+"""The table of strategies and precisions, cell by cell: what works does, what is refused says so."""
 
 import re
 from pathlib import Path
 
 import pytest
+import tables
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from test_compose import ALL, EXTRAS
@@ -11,7 +12,16 @@ from test_distributed import CASES, SHARDED
 from test_precision import scaled
 from toys import fit, points, sgd, weights
 
-from lightning_gan_stability import MLP, GANModule, Minimax
+from lightning_gan_stability import (
+    MLP,
+    Alternating,
+    CollapseDetector,
+    GANModule,
+    HealthMonitor,
+    Minimax,
+    QualityMonitor,
+    UpdateRule,
+)
 
 DOC = Path(__file__).parent.parent / "docs" / "strategies.md"
 METHODS = {name: make for name, make in (ALL | EXTRAS).items() if name != "none"}
@@ -20,7 +30,7 @@ WAYS = {
     "bf16-mixed": lambda: {"precision": "bf16-mixed"},
     "bf16-true": lambda: {"precision": "bf16-true"},
     "64-true": lambda: {"precision": "64-true"},
-    "compiled": lambda: {"compile": "aot_eager"},
+    "compiled": lambda: {"compile": {"backend": "aot_eager"}},
 }
 # how far a step may be from that of float32, as a part of it; other types draw other noise, and cannot be compared
 ERROR = {"16-mixed": 2e-3, "bf16-mixed": 5e-2, "compiled": 1e-5}
@@ -30,12 +40,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed"),
     pytest.mark.filterwarnings("ignore:.*(collapse|divergence|hopping) at step"),
 ]
-
-
-def table():
-    rows = [line.split("|")[1:-1] for line in DOC.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
-    head, *rows = ([cell.strip().strip("`") for cell in row] for row in rows)
-    return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
 
 
 def step(name, **kwargs):
@@ -55,7 +59,7 @@ def step(name, **kwargs):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_in_every_precision(name, way, tmp_path, monkeypatch):
     torch._dynamo.reset()
-    cell = table()[name][way]
+    cell = tables.works(name, way)
     if cell == "refused":
         with pytest.raises(MisconfigurationException, match=name.split(",")[0]):
             step(name, **WAYS[way]())
@@ -69,18 +73,30 @@ def test_every_method_in_every_precision(name, way, tmp_path, monkeypatch):
         assert (moved - exact).norm() <= ERROR[way] * exact.norm()
 
 
+# the rule of all cases of test_distributed.py that name none, and the monitors, which have tests of their own there
+ELSEWHERE = (Alternating, QualityMonitor, CollapseDetector, HealthMonitor)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_what_the_table_says_of_several_processes(name):
-    """Cells that say "yes" have a case in test_distributed.py, those that say "refused" have none."""
-    kind = type(METHODS[name]()[0])
-    elsewhere = kind.__name__ in ("QualityMonitor", "CollapseDetector", "HealthMonitor", "SampleGrid", "Alternating")
-    for column, names, other in (("DDP", CASES, "not tried"), ("shards", SHARDED, "refused")):
-        tried = any(isinstance(callback, kind) for case in names for callback in CASES[case][1])
-        assert table()[name][column] == ("yes" if tried or elsewhere else other)
+    """Cells that say "yes" have a case in test_distributed.py, others have none."""
+    callback = METHODS[name]()[0]
+    kind = type(callback)
+    for column, names in (("DDP", CASES), ("shards", SHARDED)):
+        tried = any(isinstance(other, kind) for case in names for other in CASES[case][1])
+        assert (tables.works(name, column) == "yes") == (tried or isinstance(callback, ELSEWHERE))
+    # the condition under which UpdateRule refuses ModelParallelStrategy
+    differentiates_both = isinstance(callback, UpdateRule) and callback.whole_batch and callback.joint
+    assert (tables.works(name, "shards") == "refused") == differentiates_both
+    assert tables.works(name, "DDP") != "refused"
 
 
 def test_every_method_is_in_the_table():
-    assert list(table()) == list(METHODS)
+    assert list(tables.STRATEGIES) == list(METHODS)
+    assert {*WAYS, "DDP", "shards"} == {*tables.COLUMNS}
+    exceptions = [(column, cell) for row in tables.STRATEGIES.values() for column, cell in row.items()]
+    assert {column for column, _ in exceptions} <= {*tables.COLUMNS}
+    assert {cell for _, cell in exceptions} <= {"refused", "not tried"}
 
 
 def test_the_tests_that_the_page_names_exist():

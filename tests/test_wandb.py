@@ -48,7 +48,7 @@ def run(tmp_path, monkeypatch):
     every = {
         "QualityMonitor": {"every": 1, "n_samples": 200},
         "HealthMonitor": {"every": 3},
-        "SampleGrid": {"every": 3},
+        "SampleLogger": {"every": 3},
     }
     for callback in config["trainer"]["callbacks"]:
         callback.setdefault("init_args", {}).update(every.get(callback["class_path"], {}))

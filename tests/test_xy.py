@@ -48,7 +48,7 @@ def trajectories(callbacks, optimizer, steps):
     found = []
     for theta, psi in ((1.0, 0.0), (0.0, 1.0)):
         gan = dirac(loss=Wasserstein())
-        gan._make_optimizer = {"d": optimizer, "g": optimizer}
+        gan.make_optimizer = {"d": optimizer, "g": optimizer}
         with torch.no_grad():
             gan.generator.theta.fill_(theta)
             gan.discriminator.psi.fill_(psi)

@@ -6,10 +6,11 @@ import warnings
 from contextlib import contextmanager
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
+import lightning_gan_stability
 from lightning_gan_stability import MLP, GANModule
 
 
@@ -99,6 +100,30 @@ def weights(module):
     """All parameters as one vector, whole if they are sharded."""
     whole = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in module.parameters())
     return torch.cat([p.detach().flatten() for p in whole])
+
+
+def spy_on_samples(module, look):
+    """Let ``look(player, outputs)`` see what each player's turn begins with."""
+    compute_samples = module.compute_samples
+
+    def spy(player, batch, regularizers=None):
+        outputs = compute_samples(player, batch, regularizers)
+        look(player, outputs)
+        return outputs
+
+    module.compute_samples = spy
+
+
+def public_callbacks():
+    """The names of everything that the package has for ``trainer.callbacks``."""
+    found = {name: getattr(lightning_gan_stability, name) for name in lightning_gan_stability.__all__}
+    kinds = {name for name, kind in found.items() if isinstance(kind, type) and issubclass(kind, Callback)}
+    return kinds - {"GANCallback", "Regularizer", "UpdateRule"}
+
+
+def tensors(state_dict):
+    """The tensors of a state dict, without what else a module keeps in it."""
+    return {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
 
 
 @contextmanager

@@ -147,13 +147,13 @@ class HandWritten(LightningModule):
         self.untoggle_optimizer(g_optimizer)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [adam(self.discriminator), adam(self.generator)]
+        return [adam(self.discriminator.parameters()), adam(self.generator.parameters())]
 
 
 def plain_torch(pair: Pair, latent_dim: int, steps: Steps, inner: Unrolled, meta: bool = False) -> float:
     """The same without Lightning."""
     generator, discriminator = deepcopy(pair)
-    d_optimizer, g_optimizer = adam(discriminator), adam(generator)
+    d_optimizer, g_optimizer = adam(discriminator.parameters()), adam(generator.parameters())
     if meta:
         import torchopt
 

@@ -47,8 +47,9 @@ class Damaged(GANModule):
 
     damage, since, every, classify = "", 10**9, 160, None
 
-    def sample(self, n: int, labels: Tensor | None = None, latents: Tensor | None = None) -> Tensor:
-        samples = super().sample(n, labels, latents)
+    def sample(self, n: int | None = None, condition: Tensor | None = None, latents: Tensor | None = None) -> Tensor:
+        samples = super().sample(n, condition, latents)
+        n = len(samples)
         if self.training or self.iteration < self.since:
             return samples
         with torch.no_grad():

@@ -40,7 +40,7 @@ from lightning_gan_stability import (
     Simultaneous,
     Wasserstein,
 )
-from lightning_gan_stability.callbacks.health import rank_correlation
+from lightning_gan_stability.monitors.health import rank_correlation
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -185,7 +185,7 @@ def correlation(data: str, seed: int, steps: int) -> tuple[float, bool]:
     module.noise_seed = source.seed = seed
     monitor, quality = HealthMonitor(), QualityMonitor(extractor, ["fid"], n_samples=1000, every=100)
     fit(Trainer(max_steps=steps, callbacks=[*penalties, quality, monitor], max_epochs=-1, **QUIET), module, source)
-    pairs = monitor._fids
+    pairs = monitor.fids
     rho = rank_correlation(*zip(*pairs, strict=True)) if len(pairs) > 2 else float("nan")
     return rho, any(said["verdict"] == "loss_tells_nothing" for said in monitor.verdicts)
 

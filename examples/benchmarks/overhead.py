@@ -12,8 +12,9 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
+from functools import partial
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -50,10 +51,18 @@ class Steps(IterableDataset):
 class HandWritten(LightningModule):
     """The GAN as a tutorial writes it: manual optimization, toggled optimizers, two logged losses."""
 
-    def __init__(self, generator: nn.Module, discriminator: nn.Module, latent_dim: int) -> None:
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        latent_dim: int,
+        logs: bool = True,
+        fused: bool | None = None,
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.generator, self.discriminator, self.latent_dim = generator, discriminator, latent_dim
+        self.logs, self.fused = logs, fused
 
     def training_step(self, real: Tensor, batch_idx: int) -> None:
         d_optimizer, g_optimizer = self.optimizers()
@@ -62,29 +71,31 @@ class HandWritten(LightningModule):
         d_optimizer.zero_grad()
         fake = self.generator(latents[0]).detach()
         loss = (softplus(-self.discriminator(real)) + softplus(self.discriminator(fake))).mean()
-        self.log("d/adversarial", loss, prog_bar=True)
+        if self.logs:
+            self.log("d/adversarial", loss, prog_bar=True)
         self.manual_backward(loss)
         d_optimizer.step()
         self.untoggle_optimizer(d_optimizer)
         self.toggle_optimizer(g_optimizer)
         g_optimizer.zero_grad()
         loss = softplus(-self.discriminator(self.generator(latents[1]))).mean()
-        self.log("g/adversarial", loss, prog_bar=True)
+        if self.logs:
+            self.log("g/adversarial", loss, prog_bar=True)
         self.manual_backward(loss)
         g_optimizer.step()
         self.untoggle_optimizer(g_optimizer)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [adam(self.discriminator), adam(self.generator)]
+        return [adam(net.parameters(), self.fused) for net in (self.discriminator, self.generator)]
 
 
-def adam(network: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999))
+def adam(parameters: Iterable[nn.Parameter], fused: bool | None = None) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=2e-4, betas=(0.5, 0.999), fused=fused)
 
 
 def plain_torch(generator: nn.Module, discriminator: nn.Module, latent_dim: int, steps: Steps) -> float:
     """The same steps without Lightning."""
-    d_optimizer, g_optimizer = adam(discriminator), adam(generator)
+    d_optimizer, g_optimizer = adam(discriminator.parameters()), adam(generator.parameters())
     for real in steps:
         latents = torch.randn(2, len(real), latent_dim, device=real.device)
         d_optimizer.zero_grad()
@@ -140,6 +151,7 @@ def main() -> None:
 
     pair = DCGANGenerator(128, 3, size, width), DCGANDiscriminator(3, size, width)
     ring = MLP([256, 128, 128, 2]), MLP([2, 128, 128, 1])
+    few_neurons, eight = (MLP([16, 8, 2]), MLP([2, 8, 1])), torch.randn(8, 2)  # only overhead counts
     images, points = torch.rand(batch, 3, size, size) * 2 - 1, torch.randn(512, 2)
 
     def steps(data: Tensor, n: int) -> Steps:
@@ -164,6 +176,16 @@ def main() -> None:
         1.0,
         lambda: lightning(gan(ring, 256), steps(points, many)),
         lambda: lightning(HandWritten(*deepcopy(ring), 256), steps(points, many)),
+    )
+    fused = partial(adam, fused=True)
+    compare(
+        "few neurons, batch 8: GANModule / hand-written, no logs",
+        rounds,
+        1.15,
+        lambda: lightning(
+            GANModule(*deepcopy(few_neurons), 16, g_optimizer=fused, d_optimizer=fused), steps(eight, 5 * many)
+        ),
+        lambda: lightning(HandWritten(*deepcopy(few_neurons), 16, logs=False, fused=True), steps(eight, 5 * many)),
     )
     for title, goal, callback, n in (
         ("R1Penalty", 1.9, lambda: R1Penalty(0.1), few),

@@ -18,7 +18,7 @@ class Losses(Callback):
         self.monitor, self.sum, self.losses = monitor, [], []
 
     def on_train_batch_end(self, trainer, module, *_):
-        self.sum.append(module._now.logs["g/adversarial"].item())
+        self.sum.append(module.last_step.values["g/adversarial"].item())
         if module.iteration % self.monitor.every == 0:
             self.losses.append(sum(self.sum) / len(self.sum))
             self.sum = []

@@ -52,7 +52,7 @@ class Gradient(Callback):
     def look(self, module):
         norms = []
         for _ in range(10):
-            loss = module.loss.generator(module.discriminate(module.sample(128))).mean()
+            loss = module.loss.generator(module.logits(module.sample(128))).mean()
             gradients = torch.autograd.grad(loss, list(module.generator.parameters()))
             norms.append(torch.nn.utils.get_total_norm(gradients).item())
         norms = torch.tensor(norms)

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import math
-from copy import deepcopy
-from typing import TYPE_CHECKING, Any, final
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
-from lightning_gan_stability.callbacks.base import Remembering, check_number, check_positive_int
-from lightning_gan_stability.callbacks.normalize import WeightClipping
-from lightning_gan_stability.doors import assign, copied
-from lightning_gan_stability.layers import follow_spectrum
-
-if TYPE_CHECKING:
-    from lightning_gan_stability import GANModule
+from lightning_gan_stability._checks import check, check_bool, check_integer, check_number, check_share, is_number
+from lightning_gan_stability._compat import is_spectral_norm, lerp_, register_like
+from lightning_gan_stability.callback import GANCallback, as_gan, refuse_after_weight_averaging
+from lightning_gan_stability.layers import clone, copy_network, follow_spectrum
+from lightning_gan_stability.outputs import PLAYERS
+from lightning_gan_stability.protocols import GANProtocol
 
 
-@final
-class GeneratorEMA(Remembering):
+class GeneratorEMA(GANCallback):
     """Keeps an exponential moving average of the generator's weights, which draws better samples than the last ones.
 
     θ̄ ← β θ̄ + (1 − β) θ after every batch on which the generator stepped; buffers (BatchNorm's statistics) are copied,
@@ -38,47 +35,45 @@ class GeneratorEMA(Remembering):
         half_life: h, not negative: the steps after which a weight's share in the average is one half. 0: a copy.
         decay: β in [0, 1) instead of ``half_life``; 0.999 if neither is given.
         ramp_up: 0.05 in StyleGAN2-ADA; None: none.
+        restart: begin with a copy of the generator, when a run begins that this callback does not go on with. False: go
+            on from the average that the module has, such as published weights.
+
+    Attributes:
+        updates: how often the average has moved.
 
     Raises:
         ValueError: if an argument has a bad value, or both ``half_life`` and ``decay`` are given.
-        MisconfigurationException: if there are two of them.
+        MisconfigurationException: if there are two of them, or if Lightning's own average stands before it.
 
     Example:
         >>> round(GeneratorEMA(half_life=100).decay_at(1000) ** 100, 9)
         0.5
     """
 
+    updates: int
+    precise: dict[str, Tensor]
+    _found = False  # the module came with an average
+
     def __init__(
-        self, half_life: float | None = None, decay: float | None = None, ramp_up: float | None = None
+        self,
+        half_life: float | None = None,
+        decay: float | None = None,
+        ramp_up: float | None = None,
+        restart: bool = True,
     ) -> None:
         super().__init__()
         if half_life is not None and decay is not None:
             raise ValueError(f"Give `half_life` or `decay`, not both, got {half_life!r} and {decay!r}.")
         decay = 0.999 if half_life is None and decay is None else decay
         if decay is not None:
-            check_number("decay", decay)
-            if decay >= 1:
-                raise ValueError(f"`decay` must be in [0, 1), got {decay!r}.")
+            check_share("decay", decay, open_end=True)
             half_life = math.log(0.5) / math.log(decay) if decay else 0.0
-        assert half_life is not None
-        check_number("half_life", half_life)
-        if ramp_up is not None:
-            check_number("ramp_up", ramp_up, positive=True)
-        self.half_life = half_life
+        self.half_life = check_number("half_life", half_life)
         self.decay = decay
-        self.ramp_up = ramp_up
-        self._updates = 0
-        self._precise: dict[str, Tensor] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Updates done, the module's iteration at the last batch, and the average in float32 if the module has less."""
-        return super().state_dict() | {"updates": self._updates, "precise": self._precise}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint; the average itself is in the module's state."""
-        super().load_state_dict(state_dict)
-        self._updates = state_dict["updates"]
-        self._precise = dict(state_dict["precise"])
+        self.ramp_up = None if ramp_up is None else check_number("ramp_up", ramp_up, positive=True)
+        self.restart = check_bool("restart", restart)
+        self.add_state("updates", 0)
+        self.add_state("precise", {})  # the average in float32, of parameters that have less
 
     def decay_at(self, n: int) -> float:
         """β at the update after n others."""
@@ -90,30 +85,39 @@ class GeneratorEMA(Remembering):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make room for the average, before the checkpoint is read."""
         super().setup(trainer, pl_module, stage)
-        module: GANModule = pl_module  # type: ignore[assignment]
-        if sum(isinstance(callback, GeneratorEMA) for callback in module._callbacks()) > 1:
+        module = as_gan(pl_module)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(callback, GeneratorEMA) for callback in callbacks) > 1:
             raise MisconfigurationException("A module has room for one GeneratorEMA: remove all but one.")
         if stage == "fit":
-            module._average_rests = False
+            refuse_after_weight_averaging(self, trainer)
+            module.average_rests = False
+            self._found = module.generator_ema is not None
             if module.generator_ema is None:
-                module.generator_ema = deepcopy(module.generator).requires_grad_(False)
+                module.generator_ema = copy_network(module.generator)
 
-    def _forget(self, module: GANModule) -> None:
+    def reset(self, module: GANProtocol) -> None:
         """Start from a copy of the generator."""
+        super().reset(module)
         assert module.generator_ema is not None
-        module.generator_ema.load_state_dict({k: copied(v) for k, v in module.generator.state_dict().items()})
-        self._updates, self._precise = 0, {}
+        if self._found and not self.restart:
+            return
+        if self._found:
+            rank_zero_warn(
+                "The module has an average of its generator already, and GeneratorEMA begins anew, with a copy of the "
+                "generator: set GeneratorEMA(restart=False) to go on from the average."
+            )
+        module.generator_ema.load_state_dict({k: clone(v) for k, v in module.generator.state_dict().items()})
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move the average if the generator has moved."""
-        module: GANModule = pl_module  # type: ignore[assignment]
+        module = as_gan(pl_module)
         if "g" in module.moved:
             assert module.generator_ema is not None
-            self._move(module.generator_ema, module.generator, self.decay_at(self._updates))
-            self._updates += 1
-        self._iteration = module.iteration
+            self._move(module.generator_ema, module.generator, self.decay_at(self.updates))
+            self.updates += 1
 
     @torch.no_grad()
     def _move(self, average: nn.Module, generator: nn.Module, decay: float) -> None:
@@ -121,24 +125,24 @@ class GeneratorEMA(Remembering):
         weights = dict(generator.named_parameters())
         low = {name: p for name, p in means.items() if p.dtype in (torch.float16, torch.bfloat16)}
         for name in low:
-            start = self._precise.get(name, means[name]).to(means[name].device, torch.float32)
-            self._precise[name] = means[name] = start
-        torch._foreach_lerp_(list(means.values()), [weights[name].to(means[name].dtype) for name in means], 1 - decay)
+            start = self.precise.get(name, means[name]).to(means[name].device, torch.float32)
+            self.precise[name] = means[name] = start
+        lerp_(list(means.values()), [weights[name].to(means[name].dtype) for name in means], 1 - decay)
         for name, p in low.items():
             p.copy_(means[name])
         for mine, theirs in zip(average.modules(), generator.modules(), strict=True):
-            if not isinstance(mine, parametrizations._SpectralNorm):  # an average has singular vectors of its own
-                for name, now in theirs.named_buffers(recurse=False):
-                    buffer = mine._buffers.get(name)
-                    if buffer is not None and buffer.shape == now.shape:
-                        buffer.copy_(now)
-                    else:  # made or resized by `forward`
-                        mine.register_buffer(name, copied(now), name not in theirs._non_persistent_buffers_set)
+            if is_spectral_norm(mine):  # an average has singular vectors of its own
+                continue
+            own = dict(mine.named_buffers(recurse=False))
+            for name, now in theirs.named_buffers(recurse=False):
+                if name in own and own[name].shape == now.shape:
+                    own[name].copy_(now)
+                else:  # made or resized by `forward`
+                    register_like(mine, name, clone(now), theirs)
         follow_spectrum(average)
 
 
-@final
-class Lookahead(Remembering):
+class Lookahead(GANCallback):
     """Lets both players run k steps ahead and then pulls them back, part of the way, to where they started.
 
     Every k batches on which the generator steps, s ← s + α (w − s) and w ← s, for the parameters of both players; the
@@ -159,62 +163,48 @@ class Lookahead(Remembering):
         5
     """
 
+    steps: int
+    slow: list[Tensor]
+
     def __init__(self, k: int = 5, alpha: float = 0.5) -> None:
         super().__init__()
-        check_positive_int("k", k)
-        check_number("alpha", alpha, positive=True)
-        if alpha > 1:
-            raise ValueError(f"`alpha` must be in (0, 1], got {alpha!r}.")
-        self.k = k
-        self.alpha = alpha
-        self._steps = 0
-        self._slow: list[Tensor] = []
+        self.k = check_integer("k", k)
+        self.alpha = check(is_number(alpha) and 0 < alpha <= 1, "alpha", "in (0, 1]", alpha)
+        self.add_state("steps", 0)
+        self.add_state("slow", [])  # s, of both players
 
     @property
     def state_key(self) -> str:
-        """Tells a slow and a super-slow instance apart."""
-        return self._generate_state_key(k=self.k)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Steps done, the module's iteration at the last batch, and the slow weights."""
-        return super().state_dict() | {"steps": self._steps, "slow": self._slow}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        super().load_state_dict(state_dict)
-        self._steps = state_dict["steps"]
-        self._slow = list(state_dict["slow"])
+        """The class and k, which tell a slow and a super-slow instance apart."""
+        return f"{type(self).__qualname__}(k={self.k})"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the slow weights from the networks, unless this is the module whose slow weights they are."""
         super().on_train_start(trainer, pl_module)
-        weights = _weights(trainer)
-        if not self._slow:
-            self._slow = [copied(p) for p in weights]
-        self._slow = [slow.to(p.device) for slow, p in zip(self._slow, weights, strict=True)]
-
-    def _forget(self, module: GANModule) -> None:
-        self._steps, self._slow = 0, []
+        self.slow = self.slow or [clone(p) for p in _weights(trainer)]
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Pull every k batches on which the generator stepped; weights that are clipped stay so."""
-        module: GANModule = pl_module  # type: ignore[assignment]
-        self._iteration = module.iteration
+        """Pull every k batches on which the generator stepped; weights that are constrained stay so."""
+        module = as_gan(pl_module)
         if "g" not in module.moved:
             return
-        self._steps += 1
-        if self._steps % self.k == 0:
+        self.steps += 1
+        if self.steps % self.k == 0:
             weights = _weights(trainer)
-            torch._foreach_lerp_(self._slow, weights, self.alpha)
-            assign(weights, self._slow)
-            clippings = [callback for callback in module._callbacks() if isinstance(callback, WeightClipping)]
-            for clipping in clippings:
-                clipping.clip(module)
-            if clippings:
-                assign(self._slow, weights)
+            lerp_(self.slow, weights, self.alpha)
+            _copy(self.slow, weights)
+            for player in PLAYERS:
+                module.constrain(player)
+            _copy(weights, self.slow)
+
+
+def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
+    """One by one: there is no joint copy of sharded tensors."""
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
 
 
 def _weights(trainer: Trainer) -> list[Tensor]:

@@ -7,36 +7,6 @@
   :class:`FrechetDistance`, :class:`PrecisionRecall`, ...
 """
 
-from lightning_gan_stability.metrics.extractors import DigitClassifier, Inception
-from lightning_gan_stability.metrics.statistics import DensityCoverage, FrechetDistance, KernelDistance, PrecisionRecall
-from lightning_gan_stability.metrics.values import (
-    bin_difference,
-    birthday_support,
-    density_coverage,
-    frechet_distance,
-    frechet_from_moments,
-    kernel_distance,
-    latent_sensitivity,
-    mode_coverage,
-    pairwise_diversity,
-    precision_recall,
-)
+import lazy_loader
 
-__all__ = [
-    "DensityCoverage",
-    "DigitClassifier",
-    "FrechetDistance",
-    "Inception",
-    "KernelDistance",
-    "PrecisionRecall",
-    "bin_difference",
-    "birthday_support",
-    "density_coverage",
-    "frechet_distance",
-    "frechet_from_moments",
-    "kernel_distance",
-    "latent_sensitivity",
-    "mode_coverage",
-    "pairwise_diversity",
-    "precision_recall",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

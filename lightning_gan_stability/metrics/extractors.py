@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_gan_stability.batches import digits, stratified
-from lightning_gan_stability.doors import generator
+from lightning_gan_stability.datasets import digits, stratified
+from lightning_gan_stability.noise import generator
 
 
 class Inception(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_gan_stability.batches import check_integer
+from lightning_gan_stability._checks import check_integer
 from lightning_gan_stability.metrics.features import checked
 from lightning_gan_stability.metrics.values import (
     DensityAndCoverage,
@@ -147,6 +147,7 @@ class PrecisionRecall(_Kept):
 
     higher_is_better = True
     _function: Callable[..., PrecisionAndRecall | DensityAndCoverage] = staticmethod(precision_recall)
+    _names: tuple[str, str] = ("precision", "recall")
 
     def __init__(self, k: int = 3, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -154,8 +155,8 @@ class PrecisionRecall(_Kept):
 
     def compute(self) -> dict[str, Tensor]:
         """Both values by name, float64."""
-        values = self._function(*self._both(), k=self.k)._asdict()
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+        values = self._function(*self._both(), k=self.k)
+        return {name: torch.tensor(x, dtype=torch.float64) for name, x in zip(self._names, values, strict=True)}
 
 
 class DensityCoverage(PrecisionRecall):
@@ -173,6 +174,7 @@ class DensityCoverage(PrecisionRecall):
     """
 
     _function = staticmethod(density_coverage)
+    _names = ("density", "coverage")
 
     def __init__(self, k: int = 5, **kwargs: Any) -> None:
         super().__init__(k, **kwargs)

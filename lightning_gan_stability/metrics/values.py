@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gan_stability.batches import check_integer
+from lightning_gan_stability._checks import check_integer
 from lightning_gan_stability.metrics.features import (
     Pairs,
     centred,

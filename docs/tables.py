@@ -1,0 +1,768 @@
+"""The tables of the documentation as data, which tests hold to the package, and how a page shows them."""
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import yaml
+
+import lightning_gan_stability
+from lightning_gan_stability import metrics
+from lightning_gan_stability.monitors.health import ADVICE
+
+# ---------- methods
+
+
+class Paper(NamedTuple):
+    """A paper by its number on arXiv, and the part of a method that comes from it, if not all of it does."""
+
+    number: str
+    label: str = ""
+
+    @property
+    def link(self) -> str:
+        """The label and the number, which leads to the paper."""
+        return f"{self.label} [{self.number}](https://arxiv.org/abs/{self.number})".strip()
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row: what is implemented, under one name or several, and what holds it.
+
+    Args:
+        names: public names of the package, or of its metrics.
+        papers: where it is from; the docstring names them too.
+        formula: the formula, and the convention where papers and codes differ.
+        tests: ``file::test`` of those that compare it with something outside the code.
+        instead_of_none: arguments with the default None for which an instance has a value, the one to be shown.
+    """
+
+    names: Sequence[str]
+    papers: Sequence[Paper]
+    formula: str
+    tests: Sequence[str]
+    instead_of_none: Sequence[str] = ()
+
+    @property
+    def objects(self) -> list[Any]:
+        """The classes and functions of these names."""
+        return [getattr(lightning_gan_stability, name, None) or getattr(metrics, name) for name in self.names]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Arguments and their defaults, by the signatures; where None stands for a value, that value."""
+        found: dict[str, Any] = {}
+        for kind in self.objects:
+            for name, default in defaults_of(kind).items():
+                if name in self.instead_of_none:
+                    default = getattr(kind(), name)
+                if default is not None:
+                    found.setdefault(name, default)
+        return found
+
+
+def defaults_of(kind: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments of a signature that have a default."""
+    parameters = inspect.signature(kind).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+
+
+METHODS: dict[str, list[Method]] = {
+    "Losses": [
+        Method(
+            ["Minimax"],
+            [Paper("1406.2661")],
+            "L_D = E_r sp(−l) + E_f sp(l), L_G = −E_f sp(l); no ½",
+            ["test_losses.py::test_minimax_optimum_is_log4_minus_2js"],
+        ),
+        Method(
+            ["NonSaturating"],
+            [Paper("1406.2661"), Paper("1606.03498", "smoothing")],
+            "L_D = E_r [α sp(−l) + (1 − α) sp(l)] + E_f sp(l), L_G = E_f sp(−l); no ½; α is `real_label`, fake "
+            "labels stay 0",
+            ["test_losses.py::test_smoothed_optimum_is_alpha_p_over_p_plus_q"],
+        ),
+        Method(
+            ["LeastSquares"],
+            [Paper("1611.04076")],
+            "L_D = ½ E_r (l − b)² + ½ E_f (l − a)², L_G = ½ E_f (l − c)²; of logits, with the paper's ½",
+            ["test_losses.py::test_least_squares_optimum", "test_losses.py::test_least_squares_generator_is_pearson"],
+        ),
+        Method(
+            ["Wasserstein"],
+            [Paper("1701.07875")],
+            "L_D = E_f l − E_r l, L_G = −E_f l; the Lipschitz constraint is another entry",
+            ["test_losses.py::test_wasserstein_is_the_difference_of_means"],
+        ),
+        Method(
+            ["Hinge"],
+            [Paper("1705.02894")],
+            "L_D = E_r max(0, 1 − l) + E_f max(0, 1 + l), L_G = −E_f l; no ½",
+            ["test_losses.py::test_hinge_optimum_is_twice_one_minus_tv"],
+        ),
+        Method(
+            ["BoundaryEquilibrium"],
+            [Paper("1703.10717")],
+            "L_D = 𝓛(x) − k 𝓛(G(z)), L_G = 𝓛(G(z)), k ← clip(k + λ (γ 𝓛(x) − 𝓛(G(z))), 0, 1); 𝓛 is the mean "
+            "absolute error of a reconstruction, by one discriminator; k moves after the step of D",
+            ["test_losses.py::test_began_k_has_its_closed_form"],
+        ),
+        Method(
+            ["Relativistic"],
+            [Paper("1807.00734"), Paper("2501.05441")],
+            "L_D = E sp(−(l_r − l_f)), L_G = E sp(l_r − l_f); pairs by index",
+            ["test_losses.py::test_relativistic_optimum_is_log_ratio_up_to_a_constant"],
+        ),
+        Method(
+            ["RelativisticAverage"],
+            [Paper("1807.00734")],
+            "L_D = ½ [E_r sp(−(l − m_f)) + E_f sp(l − m_r)], L_G with real and fake exchanged; with this ½; the "
+            "gradient flows through the means m",
+            ["test_losses.py::test_values_per_element"],
+        ),
+        Method(
+            ["FDivergence"],
+            [Paper("1606.00709")],
+            "L_D = −E_r g(v) + E_f f∗(g(v)), L_G = −E_f f∗(g(v)), or −E_f g(v) if not `saturating`; v is the logit; "
+            "eight divergences",
+            ["test_losses.py::test_f_divergence_identity"],
+        ),
+    ],
+    "Penalties": [
+        Method(
+            ["R1Penalty"],
+            [Paper("1801.04406")],
+            "d: γ/2 · E_r ‖∇ₓD(x)‖², with the paper's ½ (the authors' code has none: its 10 is 20 here); with "
+            "`final_gamma` and `steps` γ follows half a cosine",
+            [
+                "test_regularizers.py::test_one_step_on_a_linear_critic",
+                "test_dirac.py::test_r1_contracts_at_the_rate_of_its_eigenvalues",
+            ],
+        ),
+        Method(
+            ["R2Penalty"],
+            [Paper("1801.04406"), Paper("2501.05441")],
+            "d: γ/2 · E_f ‖∇ₓD(x)‖², the rest as for R1",
+            [
+                "test_regularizers.py::test_one_step_on_a_linear_critic",
+                "test_dirac.py::test_a_relativistic_loss_with_r1_and_r2_doubles_gamma",
+            ],
+        ),
+        Method(
+            ["GradientPenalty"],
+            [Paper("1704.00028"), Paper("1709.08894", "one-sided"), Paper("1902.03984", "zero-centred")],
+            "d: weight · E(‖∇ₓD(x̂)‖ − target)², no ½; x̂ = αx + (1 − α)G(z), one α for each sample; one-sided: "
+            "max(0, ‖∇ₓD(x̂)‖ − target)²",
+            [
+                "test_regularizers.py::test_one_step_on_a_linear_critic",
+                "test_regularizers.py::test_zero_centred_on_interpolates",
+            ],
+        ),
+        Method(
+            ["DRAGANPenalty"],
+            [Paper("1705.07215")],
+            "d: weight · E(‖∇ₓD(x̂)‖ − target)², no ½; x̂ = x + ½·α·std(x)·u, as in the authors' code: std is that "
+            "of all values of the batch, u ~ U[0, 1)",
+            [
+                "test_penalties.py::test_perturbed_points_against_numpy",
+                "test_regularizers.py::test_one_step_on_a_linear_critic",
+            ],
+        ),
+        Method(
+            ["ApproximateR1Penalty", "ApproximateR2Penalty"],
+            [Paper("2501.08316")],
+            "d: weight · E(l(x) − l(x + σ n))², n ~ N(0, I), over real samples (R1) or generated ones (R2); γ ≈ 2 · "
+            "weight · σ²",
+            ["test_regularizers.py::test_approximate_penalties_on_a_linear_critic"],
+        ),
+        Method(
+            ["LeCam"],
+            [Paper("2104.03310")],
+            "d: weight · E[relu(l(x) − α_F)² + relu(α_R − l(G(z)))²], α running means of the logits of each "
+            "discriminator; with the relu of the authors' code",
+            ["test_regularizers.py::test_lecam_against_the_authors_recursion"],
+        ),
+        Method(
+            ["ConsistencyPenalty"],
+            [Paper("1910.12027"), Paper("2002.04724", "balanced and latent")],
+            'd: weight · E(l(x) − l(T(x)))² over real samples; `"balanced"`: plus the same over generated ones; '
+            '`"latent"` (weight 20): of l(G(z)) and l(G(z + δ)), δ ~ N(0, `radius`²), and with `player="g"` (weight '
+            "0.5) −weight · E(G(z) − G(z + δ))², a mean over values",
+            [
+                "test_regularizers.py::test_consistency_of_mirrored_and_moved_images",
+                "test_regularizers.py::test_latent_consistency_of_both_players",
+            ],
+            instead_of_none=["weight", "radius"],
+        ),
+        Method(
+            ["OrthogonalPenalty"],
+            [Paper("1809.11096")],
+            "the loss of `player`: weight · Σ ‖(W Wᵀ) ⊙ (1 − I)‖_F² over weight matrices (out, rest), without the ½ "
+            "of the authors' code; `off_diagonal=False`: ‖W Wᵀ − I‖_F²",
+            ["test_penalties.py::test_orthogonality_and_its_gradient"],
+        ),
+        Method(
+            ["PathLengthPenalty"],
+            [Paper("1912.04958")],
+            "g: weight · E(‖J_zᵀ y‖ − a)², a the running mean of the lengths, y noise of variance 1 / pixels; with "
+            "respect to z itself",
+            ["test_regularizers.py::test_path_length_against_a_linear_generator"],
+        ),
+        Method(
+            ["ModeSeeking"],
+            [Paper("1903.05628")],
+            "g: weight / (mean distance of G(z₁) and G(z₂) / mean distance of z₁ and z₂ + 10⁻⁵); mean absolute "
+            "distances over the batch",
+            ["test_regularizers.py::test_mode_seeking_of_a_scaled_identity"],
+        ),
+        Method(
+            ["LogitDrift"],
+            [Paper("1710.10196")],
+            "d: weight · E_r l², no ½",
+            ["test_regularizers.py::test_logit_drift"],
+        ),
+    ],
+    "Update rules": [
+        Method(
+            ["Alternating"],
+            [Paper("1406.2661")],
+            "each player of `module.plan` in turn, D first; the rule of a run that names none; factor 1: it circles",
+            ["test_xy.py::test_alternating_cycles"],
+        ),
+        Method(
+            ["Simultaneous"],
+            [Paper("1705.10461")],
+            "both gradients before either step; factor √(1 + η²): it diverges",
+            ["test_xy.py::test_simultaneous_diverges"],
+        ),
+        Method(
+            ["Extragradient"],
+            [Paper("1802.10551"), Paper("1905.11373", "the same batch twice")],
+            "w½ = w + u(v(w)), w ← w + u(v(w½)), u any optimizer's step; factor √(1 − η² + η⁴)",
+            ["test_xy.py::test_extragradient", "test_update_rules.py::test_extragradient_with_any_optimizer"],
+        ),
+        Method(
+            ["Unrolling"],
+            [Paper("1611.02163")],
+            "d/dθ L_G(θ, ψ_K(θ)) after K = `steps` steps of D's own optimizer, through which the gradient flows; "
+            '`objective="saddle"`: the paper\'s −L_D',
+            [
+                "test_unrolling.py::test_gradient_for_every_inner_optimizer",
+                "test_xy.py::test_unrolled_simultaneously",
+                "test_xy.py::test_published_numbers_of_unrolling",
+            ],
+        ),
+        Method(
+            ["ConsensusOptimization"],
+            [Paper("1705.10461")],
+            "w = v + γ Jᵥᵀv, the gradient of γ/2 · ‖v‖² added to both players', with the paper's ½; factor √((1 − "
+            "ηγ)² + η²)",
+            ["test_update_rules.py::test_consensus_against_the_dense_jacobian", "test_xy.py::test_consensus"],
+        ),
+        Method(
+            ["CompetitiveGradientDescent"],
+            [Paper("1905.12103"), Paper("1910.05852", "`adaptive`")],
+            "(I + η_g η_d D_θψ D_ψθ) dθ = ∇_θ L_G − η_d D_θψ ∇_ψ L_D; θ ← θ − η_g dθ; likewise ψ; zero-sum losses "
+            "alone; factor 1/√(1 + η²)",
+            [
+                "test_update_rules.py::test_competitive_against_the_dense_solution",
+                "test_xy.py::test_competitive_is_the_proximal_point",
+            ],
+        ),
+    ],
+    "Optimizers": [
+        Method(
+            ["OptimisticSGD"],
+            [Paper("1711.00141")],
+            "w ← w − 2η gₜ + η gₜ₋₁, a plain first step",
+            ["test_xy.py::test_optimistic"],
+        ),
+        Method(
+            ["OptimisticAdam"],
+            [Paper("1711.00141")],
+            "the same with Adam's direction; weight decay as in Adam, not AdamW",
+            ["test_optim.py::test_optimistic_adam"],
+        ),
+        Method(
+            ["NegativeMomentum"],
+            [Paper("1807.04740")],
+            "Δₜ₊₁ = β Δₜ − η gₜ, w ← w + Δₜ₊₁: heavy ball, β in (−1, 1)",
+            ["test_xy.py::test_alternating_negative_momentum_converges"],
+        ),
+    ],
+    "Balance": [
+        Method(
+            ["UpdateRatio"],
+            [Paper("1701.07875")],
+            "D steps on `d_steps` batches, G `g_steps` times on the last of them; `warm_up`: 100 steps of D for the "
+            "first 25 cycles and every 500th",
+            ["test_update_ratio.py::test_ratio", "test_update_ratio.py::test_warm_up_is_the_wasserstein_gans"],
+        ),
+        Method(
+            ["AdaptiveUpdateRatio"],
+            [Paper("2008.12463", '`"loss_change"`')],
+            'above `high` D rests, below `low` G rests; the `rule` compares `"accuracy"`, `"loss_change"` (log r_g '
+            '/ r_d), `"logit_gap"` (E l(x) − E l(G(z))) or `"gradient_norm"`; each rule has its own `low`, `high` '
+            "and `hysteresis`, here those of accuracy",
+            [
+                "test_update_ratio.py::test_loss_change",
+                "test_update_ratio.py::test_logit_gap_is_hypergans_rule",
+                "test_update_ratio.py::test_gradient_norm_is_symmetric",
+            ],
+            instead_of_none=["low", "high", "hysteresis"],
+        ),
+    ],
+    "Normalization, averages, packs": [
+        Method(
+            ["SpectralNorm"],
+            [Paper("1802.05957")],
+            "W̄ = factor · W / σ(W); a kernel is the matrix (out, in · height · width), of a transposed convolution "
+            "in groups torch's (out / groups, in · height · width); `n_power_iterations` per forward pass in train "
+            "mode",
+            ["test_spectral_norm.py::test_singular_values_are_the_factor"],
+        ),
+        Method(
+            ["WeightClipping"],
+            [Paper("1701.07875")],
+            "every parameter that is not frozen to [−limit, limit], after each step, biases included",
+            ["test_spectral_norm.py::test_weights_are_clipped_after_every_step"],
+        ),
+        Method(
+            ["GeneratorEMA"],
+            [Paper("1806.04498")],
+            "θ̄ ← β θ̄ + (1 − β) θ after steps of G; β = ½^(1/`half_life`), or `decay`; buffers are those of G; a "
+            "run starts from a copy of G, with `restart=False` from the average that the module has",
+            ["test_averaging.py::test_average_follows_its_recursion"],
+            instead_of_none=["decay"],
+        ),
+        Method(
+            ["Lookahead"],
+            [Paper("2006.14567")],
+            "every k steps of G s ← s + α (w − s), w ← s, both players together",
+            [
+                "test_xy.py::test_lookahead_over_simultaneous",
+                "test_averaging.py::test_lookahead_pulls_both_players_together",
+            ],
+        ),
+        Method(
+            ["Packed"],
+            [Paper("1712.04086")],
+            "one logit for m samples, concatenated along features or channels; a pack counts as one sample in "
+            "losses and penalties",
+            ["test_layers.py::test_a_step_is_that_of_a_plain_gan_whose_samples_are_packs"],
+        ),
+    ],
+    "Metrics": [
+        Method(
+            ["frechet_distance", "frechet_from_moments", "FrechetDistance"],
+            [Paper("1706.08500")],
+            "‖μ₁ − μ₂‖² + tr(C₁ + C₂ − 2 (C₁C₂)^½), unbiased covariances, float64",
+            [
+                "test_metrics.py::test_frechet_distance_is_that_of_scipy",
+                "test_metrics.py::test_frechet_distance_is_that_of_torchmetrics",
+                "test_metrics.py::test_frechet_distance_of_gaussians",
+            ],
+        ),
+        Method(
+            ["kernel_distance", "KernelDistance"],
+            [Paper("1801.01401")],
+            "unbiased MMD² with the kernel (a·b/d + 1)³; one estimate from all samples, or the mean over `subsets`",
+            ["test_metrics.py::test_kernel_distance_is_that_of_torchmetrics_and_torch_fidelity"],
+        ),
+        Method(
+            ["precision_recall", "PrecisionRecall"],
+            [Paper("1904.06991")],
+            "shares within the k-th neighbour's distance; the distance itself is within, a sample is not its own "
+            "neighbour",
+            ["test_metrics.py::test_precision_and_recall_are_those_of_torch_fidelity"],
+        ),
+        Method(
+            ["density_coverage", "DensityCoverage"],
+            [Paper("2002.09797")],
+            "real balls around a fake sample, divided by k; share of balls that hold one; the k-th neighbour itself "
+            "is outside",
+            ["test_metrics.py::test_neighbours_are_those_of_prdc"],
+        ),
+        Method(
+            ["mode_coverage"],
+            [Paper("1611.02163")],
+            "modes with `least` (⌈0.064 n/K⌉) samples within `radius` standard deviations; reverse KL Σ p log(K p) "
+            "in nats",
+            ["test_metrics.py::test_modes_by_centres", "test_metrics.py::test_a_perfect_generator"],
+        ),
+        Method(
+            ["bin_difference"],
+            [Paper("1805.12462")],
+            "share of K-means bins that differ by a two-proportion z-test, Jensen–Shannon divergence of the "
+            "histograms in nats",
+            [
+                "test_metrics.py::test_bins_of_equal_distributions_differ_by_chance",
+                "test_metrics.py::test_bins_of_a_lost_mode_differ",
+            ],
+        ),
+        Method(
+            ["birthday_support"],
+            [Paper("1706.08224")],
+            "s²/(2 log 2), s the median number of samples that are drawn until two are duplicates",
+            ["test_metrics.py::test_birthdays"],
+        ),
+        Method(
+            ["pairwise_diversity"],
+            [],
+            "mean Euclidean distance of two distinct samples",
+            ["test_metrics.py::test_diversity"],
+        ),
+        Method(
+            ["latent_sensitivity"],
+            [],
+            "mean over samples of ‖∂G/∂z‖_F",
+            [
+                "test_metrics.py::test_sensitivity_against_differences",
+                "test_metrics.py::test_sensitivity_of_a_linear_generator",
+            ],
+        ),
+        Method(
+            ["Inception"],
+            [Paper("1706.08500")],
+            "extractor: torch-fidelity's network, images rounded to 8 bits",
+            ["test_quality.py::test_inception_of_a_local_file"],
+        ),
+        Method(
+            ["DigitClassifier"],
+            [],
+            "extractor for scikit-learn's 8×8 digits, trained at the first use",
+            ["test_quality.py::test_the_classifier_is_right_on_digits_that_it_has_not_seen"],
+        ),
+    ],
+    "Monitors": [
+        Method(
+            ["QualityMonitor"],
+            [Paper("1711.10337")],
+            "the metrics above every `every` steps; networks in eval mode, the generator's average if there is one, "
+            "the same latents each time",
+            ["test_quality.py::test_values_are_those_of_the_functions_on_the_same_samples"],
+        ),
+        Method(
+            ["CollapseDetector"],
+            [],
+            "acts after `patience` measurements in a row that are bad and show no progress; the docstring defines both",
+            [
+                "test_collapse.py::test_going_back_is_as_if_it_had_not_happened",
+                "test_collapse.py::test_a_rollback_restores_all_that_training_moves",
+            ],
+        ),
+        Method(
+            ["ScaleLearningRate"],
+            [],
+            "a remedy: multiplies the learning rates of one player, or of both, by `factor`",
+            ["test_collapse.py::test_remedies_add_up"],
+        ),
+        Method(
+            ["ScalePenalty"],
+            [],
+            "a remedy: multiplies the weights of all regularizers by `factor`",
+            ["test_collapse.py::test_remedies_add_up"],
+        ),
+        Method(
+            ["HealthMonitor"],
+            [Paper("1701.04862", "vanishing"), Paper("1705.10461", "oscillation"), Paper("2006.06676", "overfitting")],
+            "verdicts from gradients, accuracy, means and deviations of samples, and the steps of both players; "
+            "each takes `patience` decisions in a row",
+            [
+                "test_health.py::test_oscillation_has_the_period_of_the_dirac_gan",
+                "test_health.py::test_a_rotation_has_its_period",
+            ],
+        ),
+        Method(
+            ["SampleLogger"],
+            [],
+            "a picture of samples from the same `n` latents every `every` steps",
+            [
+                "test_samples.py::test_a_grid_holds_each_image_at_its_place",
+                "test_samples.py::test_a_scatter_plot_has_points_where_they_are",
+            ],
+        ),
+    ],
+}
+
+# ---------- strategies and precisions
+
+COLUMNS = ("DDP", "shards", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "compiled")
+# The cells that are not "yes". Rows are those of tests/test_compose.py, which has an instance of each.
+STRATEGIES: dict[str, dict[str, str]] = {
+    "Alternating": {},
+    "Simultaneous": {"16-mixed": "refused"},
+    "Extragradient": {"16-mixed": "refused"},
+    "Unrolling": {},
+    "Unrolling, first order": {},
+    "Unrolling, saddle, checkpoint, simultaneous": {"16-mixed": "refused"},
+    "ConsensusOptimization": {"shards": "refused", "16-mixed": "refused"},
+    "CompetitiveGradientDescent": {"shards": "refused", "16-mixed": "refused"},
+    "CompetitiveGradientDescent, adaptive": {"shards": "refused", "16-mixed": "refused"},
+    "R1Penalty": {},
+    "R2Penalty": {},
+    "GradientPenalty": {},
+    "GradientPenalty, zero-centred": {},
+    "DRAGANPenalty": {},
+    "ApproximateR1Penalty": {},
+    "ApproximateR2Penalty": {},
+    "LeCam": {},
+    "ConsistencyPenalty, real": {},
+    "ConsistencyPenalty, balanced": {},
+    "ConsistencyPenalty, latent": {},
+    "OrthogonalPenalty": {},
+    "LogitDrift": {},
+    "PathLengthPenalty": {},
+    "ModeSeeking": {},
+    "Lookahead": {},
+    "AdaptiveUpdateRatio": {},
+    "WeightClipping": {},
+    "SampleLogger": {"DDP": "not tried", "shards": "not tried"},
+    "HealthMonitor": {},
+    "QualityMonitor": {},
+    "CollapseDetector": {},
+    "GeneratorEMA": {},
+    "UpdateRatio": {},
+    "SpectralNorm": {},
+}
+
+
+def works(method: str, column: str) -> str:
+    """A cell: "yes", "refused" or "not tried"."""
+    return STRATEGIES[method].get(column, "yes")
+
+
+# ---------- recipes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to add to a run that goes wrong.
+
+    Args:
+        symptom: how it goes wrong.
+        name: the class to add.
+        arguments: its arguments as an entry of ``trainer.callbacks``; None: it is none, or has no entry here.
+        configs: files that have it.
+        text: what the cell says around the entry or the name.
+    """
+
+    symptom: str
+    name: str
+    arguments: dict[str, Any] | None
+    configs: Sequence[str] = ()
+    text: str = "{}"
+
+    @property
+    def entry(self) -> str:
+        """The entry as one line of YAML, or the name alone."""
+        if self.arguments is None:
+            return self.name
+        entry = {"class_path": self.name} | ({"init_args": self.arguments} if self.arguments else {})
+        return yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=math.inf).strip()
+
+
+RECIPES = [
+    Recipe("Losses swing, players circle", "R1Penalty", {"gamma": 1.0}, ["configs/digits.yaml"]),
+    Recipe(
+        "D explodes on generated samples",
+        "R2Penalty",
+        {"gamma": 1.0},
+        ["configs/ring.yaml", "configs/r3gan.yaml"],
+        "{} beside R1",
+    ),
+    Recipe("Modes are lost", "Unrolling", {"steps": 5}, ["configs/ring_unrolled.yaml"]),
+    Recipe(
+        "Modes are lost, and unrolling costs too much",
+        "Packed",
+        None,
+        ["configs/ring_pacgan.yaml"],
+        "no callback: the discriminator is {}",
+    ),
+    Recipe(
+        "The Wasserstein loss needs a constraint",
+        "GradientPenalty",
+        {"weight": 0.1},
+        ["configs/wgan_gp.yaml"],
+        "{} (images: 10)",
+    ),
+    Recipe(
+        "The same, as in the first paper on the Wasserstein loss",
+        "WeightClipping",
+        {"limit": 0.01},
+        ["configs/wgan.yaml"],
+    ),
+    Recipe("D is too steep", "SpectralNorm", {"networks": "discriminator"}, ["configs/sngan.yaml"]),
+    Recipe("D's logits drift away", "LogitDrift", {"weight": 0.001}),
+    Recipe("Penalties cost too much", "R1Penalty", {"gamma": 1.0, "every": 16}),
+    Recipe("Second derivatives are not available", "ApproximateR1Penalty", {"weight": 100.0, "sigma": 0.01}),
+    Recipe("D is behind", "UpdateRatio", {"d_steps": 5}, ["configs/wgan.yaml"]),
+    Recipe("Now one player is ahead, now the other", "AdaptiveUpdateRatio", {"rule": "accuracy"}),
+    Recipe("The game itself diverges", "Extragradient", {}, ["configs/extragradient.yaml"]),
+    Recipe(
+        "The same, by a pull towards stationary points",
+        "ConsensusOptimization",
+        {"gamma": 10.0},
+        ["configs/consensus.yaml"],
+    ),
+    Recipe("The same, by slow weights of both players", "Lookahead", {"k": 5}, ["configs/lookahead.yaml"]),
+    Recipe("Samples flicker from step to step", "GeneratorEMA", {"decay": 0.999}, ["configs/sngan.yaml"]),
+    Recipe("There is little data", "LeCam", {"weight": 0.3}),
+    Recipe("The latents do not matter", "ModeSeeking", {"weight": 1.0}),
+    Recipe("The run collapsed overnight", "CollapseDetector", None, ["configs/ring_collapse.yaml"], "{}, below"),
+]
+
+
+# ---------- checkpoints
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a checkpoint.
+
+    Args:
+        paths: keys of the checkpoint that lead to it, each with those inside of it.
+        text: what it holds.
+        writer: who writes it.
+    """
+
+    paths: Sequence[tuple[str, ...]]
+    text: str
+    writer: str
+
+
+CHECKPOINT = [
+    Part(
+        [("state_dict",)],
+        "both networks, the generator's average (`generator_ema`), the vectors and the factor of spectral norm, the "
+        "buffers of the loss",
+        "Lightning",
+    ),
+    Part(
+        [("state_dict", "_extra_state")],
+        "`iteration`, the steps of each player, the number of the last draw of noise, the name of the loss and its "
+        "arguments",
+        "`GANModule`",
+    ),
+    Part([("optimizer_states",), ("lr_schedulers",)], "those of both players", "Lightning"),
+    Part([("hyper_parameters",)], "the plain arguments of the module", "Lightning"),
+    Part(
+        [("callbacks",)],
+        "running means, slow weights, cycles, measurements, events, the healthy state to roll back to",
+        "each callback",
+    ),
+    Part([("loops",)], "epoch, batch, `global_step`", "Lightning"),
+    Part(
+        [("loops", "fit_loop", "state_dict", "combined_loader")],
+        "the position in the data, of the data modules here and of loaders with `state_dict` and `load_state_dict`",
+        "Lightning",
+    ),
+    Part(
+        [("Ring",)],
+        "the position again, which outlasts the end of an epoch, under the name of the data module's class",
+        "the data module",
+    ),
+]
+
+
+# ---------- on the pages
+
+
+def code(text: str) -> str:
+    """The text as code."""
+    return f"`{text}`"
+
+
+def literal(value: Any) -> str:
+    """A default as one writes it in Python, without a zero in front of an exponent."""
+    return f'"{value}"' if isinstance(value, str) else repr(value).replace("e-0", "e-")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown.
+
+    Raises:
+        ValueError: if a cell would be taken apart.
+    """
+    lines = [head, ["---"] * len(head), *rows]
+    for cell in (cell for line in lines for cell in line):
+        if "|" in cell or "\n" in cell:
+            raise ValueError(f"A cell of a table must not have a | or a line break, got {cell!r}.")
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def method_table(section: str) -> str:
+    """The methods of a section."""
+    rows = [
+        [
+            ", ".join(map(code, method.names)),
+            ", ".join(paper.link for paper in method.papers),
+            method.formula,
+            ", ".join(code(f"{name}={literal(value)}") for name, value in method.defaults.items()),
+            ", ".join(map(code, method.tests)),
+        ]
+        for method in METHODS[section]
+    ]
+    return table(["Method", "Paper", "Formula and convention", "Default", "Test"], rows)
+
+
+def strategy_table() -> str:
+    """What works with what."""
+    rows = [[code(method), *(works(method, column) for column in COLUMNS)] for method in STRATEGIES]
+    return table(["Method", *COLUMNS], rows)
+
+
+def advice_table() -> str:
+    """What the HealthMonitor advises."""
+    return table(["Verdict of `HealthMonitor`", "Its advice"], [[code(name), text] for name, text in ADVICE.items()])
+
+
+def recipe_table() -> str:
+    """What to add by symptom."""
+    rows = [
+        [recipe.symptom, recipe.text.format(code(recipe.entry)), ", ".join(map(code, recipe.configs))]
+        for recipe in RECIPES
+    ]
+    return table(["Symptom", "Entry", "Config"], rows)
+
+
+def checkpoint_table() -> str:
+    """What is in a checkpoint."""
+    rows = [
+        [
+            ", ".join(code(first + "".join(f'["{key}"]' for key in rest)) for first, *rest in part.paths),
+            part.text,
+            part.writer,
+        ]
+        for part in CHECKPOINT
+    ]
+    return table(["Entry", "What it holds", "Written by"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    **{f"methods: {section}": partial(method_table, section) for section in METHODS},
+    "strategies": strategy_table,
+    "advice": advice_table,
+    "recipes": recipe_table,
+    "checkpoint": checkpoint_table,
+}
+PLACEHOLDER = re.compile(r"^\{\{ *(.*?) *\}\}$", flags=re.MULTILINE)
+
+
+def fill(markdown: str) -> str:
+    """The page with tables instead of lines such as ``{{ strategies }}``.
+
+    Raises:
+        ValueError: if there is no table of this name.
+    """
+
+    def rendered(match: re.Match[str]) -> str:
+        if match[1] not in TABLES:
+            raise ValueError(f"There is no table {match[1]!r}, but there are {', '.join(TABLES)}.")
+        return TABLES[match[1]]()
+
+    return PLACEHOLDER.sub(rendered, markdown)

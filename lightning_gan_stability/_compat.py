@@ -1,0 +1,172 @@
+"""Every use of a private name of torch or Lightning, one function each.
+
+`tests/test_compat.py` says what each of them relies on, and fails when an upgrade takes it away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.spectral_norm import SpectralNorm as OldSpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm as OldWeightNorm
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.strategies import DDPStrategy
+    from torch.optim.lr_scheduler import LRScheduler
+
+
+# ---------- torch: networks
+
+
+def is_spectral_norm(module: nn.Module) -> bool:
+    """Whether a module is torch's parametrization by spectral norm (not a layer that has one)."""
+    return isinstance(module, parametrizations._SpectralNorm)
+
+
+def has_old_spectral_norm(layer: nn.Module) -> bool:
+    """Whether a layer has ``torch.nn.utils.spectral_norm``, which is a hook before its forward pass."""
+    return any(isinstance(hook, OldSpectralNorm) for hook in layer._forward_pre_hooks.values())
+
+
+def has_old_weight_norm(layer: nn.Module) -> bool:
+    """Whether a layer has ``torch.nn.utils.weight_norm``, which is a hook before its forward pass."""
+    return any(isinstance(hook, OldWeightNorm) for hook in layer._forward_pre_hooks.values())
+
+
+def computed_weights(layer: nn.Module) -> list[str]:
+    """The weights that hooks of the older weight norm and spectral norm compute before each forward pass."""
+    hooks = layer._forward_pre_hooks.values()
+    return [hook.name for hook in hooks if isinstance(hook, OldSpectralNorm | OldWeightNorm)]
+
+
+def register_like(module: nn.Module, name: str, buffer: Tensor, original: nn.Module) -> None:
+    """Register a buffer that is in the state dict if that of the same name in another module is."""
+    module.register_buffer(name, buffer, name not in original._non_persistent_buffers_set)
+
+
+def buffer_names(module: nn.Module) -> list[str]:
+    """The names of a module's own buffers, of those too that are None yet."""
+    return list(module._buffers)
+
+
+class Float32Buffers(nn.Module):
+    """A module whose buffers stay in float32 (or float64) when it is cast, with others around it, to fewer digits."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def precise(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == torch.float64 else result.float()
+
+        return super()._apply(precise, recurse)  # type: ignore[no-untyped-call]
+
+
+def lerp_(tensors: list[Tensor], ends: list[Tensor], weight: float) -> None:
+    """Move tensors in place towards others, as one operation for all of them."""
+    torch._foreach_lerp_(tensors, ends, weight)
+
+
+def norms(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """The L2 norm of each tensor, as one operation for all of them."""
+    return torch._foreach_norm(tensors)
+
+
+@contextmanager
+def without_fsdp_hooks(module: nn.Module) -> Iterator[None]:
+    """Let forward passes of sharded layers leave their parameters as they are: FSDP would put its own into place."""
+    tables: list[dict[int, Any]] = []
+    for m in module.modules():
+        tables += [m._forward_pre_hooks, m._forward_hooks]
+    changed = []
+    for hooks in tables:
+        ours = {key: hook for key, hook in hooks.items() if not _is_of_fsdp(hook)}
+        if len(ours) < len(hooks):
+            changed.append((hooks, dict(hooks)))
+            _refill(hooks, ours)
+    try:
+        yield
+    finally:
+        for hooks, before in changed:
+            _refill(hooks, before)
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    # methods of FSDP's state, or functions that wrap those of layers that are sharded together
+    owner = type(hook.__self__) if hasattr(hook, "__self__") else hook
+    return str(getattr(owner, "__module__", "")).startswith("torch.distributed.fsdp")
+
+
+def _refill(hooks: dict[int, Any], entries: Mapping[int, Any]) -> None:
+    hooks.clear()
+    hooks.update(entries)  # in their order
+
+
+# ---------- torch: compilation
+
+
+def is_compiled(network: nn.Module) -> bool:
+    """Whether a module was compiled, in place by ``network.compile()`` or wrapped by ``torch.compile(network)``."""
+    return network._compiled_call_impl is not None or "_orig_mod" in network._modules
+
+
+def original_module(network: nn.Module) -> nn.Module:
+    """The module that ``torch.compile(network)`` wraps; the module itself if it is not wrapped."""
+    wrapped = network._modules.get("_orig_mod")
+    return network if wrapped is None else wrapped
+
+
+def mark_dynamic(tensor: Tensor) -> None:
+    """Let one graph serve all batch sizes: Dynamo gives up after eight graphs of one class of network."""
+    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+# ---------- torch: schedulers
+
+
+def scheduler_parts(scheduler: LRScheduler) -> list[LRScheduler]:
+    """The schedulers that a SequentialLR or a ChainedScheduler is made of."""
+    return list(getattr(scheduler, "_schedulers", []))
+
+
+# ---------- Lightning
+
+
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """The Trainer that a module is attached to, if there is one; ``module.trainer`` would raise."""
+    trainer: Trainer | None = module._trainer
+    return trainer
+
+
+def is_wrapped_by_compile(module: LightningModule) -> bool:
+    """Whether the whole LightningModule went through ``torch.compile``."""
+    return getattr(module, "_compiler_ctx", None) is not None
+
+
+def given_hyperparameters() -> dict[str, Any] | None:
+    """What LightningCLI lets `save_hyperparameters` keep: the config that it makes the module from."""
+    from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+
+    given: dict[str, Any] | None = _given_hyperparameters.get()
+    return given
+
+
+def allow_unused_parameters(strategy: DDPStrategy) -> None:
+    """Let DDP expect parameters without a gradient, unless the user has said something else."""
+    strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+
+
+def saves_by_time(callback: Callback) -> bool:
+    """Whether a callback is a ModelCheckpoint with ``train_time_interval``."""
+    return getattr(callback, "_train_time_interval", None) is not None
+
+
+def loader_of(trainer: Trainer, split: Literal["train", "val"]) -> Any:
+    """The loader of a split as its owner gives it, before the loop has asked for it; an empty list if there is none."""
+    loop = trainer.fit_loop if split == "train" else trainer.fit_loop.epoch_loop.val_loop
+    source = loop._data_source
+    return source.dataloader() if source.instance is not None and source.is_defined() else []

@@ -1,0 +1,173 @@
+"""Spectral normalization of a network's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from lightning_gan_stability._checks import check_integer, check_number
+from lightning_gan_stability._compat import has_old_spectral_norm, has_old_weight_norm, is_spectral_norm
+from lightning_gan_stability.callback import refuse_after_weight_averaging
+from lightning_gan_stability.layers import SpectralScale, normalize_spectrum, rescale_spectrum
+
+
+class SpectralNorm(Callback):
+    """Divides every weight matrix of a network by its largest singular value, so that no layer stretches its input.
+
+    W̄ = factor · W / σ(W), with σ from one step of power iteration per forward pass in train mode. "Spectral
+    Normalization for Generative Adversarial Networks", https://arxiv.org/abs/1802.05957; torch's own parametrization,
+    on every parameter of two or more dimensions whose name ends in ``weight``: linear, convolutional, embedding and
+    attention layers, and layers of your own. A kernel is the matrix (out, in · height · width), whose σ is not that of
+    the convolution (up to √(height · width) times more). Layers that are normalized already stay as they are, but for a
+    ``factor`` or ``n_power_iterations`` that is given here.
+
+    The checkpoint remembers the normalization: ``GANModule.load_from_checkpoint`` needs no callback. For export,
+    ``SpectralNorm.remove(module)`` turns it into plain weights.
+
+    Args:
+        networks: what to normalize: names of the module's networks or of layers in them (``"discriminator.layers.0"``).
+        factor: what σ(W̄) is, positive. With 1 and an input scale of 1/4 the logit's slope is at most 1/4, which is too
+            little to tell narrow modes apart.
+        n_power_iterations: steps of power iteration per forward pass.
+
+    Raises:
+        ValueError: if an argument has a bad value.
+        MisconfigurationException: if there is no such network, if nothing in it has weights to normalize, or if it has
+            layers that cannot be normalized: recurrent ones, lazy ones, embeddings with ``max_norm`` or ``sparse``,
+            those that start at zero, and those with the older weight norm; or if a callback before it averages weights.
+
+    Example:
+        >>> SpectralNorm(networks=["generator", "discriminator"]).factor
+        1.0
+    """
+
+    def __init__(
+        self, networks: str | Sequence[str] = "discriminator", factor: float = 1.0, n_power_iterations: int = 1
+    ) -> None:
+        super().__init__()
+        several = tuple(networks) if isinstance(networks, Sequence) else ()
+        self.networks = (networks,) if isinstance(networks, str) else several
+        if not self.networks or not all(isinstance(name, str) and name for name in self.networks):
+            raise ValueError(f"`networks` must be the name of a network or several, got {networks!r}.")
+        self.factor = check_number("factor", factor, positive=True)
+        self.n_power_iterations = check_integer("n_power_iterations", n_power_iterations)
+
+    @property
+    def state_key(self) -> str:
+        """Tells instances for different networks apart."""
+        return f"{type(self).__qualname__}{self.networks}"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Normalize, before the checkpoint is read and the optimizers are made."""
+        if stage != "fit":
+            return
+        refuse_after_weight_averaging(self, trainer)
+        for network in self.networks:
+            for part in (network, network.replace("generator", "generator_ema", 1)):
+                if part == network or _has(pl_module, part):
+                    self._normalize(pl_module, part)
+
+    def _normalize(self, module: LightningModule, network: str) -> None:
+        if not _has(module, network):
+            names = ", ".join(name for name, child in module.named_children() if any(True for _ in child.parameters()))
+            raise MisconfigurationException(f"SpectralNorm: the module has no `{network}`, but it has {names}.")
+        found = False
+        for name, layer in module.get_submodule(network).named_modules(prefix=network):
+            _refuse_layer(name, layer)
+            for weight in _weights(layer):
+                found = True
+                if _is_normalized(layer, weight):
+                    self._adjust(name, layer, weight)
+                else:
+                    if not getattr(layer, weight).any():
+                        _refuse(name, layer, "has weights that are all zero, and so no norm: initialize it otherwise")
+                    normalize_spectrum(layer, weight, self.factor, self.n_power_iterations)
+        if not found:
+            raise MisconfigurationException(
+                f"SpectralNorm: `{network}` has no weight of two or more dimensions: name another network, or remove "
+                "SpectralNorm."
+            )
+
+    def _adjust(self, name: str, layer: nn.Module, weight: str) -> None:
+        parts = _parts(layer, weight)
+        given = (self.factor, self.n_power_iterations) != (1, 1)
+        if parts and (given or any(isinstance(part, SpectralScale) for part in parts)):
+            rescale_spectrum(layer, weight, self.factor, self.n_power_iterations)
+        elif given:
+            _refuse(name, layer, "has torch.nn.utils.spectral_norm: use torch.nn.utils.parametrizations.spectral_norm")
+
+    @staticmethod
+    def remove(module: nn.Module) -> None:
+        """Replace every spectrally normalized weight in a module by its plain value, with which nothing changes.
+
+        Afterwards the module can be exported, and its weights are no longer normalized in training.
+
+        Example:
+            >>> import torch
+            >>> from torch.nn.utils import parametrizations
+            >>> layer = parametrizations.spectral_norm(nn.Linear(3, 3)).eval()
+            >>> x = torch.ones(1, 3)
+            >>> before = layer(x)
+            >>> SpectralNorm.remove(layer)
+            >>> torch.equal(layer(x), before), list(layer.state_dict())
+            (True, ['bias', 'weight'])
+        """
+        training = [m for m in module.modules() if m.training]
+        module.eval()  # in train mode a look at the weight changes it
+        for layer in list(module.modules()):
+            for name in [n for n in getattr(layer, "parametrizations", {}) if _is_normalized(layer, n)]:
+                parametrize.remove_parametrizations(layer, name)
+            if has_old_spectral_norm(layer):
+                nn.utils.remove_spectral_norm(layer)
+        for m in training:
+            m.training = True
+
+
+def _has(module: nn.Module, network: str) -> bool:
+    try:
+        return bool(network) and isinstance(module.get_submodule(network), nn.Module)
+    except AttributeError:
+        return False
+
+
+def _weights(layer: nn.Module) -> list[str]:
+    """Names of a layer's own matrices, parametrized ones and those of the older spectral norm included."""
+    if isinstance(layer, parametrize.ParametrizationList):
+        return []
+    own: dict[str, Any] = dict(layer.named_parameters(recurse=False))
+    for name, entry in getattr(layer, "parametrizations", {}).items():
+        own[name] = getattr(entry, "original", getattr(entry, "original0", None))
+    return [n for n, p in own.items() if n.removesuffix("_orig").endswith("weight") and p is not None and p.dim() > 1]
+
+
+def _is_normalized(layer: nn.Module, name: str) -> bool:
+    parts = _parts(layer, name)
+    return has_old_spectral_norm(layer) or any(map(is_spectral_norm, parts))
+
+
+def _parts(layer: nn.Module, name: str) -> Sequence[nn.Module]:
+    lists = getattr(layer, "parametrizations", {})
+    return list(lists[name]) if name in lists else []
+
+
+def _refuse_layer(name: str, layer: nn.Module) -> None:
+    if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+        _refuse(name, layer, "is recurrent and has names of its own for its weights: replace it")
+    if has_old_weight_norm(layer):
+        _refuse(name, layer, "has torch.nn.utils.weight_norm: use torch.nn.utils.parametrizations.weight_norm")
+    if any(is_lazy(p) for p in layer.parameters(recurse=False)):
+        _refuse(name, layer, "has no weights before its first forward pass: run one before training")
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and (layer.max_norm is not None or layer.sparse):
+        _refuse(name, layer, "changes its weights in place (`max_norm`) or has sparse gradients: use it without")
+
+
+def _refuse(name: str, layer: nn.Module, reason: str) -> None:
+    raise MisconfigurationException(
+        f"SpectralNorm cannot take the {type(layer).__name__} layer `{name}`, which {reason}, or name other networks."
+    )

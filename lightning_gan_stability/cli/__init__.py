@@ -1,0 +1,3 @@
+"""The command ``gan-stability``."""
+
+from lightning_gan_stability.cli.main import main as main

@@ -1,0 +1,334 @@
+"""Data for GAN training: toy mixtures with known modes, real digits without a download, and your own images.
+
+Every training batch is a pure function of (seed, rank, position). So a resumed run sees exactly the batches of an
+uninterrupted one, ranks never share samples, and the global random state is neither read nor changed.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+from lightning_gan_stability._checks import check_choice, check_integer, check_number
+from lightning_gan_stability.data.streams import Folder, Mixture, Pixels, Rows, Stream
+from lightning_gan_stability.datasets import digits, stratified
+from lightning_gan_stability.noise import generator
+
+__all__ = ["Digits", "Grid", "Images", "Ring", "Stream"]
+
+RingProtocol: TypeAlias = Literal["unrolled", "wgan_gp", "pacgan", "conopt"]
+GridProtocol: TypeAlias = Literal["wgan_gp", "pacgan"]
+_Source: TypeAlias = Mixture | Rows  # batches by position, with the length of an epoch
+
+# (radius or spacing, std). WGAN-GP's script divides the finished samples, hence both numbers.
+_RINGS = {"unrolled": (2, 0.02), "wgan_gp": (2 / 1.414, 0.02 / 1.414), "pacgan": (1, 0.01), "conopt": (1, 0.01)}
+_GRIDS = {"wgan_gp": (2 / 2.828, 0.05 / 2.828), "pacgan": (2, 0.05)}
+
+
+class _Streamed(LightningDataModule):
+    """What the data modules here share: one training stream that resumes, one fixed held-out stream."""
+
+    def __init__(self, batch_size: int, holdout: int, seed: int, num_workers: int = 0) -> None:
+        super().__init__()
+        self.batch_size = check_integer("batch_size", batch_size)
+        self.holdout = holdout
+        self.seed = check_integer("seed", seed, least=0)
+        self.num_workers = check_integer("num_workers", num_workers, least=0)
+        self._streams: tuple[Stream, Stream] | None = None
+        self._built_for = 0  # batch size of these
+
+    def _sources(self, rank: int, world: int) -> tuple[_Source, _Source]:
+        """Return the training batches and the held-out batches of one rank."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the data; a new run starts at its first batch, a further `fit` of the same trainer goes on."""
+        trainer = self.trainer
+        if getattr(trainer, "overfit_batches", 0):
+            raise MisconfigurationException(
+                f"{type(self).__name__} gives other samples in every epoch, so overfit_batches would overfit nothing: "
+                "pass a DataLoader over the samples to learn by heart."
+            )
+        train, held_out = self._sources(*((trainer.global_rank, trainer.world_size) if trainer else (0, 1)))
+        stream = Stream(train, len(train), self.num_workers)
+        if self._streams and trainer and trainer.global_step:
+            stream.load_state_dict(self._streams[0].state_dict())
+        self._streams = stream, Stream(held_out, len(held_out), self.num_workers, repeat=True)
+        self._built_for = self.batch_size
+
+    def train_dataloader(self) -> Stream:
+        """Return the training stream, the same object each time, so that a reload does not rewind it."""
+        return self._prepared()[0]
+
+    def val_dataloader(self) -> Stream | list[Stream]:
+        """Return the held-out batches, the same ones on every pass; nothing if no data are held out."""
+        return self._prepared()[1] if self.holdout else []
+
+    def predict_dataloader(self) -> Stream:
+        """Return the held-out batches, or the training data in order if none are held out."""
+        return self._prepared()[1]
+
+    def _prepared(self) -> tuple[Stream, Stream]:
+        if self._streams is None or self._built_for != self.batch_size:  # which BatchSizeFinder sets
+            self.setup()
+        assert self._streams is not None
+        return self._streams
+
+    # Lightning gives a loader its saved position back only inside an epoch; saved here, it survives the end of one too.
+    def state_dict(self) -> dict[str, int]:
+        """Return the position in the training stream."""
+        return self.train_dataloader().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from the position in `state_dict`."""
+        self.train_dataloader().load_state_dict(state_dict)
+
+
+class _Gaussians(_Streamed):
+    """What `Ring` and `Grid` share."""
+
+    centers: Tensor
+    std: float
+    balanced = False
+
+    def __init__(self, batch_size: int, epoch_length: int, val_samples: int, seed: int) -> None:
+        super().__init__(batch_size, check_integer("val_samples", val_samples), seed)
+        self.epoch_length = check_integer("epoch_length", epoch_length)
+
+    def _sources(self, rank: int, world: int) -> tuple[_Source, _Source]:
+        mixture = self.centers, self.std, self.balanced, self.batch_size
+        train = Mixture(*mixture, self.epoch_length * self.batch_size, (self.seed, "train", rank))
+        return train, Mixture(*mixture, math.ceil(self.holdout / world), (self.seed, "val", rank))
+
+
+class Ring(_Gaussians):
+    """Draw points from Gaussians on a circle, the standard test for mode collapse.
+
+    p(x) = 1/K · Σ_k N(x; r (cos 2πk/K, sin 2πk/K), σ² I), k = 0 ... K − 1.
+
+    Batches are float32 of shape `(batch_size, 2)` in data units, not scaled to [-1, 1]. Training batches never repeat;
+    validation and prediction are one fixed sample.
+
+    * `unrolled`: r = 2, σ = 0.02; Unrolled Generative Adversarial Networks, https://arxiv.org/abs/1611.02163
+    * `wgan_gp`: the same, both ÷ 1.414; Improved Training of Wasserstein GANs, https://arxiv.org/abs/1704.00028
+    * `pacgan`: r = 1, σ = 0.01; PacGAN: The power of two samples in generative adversarial networks,
+      https://arxiv.org/abs/1712.04086
+    * `conopt`: the same, sample k of a batch from mode k mod K; The Numerics of GANs, https://arxiv.org/abs/1705.10461
+
+    Args:
+        protocol: Whose numbers to use.
+        modes: Number of Gaussians K.
+        radius: r after any division; default: the protocol's.
+        std: σ after any division; default: the protocol's.
+        batch_size: Points per batch and process.
+        epoch_length: Batches that count as one epoch.
+        val_samples: Held-out points of all processes together, rounded up to equal shares.
+        seed: Of the points.
+
+    Attributes:
+        centers: `(modes, 2)` tensor of the means, float32.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> next(iter(Ring(batch_size=4).train_dataloader())).shape
+        torch.Size([4, 2])
+    """
+
+    def __init__(
+        self,
+        protocol: RingProtocol = "unrolled",
+        modes: int = 8,
+        radius: float | None = None,
+        std: float | None = None,
+        batch_size: int = 512,
+        epoch_length: int = 1000,
+        val_samples: int = 2500,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, epoch_length, val_samples, seed)
+        default_radius, default_std = _RINGS[check_choice("protocol", protocol, get_args(RingProtocol))]
+        angles = 2 * math.pi * torch.arange(check_integer("modes", modes), dtype=torch.float64) / modes
+        points = torch.stack([angles.cos(), angles.sin()], dim=1)
+        self.centers = (
+            check_number("radius", default_radius if radius is None else radius, positive=True) * points
+        ).float()
+        self.std = check_number("std", default_std if std is None else std, positive=True)
+        self.balanced = protocol == "conopt"
+
+
+class Grid(_Gaussians):
+    """Draw points from Gaussians on a square grid, a harder test for mode collapse than the ring.
+
+    p(x) = 1/m² · Σ_ij N(x; s (i − (m − 1)/2, j − (m − 1)/2), σ² I), i, j = 0 ... m − 1.
+
+    Batches and held-out data are like those of :class:`Ring`.
+
+    * `wgan_gp`: s = 2, σ = 0.05, both ÷ 2.828; Improved Training of Wasserstein GANs, https://arxiv.org/abs/1704.00028
+    * `pacgan`: s = 2, σ = 0.05; PacGAN: The power of two samples in generative adversarial networks,
+      https://arxiv.org/abs/1712.04086
+
+    Args:
+        protocol: Whose numbers to use.
+        side: Gaussians along each side m, so m² modes.
+        spacing: s after any division; default: the protocol's.
+        std: σ after any division; default: the protocol's.
+        batch_size: Points per batch and process.
+        epoch_length: Batches that count as one epoch.
+        val_samples: Held-out points of all processes together, rounded up to equal shares.
+        seed: Of the points.
+
+    Attributes:
+        centers: `(side², 2)` tensor of the means, float32.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> Grid(side=2).centers.tolist()
+        [[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]]
+    """
+
+    def __init__(
+        self,
+        protocol: GridProtocol = "pacgan",
+        side: int = 5,
+        spacing: float | None = None,
+        std: float | None = None,
+        batch_size: int = 512,
+        epoch_length: int = 1000,
+        val_samples: int = 2500,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, epoch_length, val_samples, seed)
+        default_spacing, default_std = _GRIDS[check_choice("protocol", protocol, get_args(GridProtocol))]
+        line = torch.arange(check_integer("side", side), dtype=torch.float64) - (side - 1) / 2
+        points = torch.cartesian_prod(line, line).reshape(-1, 2)
+        self.centers = (
+            check_number("spacing", default_spacing if spacing is None else spacing, positive=True) * points
+        ).float()
+        self.std = check_number("std", default_std if std is None else std, positive=True)
+
+
+class _Pictures(_Streamed):
+    """What `Digits` and `Images` share."""
+
+    flip = False
+
+    def _samples(self) -> tuple[Any, Tensor]:
+        """Return the samples by index and a random order of them, which begins with the held-out ones."""
+        raise NotImplementedError
+
+    def _sources(self, rank: int, world: int) -> tuple[_Source, _Source]:
+        samples, order = self._samples()
+        held_out, train = order[: self.holdout].sort()[0], order[self.holdout :].sort()[0]
+        if (total := self.batch_size * world) > len(train):
+            sizes = f"{self.batch_size} * {world} = {total} for {len(train)} images"
+            raise ValueError(f"`batch_size` times processes must not exceed the training set, got {sizes}.")
+        place = self.batch_size, rank, world, self.seed
+        shown = held_out if self.holdout else train
+        return Rows(samples, train, *place, shuffle=True, flip=self.flip), Rows(samples, shown, *place)
+
+
+class Digits(_Pictures):
+    """Serve the 1,797 real handwritten digits that come with scikit-learn, so nothing is downloaded.
+
+    x = pixel / 8 − 1, pixel = 0 ... 16.
+
+    Optical Recognition of Handwritten Digits, test part, https://archive.ics.uci.edu/dataset/80. A batch is `(images,
+    labels)`: float32 of shape `(batch_size, 1, 8, 8)` in [-1, 1], and int64 of shape `(batch_size,)` in 0 ... 9. Each
+    epoch has its own order, which the processes share out; training drops the last incomplete batch.
+
+    Args:
+        batch_size: Images per batch and process.
+        holdout: Images for validation and prediction, each digit in proportion; 0: predict the training images.
+        seed: Of the split and of the order.
+
+    Raises:
+        ValueError: If an argument is out of its range, or one batch of all processes exceeds the training set.
+
+    Example:
+        >>> images, labels = next(iter(Digits(batch_size=32).train_dataloader()))
+        >>> images.shape, labels.shape
+        (torch.Size([32, 1, 8, 8]), torch.Size([32]))
+    """
+
+    def __init__(self, batch_size: int = 64, holdout: int = 300, seed: int = 0) -> None:
+        super().__init__(batch_size, check_integer("holdout", holdout, least=0), seed)
+
+    def _samples(self) -> tuple[TensorDataset, Tensor]:
+        images, labels = digits()
+        return TensorDataset(images, labels), stratified(labels, generator(self.seed, "holdout"))
+
+
+class Images(_Pictures):
+    """Serve your own images: a folder of files, or any map-style data set.
+
+    x = pixel / 127.5 − 1, pixel = 0 ... 255.
+
+    An image is converted to RGB or greyscale, its shorter side resized to `size` (antialiased), and its centre cut out.
+    A batch is float32 of shape `(batch_size, channels, size, size)` in [-1, 1], or `(images, labels)` if there are
+    labels: what `dataset` gives, or the number (in order of name) of the first-level sub-folder if every image lies in
+    one. Order, shares and incomplete batches are as in :class:`Digits`.
+
+    Args:
+        folder: Path of the images, which are searched for in all sub-folders.
+        dataset: Gives `image` or `(image, label)` by index, the image from Pillow or a tensor of shape `(channels,
+            size, size)` that is in [-1, 1] already (`ToTensor` alone gives [0, 1], which is not noticed).
+        size: Height and width in pixels.
+        channels: 3 for RGB, 1 for greyscale.
+        batch_size: Images per batch and process.
+        holdout: Images for validation and prediction; 0: no validation (Lightning warns that it is empty, unless
+            `limit_val_batches` is 0), and predict the training images.
+        flip: Mirror every training image left to right with probability ½.
+        num_workers: Processes that read images ahead.
+        seed: Of the split, of the order and of the flips.
+
+    Raises:
+        ValueError: If an argument is out of its range; if not exactly one of `folder` and `dataset` is given; if there
+            are fewer images than one batch; if a file cannot be read; if a tensor has another shape or range.
+
+    Example:
+        >>> from torchvision.datasets import FakeData
+        >>> images = Images(dataset=FakeData(size=8, image_size=(3, 40, 50)), size=16, batch_size=4)
+        >>> pixels, labels = next(iter(images.train_dataloader()))
+        >>> pixels.shape, labels.shape
+        (torch.Size([4, 3, 16, 16]), torch.Size([4]))
+    """
+
+    def __init__(
+        self,
+        folder: str | None = None,
+        # bare: jsonargparse accepts no init_args for `Dataset[Any]`
+        dataset: Dataset | None = None,  # type: ignore[type-arg]
+        size: int = 64,
+        channels: int = 3,
+        batch_size: int = 64,
+        holdout: int = 0,
+        flip: bool = False,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, check_integer("holdout", holdout, least=0), seed, num_workers)
+        if (folder is None) == (dataset is None):
+            raise ValueError(f"Exactly one of `folder` and `dataset` must be given, got {folder!r} and {dataset!r}.")
+        if folder is not None and not Path(folder).is_dir():
+            raise ValueError(f"`folder` does not exist: {folder}")
+        if dataset is not None and (isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")):
+            raise ValueError(f"`dataset` must have a length and give items by index, got {type(dataset).__name__}.")
+        self.folder = folder
+        self.dataset = dataset
+        self.size = check_integer("size", size)
+        self.channels = check_choice("channels", channels, (1, 3))
+        self.flip = flip
+
+    def _samples(self) -> tuple[Pixels, Tensor]:
+        source: Any = self.dataset if self.folder is None else Folder(Path(self.folder))
+        order = torch.randperm(len(source), generator=generator(self.seed, "holdout"))
+        return Pixels(source, self.size, self.channels), order

@@ -1,0 +1,199 @@
+"""Batches as functions of their position in a stream: what the data modules serve, as plain torch objects."""
+
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.v2 import functional as transforms
+
+from lightning_gan_stability._checks import check_integer
+from lightning_gan_stability.noise import generator
+
+Batch: TypeAlias = Tensor | tuple[Tensor, ...]
+
+
+class Stream(Dataset[Batch]):
+    """Serve `batch(0), batch(1), ...` as a loader that knows its position and can be put back to it.
+
+    It is no :class:`torch.utils.data.DataLoader`, so Lightning neither wraps it nor injects a sampler. A pass yields
+    `length` batches from the current position on. After a resume inside an epoch Lightning itself ends the pass with
+    that epoch; ended here too, `limit_train_batches` or a changed `length` would make epochs too short.
+
+    Args:
+        batch: Gives the batch at a position; a pure function.
+        length: Batches in one epoch.
+        num_workers: Processes that prepare batches ahead; `position` counts only what was yielded.
+        repeat: Start every pass at position 0, as validation does.
+
+    Example:
+        >>> stream = Stream(lambda position: torch.tensor(position), length=2)
+        >>> [int(batch) for epoch in range(2) for batch in stream], stream.state_dict()
+        ([0, 1, 2, 3], {'position': 4})
+    """
+
+    def __init__(self, batch: Callable[[int], Batch], length: int, num_workers: int = 0, repeat: bool = False) -> None:
+        self.batch = batch
+        self.length = check_integer("length", length)
+        self.num_workers = check_integer("num_workers", num_workers, least=0)
+        self.repeat = repeat
+        self.position = 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, position: int) -> Batch:
+        return self.batch(position)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator on purpose: Lightning calls `iter()` once just to see whether it can, and that starts no workers.
+        if self.repeat:
+            self.position = 0
+        for batch in self._batches(range(self.position, self.position + self.length)):
+            self.position += 1  # before the yield: a checkpoint written during this batch resumes with the next
+            yield batch
+
+    def _batches(self, positions: range) -> Iterator[Batch]:
+        if self.num_workers == 0:
+            return map(self.batch, positions)
+        own = torch.Generator()  # without one, the loader draws its workers' seeds from the global generator
+        return iter(DataLoader(self, None, sampler=positions, num_workers=self.num_workers, generator=own))
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position of the next batch."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from the position in `state_dict`."""
+        self.position = state_dict["position"]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Batches of a mixture of Gaussians; `key` tells the random streams apart."""
+
+    centers: Tensor
+    std: float
+    balanced: bool
+    batch_size: int
+    samples: int  # in one epoch
+    key: tuple[int, str, int]
+
+    def __len__(self) -> int:
+        return math.ceil(self.samples / self.batch_size)
+
+    def __call__(self, position: int) -> Tensor:
+        source = generator(*self.key, position)
+        n = min(self.batch_size, self.samples - position % len(self) * self.batch_size)
+        noise = torch.randn(n, 2, generator=source)
+        mode = torch.arange(n) % len(self.centers)
+        if not self.balanced:
+            mode = torch.randint(len(self.centers), (n,), generator=source)
+        return self.centers[mode] + self.std * noise
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Batches of some rows of a data set; each rank takes every `world`-th row of a batch of all ranks together."""
+
+    samples: Any  # by index: an image (C, H, W), or a tuple that starts with one
+    rows: Tensor
+    batch_size: int
+    rank: int
+    world: int
+    seed: int
+    shuffle: bool = False
+    flip: bool = False
+
+    def __len__(self) -> int:
+        batches = len(self.rows) / (self.batch_size * self.world)
+        return math.floor(batches) if self.shuffle else math.ceil(batches)
+
+    def __call__(self, position: int) -> Batch:
+        batch = default_collate([self.samples[row] for row in self._share(position).tolist()])
+        image, *labels = batch if isinstance(batch, (tuple, list)) else [batch]
+        if self.flip:
+            coins = torch.rand(self.batch_size * self.world, generator=generator(self.seed, "flip", position)) < 0.5
+            image = torch.where(coins[self.rank :: self.world, None, None, None], image.flip(-1), image)
+        return (image, *labels) if labels else image
+
+    def _share(self, position: int) -> Tensor:
+        epoch, step = divmod(position, len(self))
+        total = self.batch_size * self.world
+        part = slice(step * total, (step + 1) * total)
+        together = self.rows[_permutation(self.seed, epoch, len(self.rows))[part] if self.shuffle else part]
+        share = together[self.rank :: self.world]
+        # Every rank needs as many batches as the others, or a collective call in validation waits for ever.
+        return share if len(share) else together[:1]
+
+
+class Folder:
+    """The image files below a folder as `image` or `(image, label)`."""
+
+    def __init__(self, folder: Path) -> None:
+        found = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
+        self.files = sorted(file for file in found if file.suffix.lower() in IMG_EXTENSIONS)
+        if not self.files:
+            raise ValueError(f"`folder` has no images ({', '.join(IMG_EXTENSIONS)}): {folder}")
+        parts = [file.relative_to(folder).parts for file in self.files]
+        number = {name: label for label, name in enumerate(sorted({first for first, *_ in parts}))}
+        self.labels = [number[first] for first, *_ in parts] if all(len(part) > 1 for part in parts) else None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Any:
+        file = self.files[index]
+        try:
+            with Image.open(file) as opened:
+                image = opened.copy()  # reads all of it, so that a file that breaks off is noticed here
+        except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+            raise ValueError(f"Pillow cannot read this image: {file} ({error})") from error
+        return image if self.labels is None else (image, self.labels[index])
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Items of a data set with the image as a tensor in [-1, 1]."""
+
+    source: Any
+    size: int
+    channels: int
+
+    def __getitem__(self, index: int) -> Any:
+        item = self.source[index]
+        image, *labels = item if isinstance(item, (tuple, list)) else [item]
+        pixels = self._check(image) if isinstance(image, Tensor) else self._convert(image)
+        return (pixels, *labels) if labels else pixels
+
+    def _convert(self, image: Any) -> Tensor:
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"`dataset` must give Pillow images or tensors, got {type(image).__name__}.")
+        if "transparency" in image.info:
+            image = image.convert("RGBA")  # Pillow warns about the direct way from a palette with transparency
+        image = transforms.resize(image.convert("RGB" if self.channels == 3 else "L"), [self.size], antialias=True)
+        pixels: Tensor = transforms.pil_to_tensor(transforms.center_crop(image, [self.size, self.size]))
+        return pixels / 127.5 - 1
+
+    def _check(self, image: Tensor) -> Tensor:
+        if image.shape != (shape := (self.channels, self.size, self.size)):
+            raise ValueError(f"`dataset` must give tensors of shape {shape}, got {tuple(image.shape)}.")
+        low, high = image.min().item(), image.max().item()
+        if not (low >= -1 and high <= 1):  # so written, it also catches NaN
+            raise ValueError(f"`dataset` must give tensors with values in [-1, 1], got [{low:g}, {high:g}].")
+        return image.float()
+
+
+@lru_cache(maxsize=4)  # asked for at every batch of an epoch
+def _permutation(seed: int, epoch: int, n: int) -> Tensor:
+    """Return the order of `n` rows in one epoch."""
+    return torch.randperm(n, generator=generator(seed, "train", epoch))

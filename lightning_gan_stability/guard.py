@@ -1,0 +1,313 @@
+"""What has to happen around a run: refusals, checks of gradients, and the state that a run is stopped in."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_gan_stability._compat import is_wrapped_by_compile, saves_by_time
+from lightning_gan_stability.distributed import any_rank, is_distributed
+from lightning_gan_stability.outputs import NETWORKS, StepRecord
+from lightning_gan_stability.sharding import check_equal_batches, check_strategy
+from lightning_gan_stability.signals import SignalHold
+
+if TYPE_CHECKING:
+    from lightning_gan_stability.module import GANModule
+
+
+class Guard(Callback):
+    """Stands beside one GANModule in a run, so that its hooks belong to its subclasses.
+
+    :meth:`GANModule.configure_callbacks` attaches it. It comes after the user's callbacks and before checkpoints, and
+    does nothing for another module that the same Trainer fits.
+
+    Args:
+        module: whose run.
+    """
+
+    def __init__(self, module: GANModule) -> None:
+        self.module = module
+        self.attached = False  # Lightning has called it; while it tries batch sizes out, it calls no callback
+        self._monitored = False
+        self._first_step = 0
+        self._seen: StepRecord | None = None
+        self._running = False
+        self._signals = SignalHold(rank_zero_info)
+
+    def is_visible(self, trainer: Trainer) -> bool:
+        """Whether somebody looks at this step's values: logging costs as much as a small network's step."""
+        step = trainer.global_step
+        return (
+            (step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+            or step in (self._first_step, trainer.max_steps - 1)
+            or trainer.is_last_batch
+            or trainer.should_stop
+            or self._monitored
+        )
+
+    # ---------- before a run
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, before a checkpoint is read."""
+        if pl_module is not self.module:
+            return
+        module, self.attached = self.module, True
+        if isinstance(trainer.precision_plugin, DoublePrecision):
+            module.double()  # Lightning does so after it has read the checkpoint, which would be rounded
+        if module.loss.judges_reconstructions and module.packing > 1:
+            raise MisconfigurationException(
+                f"{type(module.loss).__name__} judges each sample by its reconstruction, and Packed judges "
+                f"{module.packing} together: use another loss, or the discriminator without Packed."
+            )
+        if stage == "fit":
+            self._check_settings(trainer)
+            # Lightning asks for the state before the step; resuming exactly needs the one after it, which it saves
+            warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+            module.engine.rule()
+
+    def _check_settings(self, trainer: Trainer) -> None:
+        module = self.module
+        if any(saves_by_time(callback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "ModelCheckpoint(train_time_interval=...) saves nothing under manual optimization, which GANModule "
+                "uses: set every_n_train_steps instead."
+            )
+        if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+            raise MisconfigurationException(
+                "`training_step(dataloader_iter)` takes batches by itself, and GANModule takes one batch a step: use "
+                "`training_step(batch, batch_idx)`."
+            )
+        if is_wrapped_by_compile(module):
+            raise MisconfigurationException(
+                "torch.compile(gan) compiles both players' steps as one graph, which cannot hold penalties or update "
+                "rules: use GANModule(compile=True), which compiles the networks."
+            )
+        if module.loss.couples_batch and module.accumulate > 1:
+            raise MisconfigurationException(
+                f"{type(module.loss).__name__} compares each sample with the mean of its batch, which accumulate="
+                f"{module.accumulate} would take over micro-batches: use accumulate=1, or the pairwise Relativistic "
+                "loss."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse networks in eval mode and optimizers that cannot be right; compile."""
+        if pl_module is not self.module:
+            return
+        module = self.module
+        if not module.training:
+            raise MisconfigurationException(
+                "The module is in eval mode, in which BatchNorm, dropout and spectral norm do not train: call "
+                "`module.train()` before `fit`."
+            )
+        module.sharding.prepare()
+        self._check_optimizers(trainer)
+        for player in module.plan:
+            if not module.trainable_parameters(player):
+                raise MisconfigurationException(
+                    f"All parameters of the {NETWORKS[player]} are frozen, but it stands in `module.plan`: "
+                    f"{module.plan}. Unfreeze it, or set `module.plan` to the other player."
+                )
+        if module.average_rests and module.generator_ema is not None:
+            rank_zero_warn(
+                "The module has an average of its generator from an earlier run, which `sample` draws from in eval "
+                "mode, but no GeneratorEMA moves it: add one, or set `module.generator_ema = None`."
+            )
+        if isinstance([*module.discriminator.modules()][-1], nn.Sigmoid) and not module.loss.judges_reconstructions:
+            rank_zero_warn("The discriminator ends in a Sigmoid, but losses take logits: remove it.")
+        module.compile_networks()
+
+    def _check_optimizers(self, trainer: Trainer) -> None:
+        """Refuse what an overridden `configure_optimizers` may return, and steps that need the loss anew."""
+        optimizers = trainer.optimizers
+        if len(optimizers) < len(NETWORKS):
+            raise MisconfigurationException(
+                f"`configure_optimizers` must return two optimizers, the discriminator's first, got {len(optimizers)}."
+            )
+        parts = [{id(p) for p in self.module.get_submodule(network).parameters()} for network in NETWORKS.values()]
+        for optimizer, player, own, other in zip(optimizers, NETWORKS, parts, reversed(parts), strict=False):
+            stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            if stepped & other and not stepped & own:
+                raise MisconfigurationException(
+                    f"The {NETWORKS[player]}'s optimizer has the other network's parameters: `configure_optimizers` "
+                    "must return the discriminator's optimizer first."
+                )
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise MisconfigurationException(
+                    f"The {NETWORKS[player]}'s optimizer is LBFGS, which takes the loss anew within a step, as no "
+                    "update rule here does: use another optimizer."
+                )
+            for config in trainer.lr_scheduler_configs:
+                waits = isinstance(config.scheduler, ReduceLROnPlateau) or config.monitor is not None
+                if config.scheduler.optimizer is optimizer and (
+                    waits or config.frequency != 1 or config.interval not in ("step", "epoch")
+                ):
+                    raise MisconfigurationException(
+                        f"`{player}_scheduler` is {type(config.scheduler).__name__} with "
+                        f"interval={config.interval!r}, monitor={config.monitor!r} and frequency={config.frequency}, "
+                        "but schedulers step after every optimizer step (interval='step') or epoch "
+                        "(interval='epoch') here, and wait for no metric: use a scheduler that counts."
+                    )
+                if config.scheduler.optimizer is optimizer and not self._can_step(config.scheduler):
+                    raise MisconfigurationException(
+                        f"`step` of {type(config.scheduler).__name__} takes arguments, which only you know: override "
+                        "`lr_scheduler_step(scheduler, metric)`, where `self.steps` and `self.current_epoch` count."
+                    )
+
+    def _can_step(self, scheduler: Any) -> bool:
+        """Whether Lightning's `lr_scheduler_step`, or an overridden one, can step a scheduler."""
+        if is_overridden("lr_scheduler_step", self.module):
+            return True
+        try:
+            inspect.signature(scheduler.step).bind()
+        except TypeError:
+            return False
+        return True
+
+    # ---------- during a run
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out which steps somebody will look at."""
+        if pl_module is not self.module:
+            return
+        module = self.module
+        module.last_step = StepRecord()
+        module.engine.start()
+        module.sharding.note_shards()
+        self._first_step = trainer.global_step
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        shown = [f"{{{getattr(c, 'monitor', '')}}}{getattr(c, 'filename', '')}" for c in callbacks]
+        self._monitored = any(key in text for key in ("{d/", "{g/", "{balance/") for text in shown)
+        self._running = True
+        self._signals.start()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse processes with different numbers of batches."""
+        if pl_module is self.module:
+            check_equal_batches(trainer, pl_module.device)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note the record of the step before."""
+        self._seen = self.module.last_step
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Check and clip the gradient; here, because here a gradient scaler has unscaled it."""
+        if pl_module is self.module:
+            self.module.engine.before_step(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Refuse a training step without the package's; let the signals in that have come meanwhile."""
+        if pl_module is not self.module:
+            return
+        callbacks = self.module.engine.callbacks()
+        if callbacks and self.module.last_step is self._seen:
+            names = ", ".join(dict.fromkeys(type(callback).__name__ for callback in callbacks))
+            raise MisconfigurationException(
+                f"`training_step` of {type(pl_module).__name__} never calls `super().training_step(batch, batch_idx)`, "
+                f"so that {names} would do nothing: call it, write an UpdateRule for other steps, or remove {names}."
+            )
+        for callback in callbacks:
+            callback.iteration = self.module.iteration
+        self._release_signals()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let signals in at once, where one process trains: between two batches nothing is cut."""
+        if self._running and not is_distributed():
+            self._signals.stop()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hold signals back again, of several processes after those that have come."""
+        if self._running:
+            self._release_signals()
+            self._signals.start()
+
+    def _release_signals(self) -> None:
+        """Let signals in, on all processes if on one: their handlers save a checkpoint together."""
+        self._signals.release(lambda come: any_rank(come, self.module.device))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if there was nothing to train on."""
+        if pl_module is self.module and trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
+            raise MisconfigurationException(_NO_BATCHES)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave signals alone again."""
+        if self._running:
+            self._release_signals()
+        self._running = False
+        self._signals.stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave signals alone again; name the file if a checkpoint could not be read."""
+        self._running = False
+        self._signals.stop(run_handlers=False)
+        path = trainer.ckpt_path
+        if path is not None and Path(path).is_file() and not zipfile.is_zipfile(path):
+            # torch's own errors are as bare as "Invalid argument"
+            cause = f"{type(exception).__name__}: {exception}".rstrip(": ")
+            raise RuntimeError(
+                f"The checkpoint {path} cannot be read ({cause}): if it is torn, resume from the one before."
+            ) from exception
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if there was nothing to train on, and Lightning knew without a look."""
+        if pl_module is self.module and trainer.num_training_batches == 0:
+            raise MisconfigurationException(_NO_BATCHES)
+
+    # ---------- checkpoints
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save no state of which nobody knows whether it is finite."""
+        if pl_module is self.module:
+            self.module.engine.check_finite()
+            if not self.module.last_step.finished:
+                rank_zero_warn(
+                    "A checkpoint is saved inside of a step, on which one player may have moved and the other has not: "
+                    "a run that goes on from it differs from an uninterrupted one. Go on from the one before."
+                )
+            if self.module.device_mesh is not None:  # strategies load shards one by one, and no extra state
+                checkpoint["gan"] = self.module.get_extra_state()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the extra state that came beside shards."""
+        if pl_module is self.module and self.module.device_mesh is not None:
+            self.module.set_extra_state(checkpoint["gan"])
+
+
+_NO_BATCHES = "The training loader has no batches: is its data set smaller than a batch?"
+
+
+def check_run(trainer: Trainer) -> None:
+    """Refuse what other callbacks' `setup` depends on."""
+    if trainer.state.fn == "fit":
+        check_strategy(trainer)
+
+
+def find_guard(module: GANModule) -> Guard:
+    """The guard of a module's run.
+
+    Raises:
+        MisconfigurationException: if there is none.
+    """
+    guard = module.guard
+    if guard is None or not guard.attached:
+        raise MisconfigurationException(
+            f"`configure_callbacks` of {type(module).__name__} leaves out what GANModule returns there: return "
+            "`[*super().configure_callbacks(), ...]`. It is the one hook that needs `super()`."
+        )
+    return guard

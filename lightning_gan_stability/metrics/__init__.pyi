@@ -1,0 +1,16 @@
+from .extractors import DigitClassifier as DigitClassifier
+from .extractors import Inception as Inception
+from .statistics import DensityCoverage as DensityCoverage
+from .statistics import FrechetDistance as FrechetDistance
+from .statistics import KernelDistance as KernelDistance
+from .statistics import PrecisionRecall as PrecisionRecall
+from .values import bin_difference as bin_difference
+from .values import birthday_support as birthday_support
+from .values import density_coverage as density_coverage
+from .values import frechet_distance as frechet_distance
+from .values import frechet_from_moments as frechet_from_moments
+from .values import kernel_distance as kernel_distance
+from .values import latent_sensitivity as latent_sensitivity
+from .values import mode_coverage as mode_coverage
+from .values import pairwise_diversity as pairwise_diversity
+from .values import precision_recall as precision_recall

@@ -1,0 +1,356 @@
+"""Knowing in code that a generator has collapsed, and what to do then."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_gan_stability._checks import check, check_integer
+from lightning_gan_stability.callback import GANCallback
+from lightning_gan_stability.module import GANModule
+from lightning_gan_stability.monitors.files import save_atomically
+from lightning_gan_stability.monitors.quality import QualityMonitor, Values
+from lightning_gan_stability.monitors.rollback import Remedy, Weights, give_weights, put_back, take, weights_of
+from lightning_gan_stability.protocols import GANProtocol
+
+Verdict = Literal["collapse", "partial collapse", "mode hopping", "divergence"]
+Event: TypeAlias = dict[str, Any]
+Act = Literal["warn", "alert", "stop", "rollback"]
+
+MISSED = 0.03  # share of the real data that a healthy generator may miss
+NOWHERE = 0.02  # below this part of its null, coverage says that samples are nowhere near the data
+GAIN = 0.05  # what counts as progress of a share; of FID, twice that part of it
+ADVICE = {
+    "collapse": "Add Unrolling, nets.Packed or R1Penalty and R2Penalty with a relativistic loss.",
+    "partial collapse": "Add nets.Packed, R1Penalty and R2Penalty, or a GeneratorEMA; lower the learning rates.",
+    "mode hopping": "Add Unrolling, Extragradient, or R1Penalty and R2Penalty with a higher gamma.",
+    "divergence": "Lower the learning rates, set `clip_norm`, or add R1Penalty.",
+}
+
+
+def is_bad(values: Mapping[str, float], best: Mapping[str, float], null: Mapping[str, float]) -> bool:
+    """Whether one measurement, for itself, is that of a generator in trouble.
+
+    It misses more than 3 % of the real data's mass; or its samples are less than a tenth as far from each other as real
+    ones; or coverage is below 2 % of its null; or recall and coverage have both fallen below half of their best.
+
+    Args:
+        values: a measurement of :class:`~lightning_gan_stability.monitors.quality.QualityMonitor`.
+        best: the best of each value so far.
+        null: each value for real data.
+
+    Example:
+        >>> is_bad({"missing": 0.125, "coverage": 0.8}, {}, {"coverage": 0.96})
+        True
+    """
+    if not _finite(values):
+        return True
+    fell = [values[name] < best.get(name, 0.0) / 2 for name in ("recall", "coverage") if name in values]
+    return (
+        values["missing"] > MISSED
+        or values.get("diversity", 1.0) < 0.1
+        or values.get("coverage", 1.0) < NOWHERE * null.get("coverage", 1.0)
+        or (bool(fell) and all(fell))
+    )
+
+
+def has_lost(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
+    """Whether modes are missed that were held before, 3 % of the real data's mass or more; nothing makes up for that.
+
+    They were held (:func:`held`) when the samples also lay on the data: a young generator's are all over the place.
+
+    Example:
+        >>> has_lost({"missing": 0.1}, {"held": 0.0})
+        True
+    """
+    return values["missing"] > best.get("held", 1.0) + MISSED
+
+
+def name_trouble(recent: Sequence[Mapping[str, float]]) -> Verdict:
+    """What bad measurements in a row have in common.
+
+    * ``"divergence"``: values are not finite, or samples lie off the data without being concentrated anywhere.
+    * ``"mode hopping"``: most of the mass is in few modes (imbalance ≥ ½), and in others each time (moved ≥ ½).
+    * ``"collapse"``: most of the mass stays in few modes, or samples are all alike.
+    * ``"partial collapse"``: less than half of the mass is missed.
+
+    Example:
+        >>> name_trouble([{"missing": 0.9, "imbalance": 0.9, "moved": 0.0, "diversity": 0.1}])
+        'collapse'
+    """
+    mean = {name: sum(values[name] for values in recent) / len(recent) for name in recent[-1]}
+    if not _finite(recent[-1]):
+        return "divergence"
+    if mean["imbalance"] >= 0.5:
+        return "mode hopping" if mean["moved"] >= 0.5 else "collapse"
+    if mean.get("diversity", 1.0) < 0.3:
+        return "collapse"
+    return "divergence" if mean["missing"] >= 0.5 or mean.get("coverage", 1.0) < NOWHERE else "partial collapse"
+
+
+def is_progress(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
+    """Whether a measurement is better than the best so far: in FID by 10 %, or in a share by 0.05.
+
+    A young generator covers little and gets better; one that has collapsed covers little and does not.
+
+    Example:
+        >>> is_progress({"missing": 0.5, "coverage": 0.2}, {"missing": 0.5, "coverage": 0.1})
+        True
+    """
+    if not _finite(values):
+        return False
+    shares = [name for name in ("recall", "coverage") if name in values]
+    return (
+        not best
+        or values["missing"] < best["missing"] - GAIN
+        or any(values[name] > best[name] + GAIN for name in shares)
+        or ("fid" in values and values["fid"] < (1 - 2 * GAIN) * best["fid"])
+    )
+
+
+def held(recent: Sequence[Mapping[str, float]], null: Mapping[str, float], patience: int) -> float:
+    """The share that is missed by a generator that has surely learned the other modes; 1 if it is not yet sure.
+
+    Sure is one measurement with a coverage of a tenth of its null, or ``patience`` in a row with 2 % of it. ``recent``
+    are the last ones, ``patience`` at most.
+
+    Example:
+        >>> held([{"missing": 0.0, "coverage": 0.5}], {"coverage": 0.9}, patience=3)
+        0.0
+        >>> held([{"missing": 0.0, "coverage": 0.05}], {"coverage": 0.9}, patience=3)
+        1.0
+    """
+    coverage = [values.get("coverage", 1.0) / null.get("coverage", 1.0) for values in recent]
+    if coverage[-1] > 0.1:
+        return recent[-1]["missing"]
+    sure = len(coverage) == patience and min(coverage) >= NOWHERE
+    return max(values["missing"] for values in recent) if sure else 1.0
+
+
+def better_of(values: Mapping[str, float], best: Mapping[str, float]) -> Values:
+    """The best of each value so far."""
+    low = ("fid", "kid", "missing", "imbalance", "reverse_kl", "held")
+    pairs = {name: (value, best.get(name, value)) for name, value in values.items()}
+    return {name: min(pair) if name in low else max(pair) for name, pair in pairs.items()}
+
+
+def _finite(values: Mapping[str, float]) -> bool:
+    # KL is infinite where no sample is good, which is bad and not broken
+    return all(math.isfinite(value) for name, value in values.items() if name != "reverse_kl")
+
+
+Action: TypeAlias = Act | Callable[[Trainer, Any, Event], None]
+
+
+class CollapseDetector(GANCallback):
+    """Says that a generator has collapsed, how, and acts.
+
+    After each measurement of the run's :class:`~lightning_gan_stability.monitors.quality.QualityMonitor` it asks two
+    questions: is this bad (:func:`is_bad`), and is it better than ever before (:func:`is_progress`)? ``patience``
+    measurements in a row that are bad, and none of them progress (or all the same modes are lost that were held before,
+    :func:`has_lost`), are a ``"collapse"``, ``"partial collapse"``, ``"mode hopping"`` or ``"divergence"``
+    (:func:`name_trouble`). Samples that are not finite are a divergence at once. All ranks decide from the same reduced
+    values.
+
+    Every event has ``step`` (Trainer's), ``verdict``, ``action`` and ``evidence`` (the measurement, and the best so
+    far); it goes into ``events``, to the loggers as ``health/<verdict>`` and ``collapse/<evidence>``, and is a warning.
+    The same trouble is one event, unless the action is a rollback, until a measurement is good or progress.
+
+    Args:
+        action: ``"warn"``; ``"alert"``: also an alert of Weights & Biases; ``"stop"``: training ends; ``"rollback"``:
+            networks, optimizers, schedulers, GAN counters and the callbacks' memory go back to the last healthy
+            measurement, or to the start; data and ``global_step`` go on. Or a function of (trainer, module, event).
+        patience: measurements in a row before a verdict.
+        max_rollbacks: after so many, it only warns.
+        remedy: what a rollback changes, lest it happens again:
+            :class:`~lightning_gan_stability.monitors.rollback.ScaleLearningRate`, ``ScalePenalty``, functions of
+            (trainer, module), or a list of these. Applied anew with each rollback.
+        folder: where the healthy state lies, a file per process. None: in memory, and in checkpoints.
+        alert_every: seconds between alerts.
+
+    Attributes:
+        events: what has happened.
+
+    Raises:
+        ValueError: if an argument has a bad value.
+        MisconfigurationException: without a QualityMonitor; or if there is no WandbLogger to alert by.
+
+    Example:
+        >>> CollapseDetector(action="rollback", remedy=lambda trainer, module: None).events
+        []
+    """
+
+    rolled_back = False
+
+    events: list[Event]
+    best: Values
+    seen: list[Values]
+    recent: list[Values]
+    said: Verdict | None
+    rollbacks: int
+    healthy: dict[str, Any] | None
+    weights: Weights
+
+    def __init__(
+        self,
+        action: Action = "warn",
+        patience: int = 3,
+        max_rollbacks: int = 3,
+        remedy: Remedy | list[Remedy] | Callable[[Trainer, Any], None] | None = None,
+        folder: str | Path | None = None,
+        alert_every: int = 300,
+    ) -> None:
+        super().__init__()
+        if not callable(action):
+            check(action in get_args(Act), "action", f"one of {', '.join(get_args(Act))}, or a function", action)
+        remedies = [] if remedy is None else [remedy] if callable(remedy) else remedy
+        functions = isinstance(remedies, list | tuple) and all(map(callable, remedies))
+        check(functions, "remedy", "one or several functions of (trainer, module)", remedy)
+        if action != "rollback" and (remedy is not None or folder is not None):
+            raise ValueError(f"`remedy` and `folder` belong to action='rollback', got action={action!r}.")
+        self.action = action
+        self.rescues = action == "rollback"
+        self.patience = check_integer("patience", patience)
+        self.max_rollbacks = check_integer("max_rollbacks", max_rollbacks)
+        self.remedies = remedies
+        self.folder = folder
+        self.alert_every = check_integer("alert_every", alert_every)
+        self.add_state("events", [])
+        self.add_state("best", {})  # of each value so far
+        self.add_state("seen", [])  # the last measurements
+        self.add_state("recent", [])  # bad measurements in a row
+        self.add_state("said", None)  # the verdict that they have got
+        self.add_state("rollbacks", 0)
+        self.add_state("healthy", None, on_device=False)  # what a rollback puts back
+        self.add_state("weights", [])  # of penalties, after remedies
+        self._given: Weights = []  # before any
+
+    def _begin(self) -> None:
+        self.best, self.seen, self.recent, self.said = {}, [], [], None
+
+    def reset(self, module: GANProtocol) -> None:
+        """Begin anew, without the remedies of the module before."""
+        super().reset(module)
+        give_weights(module.trainer, self._given)
+        self._given = []
+
+    # ---------- what the Trainer calls
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a run without measurements, or without somebody to alert."""
+        self._monitor(trainer)
+        if self.action == "alert" and not any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
+            raise MisconfigurationException(
+                "CollapseDetector(action='alert') alerts by Weights & Biases, but the run has no WandbLogger: add one, "
+                "or use action='warn'."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the state at the start; give penalties the weights that remedies gave them before a resume."""
+        super().on_train_start(trainer, pl_module)
+        self._given = self._given or weights_of(trainer)
+        give_weights(trainer, self.weights)
+        if self.action == "rollback" and self.healthy is None:
+            self._keep(trainer, pl_module)  # type: ignore[arg-type]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Judge a measurement if there is a new one."""
+        module: GANModule = pl_module  # type: ignore[assignment]
+        monitor = self._monitor(trainer)
+        if monitor.observe(trainer, module):
+            self._judge(trainer, module, monitor.values, monitor.null)
+
+    # ---------- deciding
+
+    def _judge(self, trainer: Trainer, module: GANModule, values: Values, null: Values) -> None:
+        progress = is_progress(values, self.best) and not has_lost(values, self.best)
+        bad = is_bad(values, self.best, null)
+        if _finite(values):
+            self.seen = [*self.seen, dict(values)][-self.patience :]
+            self.best = better_of(values | {"held": held(self.seen, null, self.patience)}, self.best)
+        if progress or not bad:
+            self.recent, self.said = [], None
+            if not bad and self.action == "rollback":
+                self._keep(trainer, module)
+            return
+        self.recent = [*self.recent, dict(values)][-self.patience :]
+        if len(self.recent) == self.patience or not _finite(values):
+            verdict = name_trouble(self.recent)
+            if verdict != self.said:
+                self.said = verdict
+                self._act(trainer, module, verdict, values | {f"best_{k}": v for k, v in self.best.items()})
+
+    def _act(self, trainer: Trainer, module: Any, verdict: Verdict, evidence: Values) -> None:
+        action = self.action if isinstance(self.action, str) else getattr(self.action, "__name__", "function")
+        if action == "rollback" and self.rollbacks >= self.max_rollbacks:
+            action = "warn"
+        event = {"step": trainer.global_step, "verdict": verdict, "action": action, "evidence": dict(evidence)}
+        self.events.append(event)
+        self._say(trainer, event)
+        if callable(self.action):
+            self.action(trainer, module, event)
+        elif action == "stop":
+            trainer.should_stop = True
+        elif action == "rollback":
+            self._roll_back(trainer, module)
+
+    def _say(self, trainer: Trainer, event: Event) -> None:
+        seen = ", ".join(f"{name} {value:.3g}" for name, value in event["evidence"].items() if "best" not in name)
+        verdict, advice = event["verdict"], ADVICE[event["verdict"]]
+        text = f"{verdict} at step {event['step']}: {seen}. Action: {event['action']}. {advice}"
+        rank_zero_warn(text)
+        key = f"health/{verdict.replace(' ', '_')}"
+        numbers = {f"collapse/{name}": float(value) for name, value in event["evidence"].items()}
+        for logger in trainer.loggers:
+            logger.log_metrics({key: 1.0} | numbers, step=event["step"])
+            if event["action"] == "alert" and isinstance(logger, WandbLogger) and trainer.is_global_zero:
+                logger.experiment.alert(verdict, text, "WARN", self.alert_every)
+
+    def _monitor(self, trainer: Trainer) -> QualityMonitor:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        monitor = next((callback for callback in callbacks if isinstance(callback, QualityMonitor)), None)
+        if monitor is None:
+            raise MisconfigurationException(
+                "CollapseDetector decides from what a QualityMonitor measures, but the run has none: add one, or "
+                "remove CollapseDetector."
+            )
+        return monitor
+
+    # ---------- rolling back
+
+    def rescue(self, trainer: Trainer, module: GANProtocol) -> bool:
+        """Roll back from a step whose loss or gradient is not finite."""
+        if not self.rescues or self.rollbacks >= self.max_rollbacks:
+            return False
+        self._act(trainer, module, "divergence", {"finite": 0.0})
+        return True
+
+    def _keep(self, trainer: Trainer, module: GANModule) -> None:
+        state = take(trainer, module) | {"rollbacks": self.rollbacks}
+        if self.folder is not None:
+            save_atomically(state, self._file(trainer))
+        self.healthy = state if self.folder is None else {}
+
+    def _file(self, trainer: Trainer) -> Path:
+        return Path(self.folder or ".") / f"healthy-{trainer.global_rank}.pt"
+
+    def _roll_back(self, trainer: Trainer, module: GANModule) -> None:
+        state = self.healthy if self.folder is None else torch.load(self._file(trainer), weights_only=True)
+        assert state is not None
+        self.rollbacks += 1
+        put_back(trainer, module, state)
+        for _ in range(self.rollbacks - state["rollbacks"]):  # what was kept has only the remedies before it
+            for remedy in self.remedies:
+                remedy(trainer, module)
+        self.weights = weights_of(trainer)
+        self._begin()

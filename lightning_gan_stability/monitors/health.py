@@ -1,0 +1,406 @@
+"""Why a GAN does not train: cheap signals of every step, and verdicts with advice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import Any, TypeAlias
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_gan_stability._checks import check_bool, check_integer
+from lightning_gan_stability.callback import GANCallback
+from lightning_gan_stability.layers import evaluation
+from lightning_gan_stability.module import GANModule
+from lightning_gan_stability.monitors.latents import fixed_latents
+from lightning_gan_stability.monitors.real_data import loader_of, real_samples
+from lightning_gan_stability.outputs import (
+    PLAYERS,
+    Condition,
+    Logits,
+    Sample,
+    batch_size,
+    entries,
+    tree_leaves,
+    tree_map,
+)
+
+Evidence: TypeAlias = dict[str, float]
+Window: TypeAlias = Mapping[str, float]
+
+SIGNALS = ("accuracy", "gap", "d_loss", "g_loss", "d_norm", "g_norm")
+LEVELS, POINTS = (1, 4, 16), 64  # steps between the positions that a rotation is looked for in; how many at each
+KEPT = (POINTS + 1) * LEVELS[-1]
+HELD_OUT = 256  # samples of held-out data, of each process
+ADVICE = {
+    "vanishing_gradient": "Use the NonSaturating or Relativistic loss, or add R1Penalty or SpectralNorm.",
+    "exploding_gradient": "Add R1Penalty and R2Penalty, or set `clip_norm`.",
+    "noisy_gradient": "Use larger batches or `accumulate`, add GeneratorEMA, or lower the generator's learning rate.",
+    "weak_discriminator": "Add UpdateRatio(d_steps=2), raise `d_optimizer`'s learning rate, or weaken D's penalties.",
+    "oscillation": "The players circle. Add R1Penalty, Extragradient or Lookahead, or use OptimisticAdam.",
+    "overfitting_discriminator": "D learns the data by heart. Add LeCam or ConsistencyPenalty, or get more data.",
+    "not_finite": "Lower the learning rates, set `clip_norm`, add R1Penalty, or CollapseDetector(action='rollback').",
+    "loss_tells_nothing": "For information: do not select by loss. Use ModelCheckpoint(monitor='quality/fid').",
+}
+
+
+# ---------- decisions, from the windows so far, the last one at the end
+
+
+def vanishing_gradient(windows: Sequence[Window]) -> Evidence | None:
+    """The generator's gradient is below a thousandth of its largest, and the discriminator nearly always right."""
+    now, largest = windows[-1], max((w["g_norm"] for w in windows if math.isfinite(w["g_norm"])), default=0.0)
+    ratio = now["g_norm"] / largest if largest else math.nan
+    if (ratio < 1e-3 or now["g_norm"] == 0) and now["accuracy"] > 0.95:
+        return {"g_norm": now["g_norm"], "of_largest": ratio, "accuracy": now["accuracy"]}
+    return None
+
+
+def exploding_gradient(windows: Sequence[Window]) -> Evidence | None:
+    """The generator's gradient is above a hundred times what it was at first, and in the median or ten windows ago.
+
+    Ten windows ago, because what explodes early is the median itself. One that comes back does not explode.
+    """
+    before = [w["g_norm"] for w in windows[:-1] if math.isfinite(w["g_norm"])] or [math.inf]
+    usual = max(median(before[:3]), min(median(before), median(before[-10:][:3])), 1e-12)
+    ratio = windows[-1]["g_norm"] / usual
+    return {"g_norm": windows[-1]["g_norm"], "of_usual": ratio} if len(before) >= 3 and ratio > 100 else None
+
+
+def noisy_gradient(windows: Sequence[Window]) -> Evidence | None:
+    """The norm of the generator's gradient varies, within a window, by more than three times its mean."""
+    spread = windows[-1]["g_spread"]
+    return {"g_norm": windows[-1]["g_norm"], "spread": spread} if spread > 3 else None
+
+
+def weak_discriminator(windows: Sequence[Window]) -> Evidence | None:
+    """The discriminator guesses, though generated samples have other means or deviations than real ones.
+
+    And they do not come closer: neither these nor the FID, if it is measured, fell by a tenth in the last windows.
+    """
+    now, before = windows[-1], windows[-4:-1]
+    closer = any(now.get(sign, math.nan) < 0.9 * w.get(sign, 0.0) for w in before for sign in ("apart", "fid"))
+    if now["accuracy"] < 0.55 and now["apart"] > 0.1 + now["apart_by_chance"] and not closer:
+        return {"accuracy": now["accuracy"], "gap": now["gap"], "apart": now["apart"]}
+    return None
+
+
+def overfitting_discriminator(windows: Sequence[Window]) -> Evidence | None:
+    """r_v = (D(train) − D(held out)) / (D(train) − D(fake)) is above 0.6, and more than chance."""
+    now = windows[-1]
+    if now["r_v"] > 0.6 and now["r_v_by_chance"] < 0.3:
+        return {"r_v": now["r_v"], "train": now["train_logit"], "held_out": now["held_out_logit"]}
+    return None
+
+
+def not_finite(windows: Sequence[Window]) -> Evidence | None:
+    """On most steps a gradient overflows: a gradient scaler skips these, so that training stands still in silence."""
+    return {"overflows": share} if (share := windows[-1]["overflows"]) > 0.5 else None
+
+
+def rotation(positions: Tensor) -> Evidence | None:
+    """Whether the players circle: how the directions of their moves, k moves apart, are alike.
+
+    C(k) = E cos∠(u_t, u_{t+k}) of the moves u is cos ωk for a rotation by ω per move, and below e^(−λk) if it damps or
+    wanders. A trough below −½ and then a peak above ½ are a period; moves of the last half that are not smaller than
+    nine tenths of the first half's do not damp. Positions are (n, d), of both players, every so many steps.
+    """
+    moves = positions.double().diff(dim=0)
+    norms = moves.norm(dim=1)
+    if len(moves) < POINTS or not bool((norms > 0).all() and norms.isfinite().all()):
+        return None
+    directions = moves / norms[:, None]
+    alike = directions @ directions.T
+    course = torch.stack([alike.diagonal(k).mean() for k in range(len(moves) // 2 + 1)])
+    trough = int(course.argmin())
+    first, last = norms.chunk(2)
+    amplitude = (last.square().mean() / first.square().mean()).sqrt().item()
+    peak = course[trough:].max().item()
+    if course[trough] < -0.5 and peak > 0.5 and amplitude > 0.9 and trough > 1:
+        return {"trough": course[trough].item(), "peak": peak, "period": 2.0 * trough, "amplitude": amplitude}
+    return None
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's ρ: the correlation of ranks, ties at their mean.
+
+    Example:
+        >>> rank_correlation([1.0, 2.0, 3.0], [10.0, 30.0, 20.0])
+        0.5
+    """
+    from scipy.stats import spearmanr  # type: ignore[import-untyped]  # slow to import
+
+    return float(spearmanr(x, y).statistic)
+
+
+def loss_tells_nothing(losses: Sequence[float], fids: Sequence[float]) -> Evidence | None:
+    """Over eight measurements or more, a lower generator loss does not go with a lower FID: ρ < 0.3."""
+    if len(fids) < 8 or len(set(losses)) < 2 or len(set(fids)) < 2:
+        return None
+    rho = rank_correlation(losses, fids)
+    return {"rank_correlation": rho, "measurements": float(len(fids))} if rho < 0.3 else None
+
+
+# And what each decides from: where it is NaN because a player did not move, there is nothing to decide.
+DECISIONS: dict[str, tuple[Callable[[Sequence[Window]], Evidence | None], str]] = {
+    "vanishing_gradient": (vanishing_gradient, "g_norm"),
+    "exploding_gradient": (exploding_gradient, "g_norm"),
+    "noisy_gradient": (noisy_gradient, "g_norm"),
+    "weak_discriminator": (weak_discriminator, "accuracy"),
+    "overfitting_discriminator": (overfitting_discriminator, "r_v"),
+    "not_finite": (not_finite, "overflows"),
+}
+
+
+class HealthMonitor(GANCallback):
+    """Watches every step for the failures that make GANs hard to train, and says what to add.
+
+    * ``vanishing_gradient``: the generator's gradient below 10⁻³ of its largest, accuracy above 95 %. "Towards
+      Principled Methods for Training Generative Adversarial Networks", https://arxiv.org/abs/1701.04862.
+    * ``exploding_gradient``, ``noisy_gradient``: above 100 times what is usual; varying by more than 3 times its mean.
+    * ``weak_discriminator``: accuracy below 55 %, though means and deviations of fake samples differ from
+      those of real ones (squared distance over the real variance above 0.1 and chance) and come no closer.
+    * ``oscillation``: the joint moves of both players turn with a period, and do not get smaller (:func:`rotation`).
+      "The Numerics of GANs", https://arxiv.org/abs/1705.10461.
+    * ``overfitting_discriminator``: r_v above 0.6 (:func:`overfitting_discriminator`), if there is held-out data.
+      "Training Generative Adversarial Networks with Limited Data", https://arxiv.org/abs/2006.06676.
+    * ``not_finite``: a loss or gradient was not finite, or a gradient scaler skips more than half of the steps.
+    * ``loss_tells_nothing``: the rank correlation of generator loss and FID is below 0.3; for information.
+
+    Signals are kept on the device and averaged over ranks every ``every`` steps; a verdict takes ``patience`` of these
+    in a row. It is a warning when it comes up first, in ``verdicts`` (``step``, ``verdict``, ``evidence``, ``advice``),
+    in the log as ``health/<verdict>`` (1 or 0), and in the table at the end of the fit. A run is the same with and
+    without the monitor. Costs a copy of 256 numbers and a few scalars per step, and forward passes every ``every``.
+
+    Args:
+        every: steps between decisions.
+        patience: decisions in a row that a verdict takes.
+        held_out: look at held-out data too, if the run has a validation loader.
+
+    Raises:
+        ValueError: if an argument has a bad value.
+
+    Example:
+        >>> HealthMonitor(every=200).verdicts
+        []
+    """
+
+    rolled_back = False
+
+    verdicts: list[dict[str, Any]]
+    windows: list[dict[str, float]]
+    rows: list[Tensor]
+    positions: Tensor | None
+    positions_seen: int
+    counts: dict[str, int]
+    fids: list[tuple[float, float]]
+
+    def __init__(self, every: int = 100, patience: int = 3, held_out: bool = True) -> None:
+        super().__init__()
+        self.every = check_integer("every", every)
+        self.patience = check_integer("patience", patience)
+        self.held_out = check_bool("held_out", held_out)
+        self.add_state("verdicts", [])
+        self.add_state("windows", [])
+        self.add_state("rows", [])  # of signals, since the last decision
+        self.add_state("positions", None)  # the last ones, (KEPT, d), each in the place of the one KEPT steps before it
+        self.add_state("positions_seen", 0)
+        self.add_state("counts", {})  # decisions in a row
+        self.add_state("fids", [])  # generator loss and FID at each measurement
+        self._held: tuple[Sample, Condition] | None = None
+        self._followed: list[nn.Parameter] = []  # each player's two largest, the discriminator's first
+        self._watched = 0
+
+    # ---------- what the Trainer calls
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fetch a batch of held-out data."""
+        super().on_train_start(trainer, pl_module)
+        module: GANModule = pl_module  # type: ignore[assignment]
+        self._watched = 0
+        moving = [sorted(module.trainable_parameters(p), key=Tensor.numel, reverse=True)[:2] for p in PLAYERS]
+        self._followed = [p for two in moving for p in two]
+        with isolate_rng():
+            self._held = _held_out(trainer) if self.held_out else None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep this step's signals; decide if it is time."""
+        module: GANModule = pl_module  # type: ignore[assignment]
+        self.rows.append(_signals(module))
+        self._keep(_position(self._followed))
+        if module.iteration % self.every == 0:
+            self._decide(trainer, module, batch)
+        self._watched += 1
+
+    def _keep(self, position: Tensor) -> None:
+        if self.positions is None or self.positions.shape[1] != len(position):
+            self.positions, self.positions_seen = position.new_zeros(KEPT, len(position)), 0
+        self.positions[self.positions_seen % KEPT] = position
+        self.positions_seen += 1
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Note a loss or gradient that was not finite; the table says what came before it."""
+        if isinstance(exception, FloatingPointError):
+            self._say(trainer, "not_finite", {})
+        if self.verdicts or self._watched:
+            self._print()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table."""
+        self._print()
+
+    # ---------- deciding
+
+    def _decide(self, trainer: Trainer, module: GANModule, batch: Any) -> None:
+        window = self._window(trainer, module, batch)
+        news = self._note_quality(trainer, window)
+        self.windows.append(window)
+        found = {name: f(self.windows) for name, (f, sign) in DECISIONS.items() if not math.isnan(window[sign])}
+        found["oscillation"] = trainer.strategy.broadcast(self._rotation())  # of rank 0, where networks are sharded
+        if news:
+            found["loss_tells_nothing"] = loss_tells_nothing(*zip(*self.fids, strict=True))
+        for name, evidence in found.items():
+            self.counts[name] = self.counts.get(name, 0) + 1 if evidence is not None else 0
+            if evidence is not None and self.counts[name] == self.patience:
+                self._say(trainer, name, evidence)
+        self._log(trainer)
+
+    def _log(self, trainer: Trainer) -> None:
+        # not by `module.log`, which reaches the loggers on every `log_every_n_steps`-th step alone
+        state = {f"health/{name}": float(self.counts.get(name, 0) >= self.patience) for name in ADVICE}
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in state.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(state, step=trainer.global_step)
+
+    def _note_quality(self, trainer: Trainer, window: dict[str, float]) -> bool:
+        """Add the last FID to a window; say whether it is a new measurement, of a generator that has moved."""
+        fid = float(trainer.callback_metrics.get("quality/fid", math.nan))
+        new = math.isfinite(fid + window["g_loss"]) and (not self.fids or self.fids[-1][1] != fid)
+        self.fids = [*self.fids, (window["g_loss"], fid)][-32:] if new else self.fids
+        window |= {"fid": self.fids[-1][1]} if self.fids else {}
+        return new
+
+    def _window(self, trainer: Trainer, module: GANModule, batch: Any) -> dict[str, float]:
+        rows, self.rows = torch.stack(self.rows), []
+        norms = rows[:, SIGNALS.index("d_norm") :]
+        g = norms[norms[:, 1].isfinite(), 1]
+        spread = ((g / g.mean()).square().mean() - 1).clamp(min=0).sqrt()
+        overflows = norms.isinf().sum() / norms.isnan().logical_not().sum()
+        values = dict(zip(SIGNALS, _mean(rows), strict=True)) | {"g_spread": spread, "overflows": overflows}
+        values |= self._probe(module, batch)
+        reduced = trainer.strategy.reduce(torch.stack([v.float() for v in values.values()]), reduce_op="mean")
+        return dict(zip(values, reduced.tolist(), strict=True))
+
+    def _probe(self, module: GANModule, batch: Any) -> dict[str, Tensor]:
+        """How far fake samples are from real ones, and logits of training, held-out and fake samples."""
+        real, condition = module.unpack(batch)
+        n = batch_size(real)
+        # the networks as they train, not the average
+        networks = module.generator, module.discriminator
+        with module.noise.of("health"), module.frozen_buffers(), evaluation(*networks):
+            fake = module.sample(n, condition, fixed_latents(module, n, "health"))
+            pairs = [(real, condition), (fake, condition), *([] if self._held is None else [self._held])]
+            logits = [module.loss.direction * _flat_logits(module.logits(*pair)) for pair in pairs]
+        x, y = _flat_samples(real), _flat_samples(fake)
+        total = x.var(0, correction=0).sum().clamp(min=1e-12)
+        moments = [torch.cat([s.mean(0), s.std(0, correction=0)]) for s in (x, y)]
+        apart = (moments[0] - moments[1]).square().sum()
+        train, made, held = logits[0], logits[1], logits[0 if self._held is None else 2]
+        gap = (train.mean() - made.mean()).abs().clamp(min=1e-12)
+        chance = (train.var(correction=0) / len(train) + held.var(correction=0) / len(held)).sqrt() / gap
+        return {
+            "apart": torch.where(total > 1e-12, apart / total, 0.0),  # of a single point there is no measure
+            "apart_by_chance": apart.new_tensor(8 / n),
+            "r_v": (train.mean() - held.mean()) / gap,
+            "r_v_by_chance": chance,
+            "train_logit": train.mean(),
+            "held_out_logit": held.mean(),
+        }
+
+    def _rotation(self) -> Evidence | None:
+        if self.positions is None:
+            return None
+        for level in LEVELS:
+            steps = [level * i for i in range(POINTS + 1) if level * i < min(self.positions_seen, KEPT)]
+            rows = [(self.positions_seen - 1 - step) % KEPT for step in reversed(steps)]
+            found = rotation(self.positions[rows].cpu())
+            if found is not None:
+                return found | {"period": found["period"] * level}
+        return None
+
+    def _say(self, trainer: Trainer, verdict: str, evidence: Evidence) -> None:
+        if any(said["verdict"] == verdict for said in self.verdicts):
+            return
+        step, advice = trainer.global_step, ADVICE[verdict]
+        self.verdicts.append({"step": step, "verdict": verdict, "evidence": evidence, "advice": advice})
+        say = rank_zero_info if verdict == "loss_tells_nothing" else rank_zero_warn
+        say(f"{verdict} at step {step}: {_text(evidence)}. {advice}")
+
+    @rank_zero_only
+    def _print(self) -> None:
+        """A row for each verdict."""
+        nothing = f"no trouble seen in {self._watched} steps."
+        print("HealthMonitor:", "since step, verdict" if self.verdicts else nothing)
+        for said in self.verdicts:
+            print(f"  {said['step']:>10}  {said['verdict']:<25}  {_text(said['evidence'])}; {said['advice']}")
+
+
+def _held_out(trainer: Trainer) -> tuple[Sample, Condition] | None:
+    """This rank's samples of the (first) validation loader, and their conditions; the loader stays where it is."""
+    loader = loader_of(trainer, "val")
+    while isinstance(loader, Mapping | list | tuple):
+        if not loader:
+            return None
+        loader = next(iter(loader.values() if isinstance(loader, Mapping) else loader))
+    parts, condition = real_samples(trainer, loader, HELD_OUT * trainer.world_size)
+    return (tree_map(lambda *leaves: torch.cat(leaves), *parts), condition) if parts else None
+
+
+def _flat_logits(logits: Logits) -> Tensor:
+    return torch.cat([entry.float().flatten() for entry in entries(logits).values()])
+
+
+def _flat_samples(sample: Sample) -> Tensor:
+    return torch.cat([leaf.float().flatten(1) for leaf in tree_leaves(sample)], 1)
+
+
+def _text(evidence: Evidence) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in evidence.items()) or "a loss or gradient"
+
+
+@torch.no_grad()
+def _signals(module: GANModule) -> Tensor:
+    """One step's :data:`SIGNALS`; NaN where a player did not move, infinite where they are not finite."""
+    record, nan = module.last_step, torch.tensor(math.nan, device=module.device)
+    values: dict[str, Tensor] = {}
+    if record.pairs and "d" in record.moved:
+        loss = module.loss
+        values["accuracy"] = torch.stack([loss.accuracy(real, fake) for _, real, fake in record.pairs]).mean()
+        gaps = [real.mean() - fake.mean() for _, real, fake in record.pairs]
+        values["gap"] = loss.direction * torch.stack(gaps).mean()
+    for player in record.moved:
+        found = {"loss": record.terms[player].get("adversarial"), "norm": record.gradient_norms.get(player)}
+        values |= {f"{player}_{name}": value for name, value in found.items() if value is not None}
+    infinite = torch.full_like(nan, math.inf)
+    known = {name: torch.where(value.isfinite(), value.detach().float(), infinite) for name, value in values.items()}
+    return torch.stack([known.get(name, nan) for name in SIGNALS])
+
+
+def _position(parameters: list[nn.Parameter]) -> Tensor:
+    """At most 64 entries of each, or of this process's shard of it."""
+    parts = [(p.to_local() if isinstance(p, DTensor) else p).detach().flatten() for p in parameters]
+    return torch.cat([part[:: max(1, math.ceil(len(part) / 64))].float() for part in parts])
+
+
+def _mean(rows: Tensor) -> Tensor:
+    """The mean of each column over finite entries; NaN without any."""
+    finite = rows.isfinite()
+    return rows.where(finite, rows.new_zeros(())).sum(0) / finite.sum(0)

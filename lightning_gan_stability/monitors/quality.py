@@ -1,0 +1,352 @@
+"""What samples are worth: measured during training, without a trace in it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import pickle
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from lightning_gan_stability._checks import check, check_choice, check_integer, check_type, describe
+from lightning_gan_stability.callback import GANCallback
+from lightning_gan_stability.distributed import is_distributed
+from lightning_gan_stability.layers import evaluation
+from lightning_gan_stability.metrics.extractors import Inception
+from lightning_gan_stability.metrics.statistics import Cells, Seen, distance
+from lightning_gan_stability.metrics.values import (
+    bin_difference,
+    density_coverage,
+    frechet_distance,
+    kernel_distance,
+    pairwise_diversity,
+    precision_recall,
+)
+from lightning_gan_stability.module import GANModule
+from lightning_gan_stability.monitors.files import save_atomically
+from lightning_gan_stability.monitors.latents import fixed_latents
+from lightning_gan_stability.monitors.real_data import loader_of, real_samples
+from lightning_gan_stability.noise import seed_of
+from lightning_gan_stability.outputs import tree_map
+
+Split = Literal["train", "val"]
+Name = Literal["fid", "kid", "precision", "recall", "density", "coverage", "diversity", "modes", "ndb"]
+Values = dict[str, float]
+BATCH = 256  # generated at once
+LEAST = 20  # real samples: halves of them are compared, and 5 neighbours in a half
+
+# what each function of (real, fake) features gives
+_VALUES: tuple[tuple[tuple[Name, ...], Callable[[Tensor, Tensor], Sequence[float]]], ...] = (
+    (("fid",), lambda real, fake: [frechet_distance(real, fake)]),
+    (("kid",), lambda real, fake: [kernel_distance(real, fake)]),
+    (("precision", "recall"), precision_recall),
+    (("density", "coverage"), density_coverage),
+    (("diversity",), lambda real, fake: [pairwise_diversity(fake) / max(pairwise_diversity(real), 1e-12)]),
+    (("ndb",), lambda real, fake: bin_difference(real, fake, bins=min(100, len(real) // 10))[:1]),
+)
+
+
+class QualityMonitor(GANCallback):
+    """Measures the samples' quality every so many steps: FID, KID, precision, recall, density, coverage, modes.
+
+    Losses of a GAN do not say how good its samples are; these do ("Are GANs Created Equal?",
+    https://arxiv.org/abs/1711.10337). Values go to the loggers and to ``trainer.callback_metrics`` as
+    ``quality/<name>``, so that ``ModelCheckpoint(monitor="quality/fid")`` and ``EarlyStopping(monitor=
+    "quality/recall", mode="max")`` work. The first measurement is that of the untrained generator. Besides ``metrics``:
+
+    * ``quality/missing``: the share of the real data in modes, or else in K-means cells of the features, that get less
+      than a fifth of that share of the generated samples (each counted for the nearest centre or likeliest class).
+    * ``quality/imbalance``: total variation ½ Σ |q − p| between generated and real shares of the modes or cells.
+    * ``quality/moved``: total variation between this measurement's generated shares and the last one's; near 1 if a
+      collapsed generator hops from mode to mode.
+    * ``quality/time_share``, for loggers alone: the part of the run's time that measuring took.
+
+    Real features are extracted once. Fake samples have the same latents each time, networks are in eval mode, and the
+    generator's average is used if there is one. A run is the same with and without the monitor, bit for bit. All ranks
+    share the work and get the same values. The protocol (extractor, number of samples, split, and ``null``: what the
+    metrics give for one half of the real data against the other) is added to the loggers' hyperparameters, because
+    values under another protocol do not compare. Modes are known if the data module has ``centers`` and ``std``
+    (:class:`~lightning_gan_stability.data.Ring`), or the extractor has a method ``classify(samples)`` that gives
+    probabilities (:class:`~lightning_gan_stability.metrics.extractors.DigitClassifier`).
+
+    Args:
+        extractor: from samples to features (n, ...), which are flattened. None: vectors are their own features, images
+            (n, c, h, w) are seen by :class:`~lightning_gan_stability.metrics.extractors.Inception`.
+        metrics: which of ``fid``, ``kid``, ``precision``, ``recall``, ``density``, ``coverage``, ``diversity`` (mean
+            pairwise distance, relative to real), ``modes`` (with ``high_quality`` and ``reverse_kl``) and ``ndb``.
+            None: all but ``ndb``; ``modes`` if they are known.
+        n_samples: generated, and at most as many real ones. FIDs that are published have 50,000.
+        every: steps between measurements.
+        split: real samples of the ``"train"`` or the ``"val"`` loader. FID is mostly against training data.
+        cache: folder for real features, by a hash of data and extractor. None: they are extracted in each fit.
+
+    Attributes:
+        values: the last measurement, without ``quality/``.
+        history: all measurements, with their ``step``; at the end of a fit also a table in Weights & Biases.
+        null: what the metrics give for real data.
+
+    Raises:
+        ValueError: if an argument has a bad value, or features or data have.
+        MisconfigurationException: with less than 20 samples in the split, or with ``modes`` that are not known.
+        RuntimeError: if Inception's weights cannot be downloaded.
+
+    Example:
+        >>> QualityMonitor(every=500, metrics=["fid", "recall"]).n_samples
+        2500
+    """
+
+    rolled_back = False
+
+    values: Values
+    history: list[Values]
+    shares: list[float]
+    measured_at: int
+
+    def __init__(
+        self,
+        extractor: nn.Module | None = None,
+        metrics: Sequence[Name] | None = None,
+        n_samples: int = 2500,
+        every: int = 1000,
+        split: Split = "train",
+        cache: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.extractor = extractor if extractor is None else check_type("extractor", extractor, nn.Module)
+        unknown = [] if metrics is None else [name for name in metrics if name not in get_args(Name)]
+        check(not unknown and metrics != [], "metrics", f"some of {', '.join(get_args(Name))}", metrics)
+        self.metrics = metrics
+        self.n_samples = check_integer("n_samples", n_samples, least=50)
+        self.every = check_integer("every", every)
+        self.split: Split = check_choice("split", split, get_args(Split))
+        self.cache = cache
+        self.null: Values = {}
+        self.add_state("values", {})
+        self.add_state("history", [])
+        self.add_state("shares", [])  # of generated samples in each cell
+        self.add_state("measured_at", -1)  # global step of the last measurement
+        self._spent = 0.0
+
+    # ---------- what the Trainer calls
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the real data, and at the untrained generator."""
+        super().on_train_start(trainer, pl_module)
+        module: GANModule = pl_module  # type: ignore[assignment]
+        self._started, self._spent = time.monotonic(), 0.0
+        with self._isolated():
+            torch.manual_seed(seed_of("real", trainer.global_rank))  # of a resumed run the same, if data draw
+            self._prepare(trainer, module)
+        if self.measured_at < 0:
+            self._measure(trainer, module)
+        trainer.callback_metrics.update(_named(self.values))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure if this step is due."""
+        self.observe(trainer, pl_module)  # type: ignore[arg-type]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give Weights & Biases the table of all measurements."""
+        columns = list(dict.fromkeys(name for row in self.history for name in row))
+        rows = [[row.get(name) for name in columns] for row in self.history]
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_table("quality/table", columns, rows, step=trainer.global_step)
+
+    def observe(self, trainer: Trainer, module: GANModule) -> bool:
+        """Measure if this step is due and has not been measured; say whether there is a measurement of this step."""
+        if module.iteration % self.every:
+            return False
+        if self.measured_at != trainer.global_step:
+            self._measure(trainer, module)
+        return True
+
+    # ---------- measuring
+
+    def _measure(self, trainer: Trainer, module: GANModule) -> None:
+        with self._isolated(), module.noise.of("quality"):
+            # the same on all ranks, whose sums may differ by a rounding
+            self.values, shares = trainer.strategy.broadcast(self._evaluate(self._generate(trainer, module)))
+        self.values["moved"] = distance(shares, self.shares) if self.shares else 0.0
+        self.shares, self.measured_at = shares, trainer.global_step
+        self.history.append({"step": trainer.global_step} | self.values)
+        trainer.callback_metrics.update(_named(self.values))
+        time_share = self._spent / max(time.monotonic() - self._started, 1e-9)
+        for logger in trainer.loggers:
+            scalars = {f"quality/{name}": value for name, value in (self.values | {"time_share": time_share}).items()}
+            logger.log_metrics(scalars, step=trainer.global_step)
+
+    def _evaluate(self, fake: Seen) -> tuple[Values, list[float]]:
+        if not bool(fake.features.isfinite().all() and fake.modes.isfinite().all()):
+            gone = dict.fromkeys(self._wanted, math.nan) | {"missing": 1.0, "imbalance": 1.0}
+            return gone, [0.0] * len(self._cells.shares)
+        values = self._compare(self._real.features, fake.features)
+        if "modes" in self._wanted:
+            found = self._cells.cover(fake.modes)
+            values |= {"modes": float(found.modes), "high_quality": found.high_quality, "reverse_kl": found.reverse_kl}
+        cells, shares = self._cells.compare(fake)
+        return values | cells, shares
+
+    def _compare(self, real: Tensor, fake: Tensor) -> Values:
+        values: Values = {}
+        for names, function in _VALUES:
+            if self._wanted.intersection(names):
+                values |= dict(zip(names, map(float, function(real, fake)), strict=True))
+        return {name: value for name, value in values.items() if name in self._wanted}
+
+    def _generate(self, trainer: Trainer, module: GANModule) -> Seen:
+        latents = fixed_latents(module, self.n_samples, "quality")
+        mine = torch.arange(trainer.global_rank, self.n_samples, trainer.world_size, device=module.device)
+        seen = []
+        for rows in mine.split(BATCH):  # type: ignore[no-untyped-call]
+            chosen = tree_map(lambda leaf, rows=rows: leaf[rows % len(leaf)].to(module.device), self._condition)
+            z = None if latents is None else latents[rows]
+            with evaluation(module):
+                seen.append(self._see(module.sample(len(rows), chosen, z)))
+        return _together(_joined(seen))
+
+    def _see(self, samples: Tensor) -> Seen:
+        assert self.extractor is not None
+        samples = samples.detach().float()
+        with evaluation(self.extractor), torch.autocast(samples.device.type, enabled=False):
+            features = self.extractor.to(samples.device)(samples)
+            modes = self.extractor.classify(samples) if self._classified else samples  # type: ignore[operator]
+        if not isinstance(features, Tensor) or len(features) != len(samples):
+            raise ValueError(f"`extractor` must give one row of features per sample, got {describe(features)}.")
+        home = _home(samples.device)
+        return Seen(features.flatten(1).to(home), modes.flatten(1).to(home))
+
+    @contextmanager
+    def _isolated(self) -> Iterator[None]:
+        """Without a trace in random states, and with an eye on the clock."""
+        start = time.monotonic()
+        with isolate_rng():
+            yield
+        self._spent += time.monotonic() - start
+
+    # ---------- the real data
+
+    def _prepare(self, trainer: Trainer, module: GANModule) -> None:
+        data = getattr(trainer, "datamodule", None)
+        centers, std = getattr(data, "centers", None), getattr(data, "std", None)
+        parts, condition = real_samples(trainer, self._loader(trainer), self.n_samples)
+        if not parts:
+            raise MisconfigurationException(f"QualityMonitor(split='{self.split}') found no batch in the loader.")
+        if self.extractor is None:
+            self.extractor = nn.Identity() if parts[0].dim() == 2 else Inception()
+            rank_zero_info(f"QualityMonitor: no extractor is given, so it takes {type(self.extractor).__name__}.")
+        self._classified = hasattr(self.extractor, "classify")
+        known = self._classified or (isinstance(centers, Tensor) and std is not None)
+        if self.metrics is not None and "modes" in self.metrics and not known:
+            raise MisconfigurationException(
+                "QualityMonitor(metrics=['modes', ...]) must know the modes: use a data module with `centers` and "
+                "`std`, or an extractor with `classify(samples)`, or remove 'modes'."
+            )
+        default = [name for name in get_args(Name) if name != "ndb" and (known or name != "modes")]
+        self._wanted = frozenset(default if self.metrics is None else self.metrics)
+        self._condition = tree_map(_interleaved, condition)
+        self._real = self._features(parts)
+        if (n := len(self._real.features)) < LEAST:
+            raise MisconfigurationException(
+                f"QualityMonitor(split='{self.split}') compares with real samples, and the loader has {n}: give at "
+                f"least {LEAST}, better thousands, or remove QualityMonitor."
+            )
+        if not bool(self._real.features.isfinite().all()):
+            raise ValueError("QualityMonitor: the real samples have features that are not finite.")
+        self._cells = Cells(self._real, centers if known else None, std, self._classified)
+        self.null = trainer.strategy.broadcast(self._compare(self._real.features[::2], self._real.features[1::2]))
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"quality": self.protocol})
+
+    def _loader(self, trainer: Trainer) -> Any:
+        loader = loader_of(trainer, self.split)
+        if isinstance(loader, list | tuple) and len(loader) == 1:
+            loader = loader[0]
+        a_list_of_batches = isinstance(loader, list) and loader and self.split == "train"
+        if isinstance(loader, dict | list | tuple) and not a_list_of_batches:
+            raise MisconfigurationException(
+                f"QualityMonitor(split='{self.split}') needs one {self.split} loader, but there are {len(loader)}: set "
+                f"split='{'val' if self.split == 'train' else 'train'}', or give one."
+            )
+        return loader
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What a value of this monitor depends on, besides the generator."""
+        return {
+            "extractor": type(self.extractor).__name__,
+            "n_real": len(self._real.features),
+            "n_fake": self.n_samples,
+            "split": self.split,
+            "every": self.every,
+            "null": self.null,
+        }
+
+    def _features(self, samples: list[Tensor]) -> Seen:
+        """Real features of all ranks: from the cache, or seen now."""
+        mine = self._cached(Path(self.cache), samples) if self.cache else _joined(map(self._see, samples))
+        whole = _together(mine)
+        return Seen(whole.features[: self.n_samples], whole.modes[: self.n_samples])
+
+    def _cached(self, folder: Path, samples: list[Tensor]) -> Seen:
+        self._see(samples[0][:1])  # lets a lazy extractor read its weights
+        file = folder / f"{_digest(self.extractor, samples)}.pt"
+        try:
+            mine = Seen(*torch.load(file, weights_only=True))
+        except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError):  # none, or one that was torn
+            mine = _joined(map(self._see, samples))
+            save_atomically(tuple(column.cpu() for column in mine), file)
+        return Seen(*(column.to(_home(samples[0].device)) for column in mine))
+
+
+def _home(device: torch.device) -> torch.device:
+    """Where values are computed: on the device, if it knows float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _joined(parts: Iterable[Seen]) -> Seen:
+    return Seen(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _together(seen: Seen) -> Seen:
+    """What all ranks have seen, in the order of one process that takes every rank's rows in turn."""
+    return Seen(*map(_interleaved, seen))
+
+
+def _interleaved(rows: Tensor) -> Tensor:
+    if not (is_distributed()):
+        return rows
+    parts = gather_all_tensors(rows)
+    whole = rows.new_empty(sum(map(len, parts)), *rows.shape[1:])
+    if any(len(whole[rank :: len(parts)]) != len(part) for rank, part in enumerate(parts)):
+        return torch.cat(parts)
+    for rank, part in enumerate(parts):
+        whole[rank :: len(parts)] = part
+    return whole
+
+
+def _named(values: Values) -> dict[str, Tensor]:
+    return {f"quality/{name}": torch.tensor(value) for name, value in values.items()}
+
+
+def _digest(extractor: nn.Module | None, samples: list[Tensor]) -> str:
+    """A hash of an extractor and of data; any other data, weights or layers give another one."""
+    digest = hashlib.sha256(repr(extractor).encode())
+    for tensor in (*(extractor.state_dict().values() if extractor else ()), *samples):
+        digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,158 @@
+"""The state of a run, kept and put back, and the remedies that are applied then."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any, TypeAlias
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_gan_stability._checks import check_choice, check_number
+from lightning_gan_stability._compat import scheduler_parts
+from lightning_gan_stability.callback import GANCallback, Regularizer
+from lightning_gan_stability.module import GANModule
+from lightning_gan_stability.outputs import PLAYERS, Player
+
+State: TypeAlias = dict[str, Any]
+Weights: TypeAlias = Sequence[tuple[str, float, float | None]]
+
+
+def take(trainer: Trainer, module: GANModule) -> State:
+    """A copy, in CPU memory, of everything that training moves, but the data's position and ``global_step``."""
+    state = {
+        "module": dict(module.state_dict()),
+        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+        "callbacks": [callback.state_dict() for callback in _rolled_back(trainer)],
+        "weights": weights_of(trainer),
+    }
+    return deepcopy(apply_to_collection(state, Tensor, lambda tensor: tensor.detach().cpu()))
+
+
+def put_back(trainer: Trainer, module: GANModule, state: State) -> None:
+    """Let training go on from what was taken."""
+    state = deepcopy(state)
+    module.load_state_dict(state["module"])
+    for optimizer, kept in zip(trainer.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(kept)
+        optimizer.zero_grad()  # a gradient of other weights
+    for config, kept in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
+        config.scheduler.load_state_dict(kept)
+    for callback, kept in zip(_rolled_back(trainer), state["callbacks"], strict=True):
+        callback.load_state_dict(kept)
+        callback.go_on(module)
+    give_weights(trainer, state["weights"])
+
+
+def weights_of(trainer: Trainer) -> Weights:
+    """The name, the weight, and the one at the end of a schedule, of each regularizer."""
+    return [(type(penalty).__name__, penalty.weight, penalty.final_weight) for penalty in _penalties(trainer)]
+
+
+def give_weights(trainer: Trainer, weights: Weights) -> None:
+    """Set what :func:`weights_of` gave, to the regularizers of the same names in their order."""
+    left = list(weights)
+    for penalty in _penalties(trainer):
+        mine = next((entry for entry in left if entry[0] == type(penalty).__name__), None)
+        if mine is not None:
+            left.remove(mine)
+            _, penalty.weight, penalty.final_weight = mine
+
+
+def _rolled_back(trainer: Trainer) -> list[GANCallback]:
+    """The callbacks whose state is part of the training; monitors remember what was, whatever is put back."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, GANCallback) and callback.rolled_back]
+
+
+class Remedy(abc.ABC):
+    """What a rollback changes, lest the same happens again; as a class, so that a YAML file can name it.
+
+    Example:
+        >>> class Clip(Remedy):
+        ...     def __call__(self, trainer, module):
+        ...         module.clip_norm = 1.0
+        >>> isinstance(ScalePenalty(), Remedy)
+        True
+    """
+
+    @abc.abstractmethod
+    def __call__(self, trainer: Trainer, module: GANModule) -> None:
+        """Change the run."""
+
+
+class ScaleLearningRate(Remedy):
+    """A remedy: multiplies learning rates, those that schedulers start from included.
+
+    Args:
+        factor: above 0.
+        player: ``"d"`` or ``"g"``; None: both.
+
+    Raises:
+        ValueError: if an argument has a bad value.
+
+    Example:
+        >>> ScaleLearningRate(0.5, player="d").factor
+        0.5
+    """
+
+    def __init__(self, factor: float = 0.5, player: Player | None = None) -> None:
+        self.factor = check_number("factor", factor, positive=True)
+        self.player = check_choice("player", player, (*PLAYERS, None))
+
+    def __call__(self, trainer: Trainer, module: GANModule) -> None:
+        """Multiply the rates."""
+        chosen = [module.optimizer(player).optimizer for player in PLAYERS if self.player in (player, None)]
+        for optimizer in chosen:
+            for group in optimizer.param_groups:
+                group["lr"] *= self.factor
+                for name in ("initial_lr", "max_lr", "min_lr"):  # of OneCycleLR
+                    if name in group:
+                        group[name] *= self.factor
+        for config in trainer.lr_scheduler_configs:
+            if config.scheduler.optimizer in chosen:
+                self._scale(config.scheduler)
+
+    def _scale(self, scheduler: Any) -> None:
+        for part in scheduler_parts(scheduler):
+            self._scale(part)
+        for name in ("base_lrs", "max_lrs"):
+            if hasattr(scheduler, name):
+                setattr(scheduler, name, [rate * self.factor for rate in getattr(scheduler, name)])
+
+
+class ScalePenalty(Remedy):
+    """A remedy: multiplies the weight of every regularizer in the run.
+
+    Args:
+        factor: above 0.
+
+    Raises:
+        ValueError: if ``factor`` has a bad value.
+
+    Example:
+        >>> ScalePenalty(10.0).factor
+        10.0
+    """
+
+    def __init__(self, factor: float = 10.0) -> None:
+        self.factor = check_number("factor", factor, positive=True)
+
+    def __call__(self, trainer: Trainer, module: GANModule) -> None:
+        """Multiply the weights."""
+        penalties = _penalties(trainer)
+        if not penalties:
+            raise MisconfigurationException("ScalePenalty makes penalties stronger, but there is none: add R1Penalty.")
+        for penalty in penalties:
+            penalty.weight *= self.factor
+            if penalty.final_weight is not None:
+                penalty.final_weight *= self.factor
+
+
+def _penalties(trainer: Trainer) -> list[Regularizer]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, Regularizer)]  # type: ignore[attr-defined]

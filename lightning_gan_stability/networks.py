@@ -1,0 +1,211 @@
+"""Runs a module's networks, and checks what goes in and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_gan_stability._checks import describe
+from lightning_gan_stability._compat import is_compiled, mark_dynamic
+from lightning_gan_stability.layers import condition_parameter, parameter_dtype
+from lightning_gan_stability.outputs import (
+    Condition,
+    Extras,
+    Features,
+    Logits,
+    Sample,
+    batch_size,
+    shapes,
+    tree_leaves,
+    tree_map,
+)
+
+if TYPE_CHECKING:
+    from lightning_gan_stability.protocols import GANProtocol
+
+
+def call_network(network: nn.Module, inputs: Any, condition: Condition) -> Any:
+    """Run a network on inputs, and on a condition if its ``forward`` takes one.
+
+    Raises:
+        ValueError: if it needs a condition and there is none.
+
+    Example:
+        >>> call_network(nn.Identity(), torch.ones(1), condition=torch.tensor([3]))
+        tensor([1.])
+    """
+    takes, needs = condition_parameter(network)
+    if needs and condition is None:
+        raise ValueError(f"{type(network).__name__} takes a condition (labels), but none was given.")
+    return network(inputs, condition) if takes and condition is not None else network(inputs)
+
+
+def check_samples(name: str, sample: Sample) -> int:
+    """The number of samples, all of whose leaves are real floating point tensors.
+
+    Raises:
+        ValueError: if they are not, if there is none, or if the leaves disagree on their number.
+
+    Example:
+        >>> check_samples("Real samples", {"image": torch.zeros(4, 3), "audio": torch.zeros(4, 8)})
+        4
+    """
+    if isinstance(sample, tuple) and not hasattr(sample, "_fields"):
+        raise ValueError(f"{name} must be a tensor, or a dict, list or named tuple of tensors, got {describe(sample)}.")
+    leaves = tree_leaves(sample)
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise ValueError(f"{name} must be a tensor, or a tree of tensors, got {describe(leaf)}.")
+        if not leaf.is_floating_point() or leaf.dim() == 0 or len(leaf) == 0:
+            raise ValueError(
+                f"{name} must be floating point (images in [-1, 1]), and at least one, got {describe(leaf)}. What is "
+                "not belongs into the condition."
+            )
+    return len(leaves[0]) if len(leaves) == 1 else batch_size(sample)
+
+
+def check_condition(condition: Condition, n: int) -> None:
+    """Refuse a condition whose leaves are not tensors with one row for each sample.
+
+    Example:
+        >>> check_condition([torch.zeros(3)], 2)
+        Traceback (most recent call last):
+        ValueError: `condition` must have 2 entries, one for each sample, got 3.
+    """
+    if condition is None:
+        return
+    for leaf in tree_leaves(condition):
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+            raise ValueError(
+                f"`condition` must be a tensor, or a tree of tensors, with the batch first, got {describe(leaf)}."
+            )
+        if len(leaf) != n:
+            raise ValueError(f"`condition` must have {n} entries, one for each sample, got {len(leaf)}.")
+
+
+class NetworkRunner:
+    """Asks a module's `generate` and `discriminate`, and explains where a network fails before the first step.
+
+    Args:
+        module: whose networks.
+    """
+
+    def __init__(self, module: GANProtocol) -> None:
+        self.module = module
+        self._entries: Any = ()  # the names of the discriminators whose logits there were; None: one tensor
+
+    def generate(self, n: int, condition: Condition, latents: Tensor | None) -> tuple[Sample, Extras]:
+        """Samples of the current generator, and what it returns beside them."""
+        module = self.module
+        network = module.current_generator
+        if latents is not None and is_compiled(network):
+            mark_dynamic(latents)
+        try:
+            found = module.generate(network, n, condition, latents)
+            sample, extras = found if _is_pair(found) else (found, {})
+            if not isinstance(extras, dict):
+                raise ValueError(f"`generate` must return a dict of extras beside the sample, got {describe(extras)}.")
+            made = check_samples("The generator's samples", sample)
+        except Exception as error:
+            self._explain("generator", condition if latents is None else latents, error)
+            raise
+        if made != n:
+            raise ValueError(f"The generator made {made} samples where {n} were asked for.")
+        return sample, extras
+
+    def discriminate(self, sample: Sample, condition: Condition) -> tuple[Logits, Features]:
+        """Logits (n,) or (n, patches) of each discriminator, and features; augmentation is a part of training."""
+        module = self.module
+        augmented = module.augment(sample) if module.training else sample
+        network = module.discriminator
+        if is_compiled(network):
+            tree_map(mark_dynamic, augmented)
+        try:
+            found = module.discriminate(network, augmented, condition)
+            logits, features = found if _is_pair(found) else (found, None)
+            if not isinstance(logits, Tensor) and not _are_entries(logits):
+                raise ValueError(
+                    "`discriminate` must return a tensor of logits, a dict or list of them, or (logits, features), got "
+                    f"{describe(logits)}."
+                )
+        except Exception as error:
+            self._explain("discriminator", augmented, error)
+            raise
+        if module.loss.judges_reconstructions:
+            logits = self._reconstruction_errors(logits, augmented)
+        n = batch_size(augmented) // module.packing
+        if isinstance(logits, Tensor):
+            self._check_entries(None)
+            return self._rows(logits, n), features
+        if isinstance(logits, Mapping):
+            self._check_entries([*map(str, logits)])
+            return {name: self._rows(entry, n) for name, entry in logits.items()}, features
+        self._check_entries([*map(str, range(len(logits)))])
+        return [self._rows(entry, n) for entry in logits], features
+
+    def _reconstruction_errors(self, output: Any, sample: Sample) -> Tensor:
+        """The mean absolute error of each sample, where the discriminator rebuilds samples."""
+        if not isinstance(output, Tensor) or not isinstance(sample, Tensor):
+            raise ValueError(
+                f"{type(self.module.loss).__name__} judges the reconstructions of one tensor by one discriminator, got "
+                f"{describe(output)} of {describe(sample)}."
+            )
+        if output.shape != sample.shape:
+            return output
+        return (output - sample).abs().reshape(len(sample), -1).mean(1, keepdim=True)
+
+    def _check_entries(self, names: list[str] | None) -> None:
+        """Refuse logits of other discriminators than before."""
+        if self._entries == ():
+            self._entries = names
+        elif names != self._entries and (names is None or self._entries is None or {*names} != {*self._entries}):
+            now, before = (
+                "one tensor of logits" if found is None else f"the logits of discriminators {', '.join(found)}"
+                for found in (names, self._entries)
+            )
+            raise ValueError(
+                f"`discriminate` returned {now}, and before {before}: it must return the same ones each time."
+            )
+
+    def _rows(self, logits: Tensor, n: int) -> Tensor:
+        """The logits of n samples or packs, one or several in a row."""
+        if logits.dim() == 0 or len(logits) != n:
+            pack = self.module.packing
+            per = "sample" if pack == 1 else f"pack of {pack} samples"
+            raise ValueError(
+                f"The discriminator must return one logit or more per {per}: expected shape ({n},) or "
+                f"({n}, patches), got {tuple(logits.shape)}."
+            )
+        if logits.dim() == 1:
+            return logits
+        return logits.reshape(n) if logits.numel() == n else logits.reshape(n, -1)
+
+    def _explain(self, name: str, inputs: Any, error: Exception) -> None:
+        """Raise an error that says what a network failed on, unless it has worked before."""
+        ours = isinstance(error, torch.OutOfMemoryError | MisconfigurationException | FloatingPointError)
+        if ours or self.module.iteration:
+            return
+        tensor = next((leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), None)
+        shape = "nothing" if tensor is None else f"an input of shape {shapes(inputs, 0)}"
+        hint = ""
+        if tensor is not None:
+            dtype = parameter_dtype(getattr(self.module, name), tensor.dtype)
+            differs = tensor.is_floating_point() and dtype != tensor.dtype
+            hint = f" (the input is {tensor.dtype}, the network {dtype})" if differs else ""
+        cause = str(error) or type(error).__name__
+        raise ValueError(f"The {name} failed on {shape}{hint}: {cause}") from error
+
+
+def _is_pair(found: Any) -> bool:
+    """Whether what `generate` or `discriminate` returned is a plain tuple of two; named tuples are trees."""
+    return type(found) is tuple and len(found) == 2
+
+
+def _are_entries(logits: Any) -> bool:
+    """Whether logits are those of several discriminators."""
+    parts = logits.values() if isinstance(logits, Mapping) else logits if isinstance(logits, list) else ()
+    return len(parts) > 0 and all(isinstance(part, Tensor) for part in parts)

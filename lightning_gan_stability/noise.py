@@ -1,0 +1,220 @@
+"""Random numbers that are functions of a key: of a seed, a rank, an iteration and the number of the draw."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gan_stability._checks import check_integer
+from lightning_gan_stability.layers import parameter_dtype
+from lightning_gan_stability.outputs import tree_map
+
+
+def seed_of(*key: object) -> int:
+    """A seed that is a function of a key alone.
+
+    Example:
+        >>> seed_of(0, "train", 1) == seed_of(0, "train", 1), seed_of(0) == seed_of(1)
+        (True, False)
+    """
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def generator(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A random generator whose state is a function of a key alone.
+
+    Example:
+        >>> generator(0, "train", 1).initial_seed() == generator(0, "train", 1).initial_seed()
+        True
+    """
+    return torch.Generator(device).manual_seed(seed_of(*key))
+
+
+class Clock(Protocol):
+    """What noise depends on besides its seed: a GANModule."""
+
+    @property
+    def global_rank(self) -> int: ...
+
+    @property
+    def iteration(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+class Randomness(NamedTuple):
+    """Where all randomness stands: the module's own draws, and torch's default generators."""
+
+    draw: int
+    cpu: Tensor
+    device: Tensor | None
+
+    def equals(self, other: Randomness) -> bool:
+        """Whether nobody has drawn between two looks."""
+        same = self.draw == other.draw and torch.equal(self.cpu, other.cpu)
+        return same and (self.device is None or other.device is None or torch.equal(self.device, other.device))
+
+
+class Noise:
+    r"""The random numbers of a GANModule.
+
+    A draw is a function of (``seed``, rank, iteration, whether it is part of a training step, number of the draw): a
+    resumed run draws what the uninterrupted one did, every rank draws its own, and torch's default generators are
+    neither used nor changed. A micro-batch draws its rows of the whole batch's noise.
+
+    Args:
+        seed: any integer.
+        clock: tells rank, iteration and device: the module.
+
+    Example:
+        >>> from lightning_gan_stability import MLP, GANModule
+        >>> noise = GANModule(MLP([16, 32, 2]), MLP([2, 32, 1]), latent_dim=16).noise
+        >>> noise.randn(2, 3).shape, noise.rand(2).shape
+        (torch.Size([2, 3]), torch.Size([2]))
+    """
+
+    def __init__(self, seed: int, clock: Clock) -> None:
+        self.seed, self.clock = seed, clock
+        self.draw = 0
+        self._generator: torch.Generator | None = None
+        self._key: tuple[object, ...] = (False,)  # (True,) inside of a training step
+        self._rows: tuple[int, int, int] | None = None  # start, stop and size of the batch that a micro-batch is of
+
+    def randn(self, n: int, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        r"""Standard normal values (n, \*shape) on the module's device.
+
+        Args:
+            n: number of samples.
+            shape: shape of one sample's noise.
+            dtype: None: that of the module's parameters.
+
+        Raises:
+            ValueError: if ``n`` is not a positive integer.
+        """
+        # normal values are the same in every precision, which not every version of torch sees to; uniform ones, rounded
+        # from float32, could be 1
+        dtype = self._dtype() if dtype is None else dtype
+        return self._sample(torch.randn, n, shape, torch.promote_types(dtype, torch.float32)).to(dtype)
+
+    def rand(self, n: int, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        r"""Values (n, \*shape), uniform in [0, 1); see :meth:`randn`."""
+        return self._sample(torch.rand, n, shape, self._dtype() if dtype is None else dtype)
+
+    def randn_like(self, sample: Any) -> Any:
+        """Standard normal values of the shape and type of a sample, which may be a tree."""
+        return tree_map(lambda leaf: self.randn(len(leaf), *leaf.shape[1:], dtype=leaf.dtype), sample)
+
+    def rand_like(self, sample: Any) -> Any:
+        """Values uniform in [0, 1) of the shape and type of a sample, which may be a tree."""
+        return tree_map(lambda leaf: self.rand(len(leaf), *leaf.shape[1:], dtype=leaf.dtype), sample)
+
+    def _dtype(self) -> torch.dtype:
+        return parameter_dtype(self.clock, torch.get_default_dtype())
+
+    def _sample(self, function: Callable[..., Tensor], n: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        check_integer("n", n)
+        clock, rows = self.clock, self._rows
+        key = (self.seed, clock.global_rank, clock.iteration, *self._key, self.draw)
+        self.draw += 1
+        device = clock.device
+        # not every version of XLA and MPS has generators of its own
+        source = device if device.type in ("cpu", "cuda") else torch.device("cpu")
+        start, stop, total = rows if rows and rows[1] - rows[0] == n else (0, n, n)
+        if self._generator is None or self._generator.device != source:
+            self._generator = torch.Generator(source)
+        drawn = self._generator.manual_seed(seed_of(*key))
+        values = function(total, *shape, generator=drawn, device=source, dtype=dtype).to(device)
+        return values if total == n else values[start:stop]
+
+    # ---------- contexts
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a training step is being taken."""
+        return self._key == (True,)
+
+    @contextmanager
+    def of_step(self) -> Iterator[None]:
+        """Everything that is drawn within, by whomever, is a function of (seed, rank, iteration).
+
+        Networks and augmentations draw from torch's default generators, of the CPU and of the module's device: these
+        are seeded, and put back at the end.
+        """
+        with self._seeded(True):
+            yield
+            draw = self.draw
+        self.draw = draw  # what is drawn before the next step goes on from here
+
+    @contextmanager
+    def of(self, *key: object) -> Iterator[None]:
+        """As :meth:`of_step`, for what is no training step: also a function of a key, and without a trace."""
+        with self._seeded(*key):
+            yield
+
+    @contextmanager
+    def _seeded(self, *key: object) -> Iterator[None]:
+        clock = self.clock
+        before, outer = self.randomness(), (self._key, self._rows)
+        self.draw, self._key, self._rows = 0, key, None
+        _seed(seed_of(self.seed, clock.global_rank, clock.iteration, *key), clock.device)
+        try:
+            yield
+        finally:
+            self._key, self._rows = outer
+            self.restore(before)
+
+    @contextmanager
+    def rows(self, start: int, stop: int, total: int, draw: int) -> Iterator[None]:
+        """Noise of a micro-batch: some rows of that of the whole batch, from a given draw on."""
+        self._rows, self.draw = (start, stop, total), draw
+        try:
+            yield
+        finally:
+            self._rows = None
+
+    @contextmanager
+    def replay(self, start: Randomness | None = None) -> Iterator[None]:
+        """Everything that is drawn within starts from a given point (None: from here), and is not used up."""
+        before = self.randomness()
+        self.restore(start or before)
+        try:
+            yield
+        finally:
+            self.restore(before)
+
+    def randomness(self) -> Randomness:
+        """Where all randomness stands."""
+        device = _device_generator(self.clock.device)
+        state = None if device is None else device.get_state()
+        return Randomness(self.draw, torch.default_generator.get_state(), state)
+
+    def restore(self, randomness: Randomness) -> None:
+        """Go on from where randomness stood."""
+        self.draw = randomness.draw
+        torch.default_generator.set_state(randomness.cpu)
+        device = _device_generator(self.clock.device)
+        if device is not None and randomness.device is not None:
+            device.set_state(randomness.device)
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    # `torch.manual_seed` takes a hundred times as long: it asks every backend that there could be
+    torch.default_generator.manual_seed(seed)
+    generator = _device_generator(device)
+    if generator is not None:
+        generator.manual_seed(seed)
+
+
+def _device_generator(device: torch.device) -> torch.Generator | None:
+    """The default generator of a GPU; other devices have none, or none that is known here."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]

@@ -1,0 +1,354 @@
+"""What passes between the parts: players, trees of tensors, and what one player sees of a batch.
+
+A sample, a condition, features and logits are tensors or trees (dicts, lists, named tuples) of tensors. A tensor is the
+tree with one leaf, and most GANs have no other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import optree
+import torch
+from torch import Tensor
+
+from lightning_gan_stability._checks import describe, is_number
+
+if TYPE_CHECKING:
+    from lightning_gan_stability.losses import AdversarialLoss
+
+Player: TypeAlias = Literal["d", "g"]
+PLAYERS: tuple[Player, Player] = ("d", "g")
+NETWORKS: dict[Player, str] = {"d": "discriminator", "g": "generator"}
+
+# trees, whose leaves are tensors with the batch first
+Sample: TypeAlias = Any
+Condition: TypeAlias = Any
+Features: TypeAlias = Any
+Logits: TypeAlias = Any  # a tensor, or one tensor for each discriminator in a dict or a list
+Extras: TypeAlias = dict[str, Any]
+Terms: TypeAlias = dict[str, Tensor]
+
+
+# ---------- trees
+
+
+def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Apply a function to the leaves of one tree, or to the leaves of several trees of the same structure.
+
+    Example:
+        >>> tree_map(torch.add, {"a": torch.ones(1)}, {"a": torch.ones(1)})
+        {'a': tensor([2.])}
+    """
+    if isinstance(tree, Tensor):
+        return function(tree, *others)
+    return None if tree is None else optree.tree_map(function, tree, *others)
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """The leaves of a tree, in the order of sorted keys (of an ``OrderedDict`` in its own); None has no leaves.
+
+    Example:
+        >>> tree_leaves({"b": torch.ones(1), "a": None})
+        [tensor([1.])]
+    """
+    return [tree] if isinstance(tree, Tensor) else optree.tree_leaves(tree)
+
+
+def same_structure(tree: Any, other: Any) -> bool:
+    """Whether two trees have the same keys, in any order, and lengths.
+
+    Example:
+        >>> same_structure([torch.ones(1)], [torch.ones(2)]), same_structure([torch.ones(1)], torch.ones(1))
+        (True, False)
+    """
+    if isinstance(tree, Tensor) or isinstance(other, Tensor):
+        return isinstance(tree, Tensor) and isinstance(other, Tensor)
+    try:
+        both = optree.tree_map(lambda _, part: optree.tree_is_leaf(part), tree, other)
+    except ValueError:
+        return False
+    return all(tree_leaves(both))
+
+
+def shapes(tree: Any, start: int = 1) -> Any:
+    """The shape of each leaf from a dimension on, as a tree of tuples for comparisons and messages.
+
+    Example:
+        >>> shapes({"audio": torch.zeros(4, 1, 80)})
+        {'audio': (1, 80)}
+    """
+    return tree_map(lambda leaf: tuple(leaf.shape[start:]) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def batch_size(tree: Any) -> int:
+    """The first dimension that all leaves share.
+
+    Raises:
+        ValueError: if there are no leaves, leaves that are no tensors, or leaves of different lengths.
+
+    Example:
+        >>> batch_size({"a": torch.zeros(4, 1), "b": torch.zeros(4)})
+        4
+    """
+    if isinstance(tree, Tensor) and tree.dim():
+        return len(tree)
+    leaves = tree_leaves(tree)
+    sizes = {len(leaf) if isinstance(leaf, Tensor) and leaf.dim() else -1 for leaf in leaves}
+    if len(sizes) != 1 or -1 in sizes:
+        raise ValueError(
+            "All leaves must be tensors with one batch size as their first dimension, got "
+            f"{', '.join(map(describe, leaves)) or 'none'}."
+        )
+    return sizes.pop()
+
+
+def take_rows(tree: Any, start: int, stop: int) -> Any:
+    """Some rows of a batch.
+
+    Example:
+        >>> take_rows({"a": torch.arange(4)}, 1, 3)
+        {'a': tensor([1, 2])}
+    """
+    return tree_map(lambda leaf: leaf[start:stop], tree)
+
+
+def detach(tree: Any) -> Any:
+    """The tree without graphs; leaves that are no tensors stay as they are.
+
+    Example:
+        >>> detach([torch.ones(1, requires_grad=True)])
+        [tensor([1.])]
+    """
+    if isinstance(tree, Tensor):
+        return _detached_leaf(tree)
+    return {} if isinstance(tree, dict) and not tree else tree_map(_detached_leaf, tree)  # most extras are empty
+
+
+def _detached_leaf(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
+
+
+def differentiable(tree: Any) -> Any:
+    """The leaves detached, as leaves of a new graph that require grad.
+
+    Example:
+        >>> differentiable(torch.ones(1)).requires_grad
+        True
+    """
+    return tree_map(lambda leaf: leaf.detach().requires_grad_(), tree)
+
+
+# ---------- logits of several discriminators
+
+
+def entries(logits: Logits) -> dict[str, Tensor]:
+    """The logits of each discriminator by its name; a single one has the name "".
+
+    Example:
+        >>> entries([torch.zeros(2), torch.ones(2)])
+        {'0': tensor([0., 0.]), '1': tensor([1., 1.])}
+    """
+    if isinstance(logits, Tensor):
+        return {"": logits}
+    return dict(logits) if isinstance(logits, Mapping) else {str(i): entry for i, entry in enumerate(logits)}
+
+
+class Pair(NamedTuple):
+    """The real and the fake logits of one discriminator."""
+
+    name: str
+    real: Tensor
+    fake: Tensor
+
+
+# ---------- what a player sees
+
+
+@dataclass(slots=True)
+class GANOutputs:
+    """One player's look at one (micro-)batch: samples, and what the discriminator says of them.
+
+    Attributes:
+        real: real samples (n, ...).
+        fake: generated samples (n, ...).
+        real_logits: (n,), or (n, patches), of each discriminator; (n / m,) of packs of m samples; None where the player
+            does not need them.
+        fake_logits: as ``real_logits``.
+        latents: (n, latent_dim), or None for a generator without latents.
+        condition: what both networks were told, or None.
+        extras: what :meth:`GANModule.generate` returned beside the sample.
+        real_features: what :meth:`GANModule.discriminate` returned beside the logits of real samples.
+        fake_features: the same for generated samples.
+
+    Example:
+        >>> outputs = GANOutputs(torch.ones(2, 1), torch.zeros(2, 1), fake_logits=torch.zeros(2))
+        >>> outputs.replace(real_logits=torch.ones(2)).pairs()
+        [Pair(name='', real=tensor([1., 1.]), fake=tensor([0., 0.]))]
+    """
+
+    real: Sample
+    fake: Sample
+    real_logits: Logits | None = None
+    fake_logits: Logits | None = None
+    latents: Tensor | None = None
+    condition: Condition = None
+    extras: Extras = field(default_factory=dict)
+    real_features: Features = None
+    fake_features: Features = None
+
+    def replace(self, **changes: Any) -> GANOutputs:
+        """A copy with other values of some attributes."""
+        return dataclasses.replace(self, **changes)
+
+    def pairs(self) -> list[Pair]:
+        """The logits of each discriminator.
+
+        Raises:
+            ValueError: if there are no real or no fake logits, or if they are of different discriminators.
+        """
+        if self.real_logits is None or self.fake_logits is None:
+            side = "real" if self.real_logits is None else "fake"
+            raise ValueError(
+                f"These outputs have no {side} logits: in the generator's turn they are there for losses and "
+                "regularizers with `needs_real`, and `module.judge(outputs)` adds them."
+            )
+        real, fake = entries(self.real_logits), entries(self.fake_logits)
+        if real.keys() != fake.keys():
+            raise ValueError(
+                f"`discriminate` returned logits {[*real]} for real samples and {[*fake]} for generated ones: it must "
+                "return the same ones each time."
+            )
+        return [Pair(name, real[name], fake[name]) for name in real]
+
+
+def detached(outputs: GANOutputs) -> GANOutputs:
+    """The outputs without graphs.
+
+    Example:
+        >>> detached(GANOutputs(torch.ones(1, requires_grad=True), torch.ones(1))).real.requires_grad
+        False
+    """
+    return GANOutputs(*[detach(getattr(outputs, name)) for name in _FIELDS])
+
+
+_FIELDS = tuple(f.name for f in dataclasses.fields(GANOutputs))
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """What happened on one batch, for callbacks and loggers; a GANModule's ``last_step``.
+
+    Attributes:
+        iteration: the module's iteration before the step.
+        visible: somebody looks at this step's values: loggers, or the progress bar.
+        finished: the step is over; False inside of it, and after an error in it.
+        moved: the players whose optimizers have stepped.
+        pairs: the real and fake logits that the discriminator's gradient was taken from, of each discriminator; empty
+            if it took none.
+        terms: the terms of each player's loss: ``"adversarial"``, auxiliary losses, and penalties with their weight.
+        gradient_norms: the L2 norm of each player's gradient before clipping.
+        values: the last value of everything that is logged, by its key; of a lazy penalty an earlier step's.
+
+    Example:
+        >>> from lightning_gan_stability import MLP, GANModule
+        >>> GANModule(MLP([16, 32, 2]), MLP([2, 32, 1]), latent_dim=16).last_step.moved
+        set()
+    """
+
+    iteration: int = 0
+    visible: bool = False
+    finished: bool = True
+    moved: set[Player] = field(default_factory=set)
+    pairs: list[Pair] = field(default_factory=list)
+    terms: dict[Player, Terms] = field(default_factory=lambda: {"d": {}, "g": {}})
+    gradient_norms: dict[Player, Tensor] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, player: Player, outputs: GANOutputs, terms: Terms) -> None:
+        """Note what a player has seen, without graphs, and the terms of its loss."""
+        self.terms[player] = terms
+        for name, value in terms.items():
+            self.values[f"{player}/{name}"] = value
+        if player == "d":
+            self.pairs = outputs.pairs()
+
+    def add_logits(self, loss: AdversarialLoss) -> None:
+        """Note the means of logits and the discriminator's accuracy."""
+        rows = {}
+        for name, real, fake in self.pairs:
+            rows[name] = {"real_logit": real.mean(), "fake_logit": fake.mean(), "accuracy": loss.accuracy(real, fake)}
+        if len(rows) > 1:
+            for name, row in rows.items():
+                self.values |= {f"d/{key}/{name}": value for key, value in row.items()}
+        for key in ("real_logit", "fake_logit", "accuracy"):
+            column = [row[key] for row in rows.values()]
+            self.values[f"d/{key}"] = column[0] if len(column) == 1 else torch.stack(column).mean()
+
+
+def concatenate(parts: Sequence[GANOutputs], shares: Sequence[float]) -> GANOutputs:
+    """The outputs of a whole batch from those of its micro-batches, without graphs.
+
+    Args:
+        parts: outputs of the micro-batches, in order.
+        shares: the part of the batch's samples that each of them has.
+
+    Raises:
+        ValueError: if extras are neither scalars, which are averaged, nor have one row for each sample.
+
+    Example:
+        >>> part = GANOutputs(torch.zeros(2, 1), torch.ones(2, 1), extras={"loss": torch.tensor(3.0)})
+        >>> whole = concatenate([part, part], [0.5, 0.5])
+        >>> whole.real.shape, whole.extras
+        (torch.Size([4, 1]), {'loss': tensor(3.)})
+    """
+    if len(parts) == 1:
+        return detached(parts[0])
+    columns = {name: [detach(getattr(part, name)) for part in parts] for name in _FIELDS}
+    sizes = [batch_size(real) for real in columns["real"]]
+    extras = columns.pop("extras")
+    whole = {name: tree_map(lambda *leaves: torch.cat(leaves), *column) for name, column in columns.items()}
+    return GANOutputs(**whole, extras=tree_map(lambda *leaves: _whole_extra(leaves, sizes, shares), *extras))
+
+
+def _whole_extra(leaves: Sequence[Any], sizes: Sequence[int], shares: Sequence[float]) -> Any:
+    if all(is_number(leaf) or (isinstance(leaf, Tensor) and leaf.dim() == 0) for leaf in leaves):
+        return sum(share * leaf for leaf, share in zip(leaves, shares, strict=True))
+    if all(isinstance(leaf, Tensor) and len(leaf) == size for leaf, size in zip(leaves, sizes, strict=True)):
+        return torch.cat(list(leaves))
+    raise ValueError(
+        "With `accumulate`, what `generate` returns beside the sample must be scalars or have one row for each sample, "
+        f"got {describe(leaves[0])} in a micro-batch of {sizes[0]}."
+    )
+
+
+class Unpacked(NamedTuple):
+    """A batch, or some of its rows, after :meth:`GANModule.unpack`."""
+
+    real: Sample
+    condition: Condition
+
+
+def micro_batches(batch: Unpacked, parts: int, pack: int = 1) -> Iterator[tuple[Unpacked, int, int]]:
+    """Parts of a batch that are as equal as can be, each with its first row and the row after its last.
+
+    Samples that are judged together, in packs, stay together; the rest of a batch that fills no pack is left out.
+
+    Args:
+        batch: what is taken apart.
+        parts: how many parts at most; the largest has ⌈n / parts⌉ samples.
+        pack: samples that are judged together.
+
+    Example:
+        >>> [(start, stop) for _, start, stop in micro_batches(Unpacked(torch.zeros(7), None), parts=3, pack=2)]
+        [(0, 2), (2, 4), (4, 6)]
+    """
+    packs = batch_size(batch.real) // pack
+    parts = math.ceil(packs / math.ceil(packs / parts))  # as few as there can be of that size
+    for part in range(parts):
+        start, stop = (pack * math.ceil(packs * i / parts) for i in (part, part + 1))
+        yield Unpacked(*(take_rows(tree, start, stop) for tree in batch)), start, stop

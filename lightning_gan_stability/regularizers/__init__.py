@@ -1,0 +1,5 @@
+"""Penalties and other terms of a player's loss, as entries under ``trainer.callbacks``."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

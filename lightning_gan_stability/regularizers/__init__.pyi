@@ -1,0 +1,12 @@
+from .consistency import ConsistencyPenalty as ConsistencyPenalty
+from .finite_difference import ApproximateR1Penalty as ApproximateR1Penalty
+from .finite_difference import ApproximateR2Penalty as ApproximateR2Penalty
+from .generator import ModeSeeking as ModeSeeking
+from .generator import PathLengthPenalty as PathLengthPenalty
+from .gradient import DRAGANPenalty as DRAGANPenalty
+from .gradient import GradientPenalty as GradientPenalty
+from .gradient import R1Penalty as R1Penalty
+from .gradient import R2Penalty as R2Penalty
+from .logits import LeCam as LeCam
+from .logits import LogitDrift as LogitDrift
+from .weights import OrthogonalPenalty as OrthogonalPenalty

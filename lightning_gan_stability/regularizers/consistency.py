@@ -1,0 +1,134 @@
+"""Penalties on differences that the discriminator should not see."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_gan_stability import penalties
+from lightning_gan_stability._checks import check, check_choice, check_number
+from lightning_gan_stability.callback import Regularizer, as_gan
+from lightning_gan_stability.outputs import (
+    Condition,
+    GANOutputs,
+    Logits,
+    Player,
+    Sample,
+    batch_size,
+    tree_leaves,
+    tree_map,
+)
+from lightning_gan_stability.penalties import sum_over_entries
+from lightning_gan_stability.protocols import GANProtocol
+from lightning_gan_stability.regularizers.generator import refuse_without_latents
+
+Consistency: TypeAlias = Literal["real", "balanced", "latent"]
+
+
+class ConsistencyPenalty(Regularizer):
+    """Adds weight · E(l(x) − l(T(x)))²: the discriminator should not see a difference that does not matter.
+
+    * ``"real"``: over real samples. "Consistency Regularization for Generative Adversarial Networks",
+      https://arxiv.org/abs/1910.12027.
+    * ``"balanced"``: over real and over fake samples, the sum. "Improved Consistency Regularization for GANs",
+      https://arxiv.org/abs/2002.04724, as the next one.
+    * ``"latent"``: (l(G(z)) − l(G(z + δ)))² with δ ~ N(0, radius²); and, with ``player="g"``, a second entry, −weight ·
+      E(G(z) − G(z + δ))² (mean over values) for the generator, which should see it.
+
+    T mirrors images and moves them by up to an eighth of their size, unless you give another. Costs a forward pass of
+    the discriminator (balanced: two; latent: and one of the generator).
+
+    Args:
+        kind: over what.
+        weight: λ, not negative; None: 10, for ``"latent"`` 20, and 0.5 for the generator.
+        transform: T, a module from samples to samples; None: mirror and move, for images (n, channels, height, width).
+        radius: standard deviation of δ, positive; None: 0.05.
+        player: ``"g"`` for the generator's half of ``"latent"``.
+        every: due on every so many steps, and scaled by as much.
+
+    Raises:
+        ValueError: if an argument has a bad value or is of no use with ``kind``, or if samples are not images and
+            there is no ``transform``.
+        MisconfigurationException: for ``"latent"``, if the generator takes no latents.
+
+    Example:
+        >>> ConsistencyPenalty("latent").weight, ConsistencyPenalty("latent", player="g").weight
+        (20.0, 0.5)
+    """
+
+    differentiates = ()
+    second_order = False
+    compares = True
+
+    def __init__(
+        self,
+        kind: Consistency = "real",
+        weight: float | None = None,
+        transform: nn.Module | None = None,
+        radius: float | None = None,
+        player: Player = "d",
+        every: int = 1,
+    ) -> None:
+        check_choice("kind", kind, get_args(Consistency))
+        latent = kind == "latent"
+        if player not in ("d", "g") or (player == "g" and not latent):
+            raise ValueError(f"`player` must be 'd', or 'g' with kind='latent', got {player!r} and {kind!r}.")
+        if (latent and transform is not None) or (not latent and radius is not None):
+            raise ValueError(f"`{'transform' if latent else 'radius'}` is of no use with kind={kind!r}.")
+        module = transform is None or isinstance(transform, nn.Module)
+        check(module, "transform", "a module from samples to samples, or None", transform)
+        super().__init__(
+            weight if weight is not None else 10.0 if not latent else 20.0 if player == "d" else 0.5, every
+        )
+        self.kind: Consistency = kind
+        self.transform = transform
+        self.radius = check_number("radius", 0.05 if radius is None else radius, positive=True)
+        self.player = player
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a generator without latents, if they are asked for."""
+        super().on_fit_start(trainer, pl_module)
+        if self.kind == "latent":
+            refuse_without_latents(self, as_gan(pl_module))
+
+    def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
+        """The squared difference of each logit; for the generator minus that of each value."""
+        if self.kind == "latent":
+            return self._latent(module, outputs)
+        change = self._change(module, outputs.real, outputs.real_logits, outputs.condition)
+        if self.kind == "real":
+            return change
+        return change + self._change(module, outputs.fake, outputs.fake_logits, outputs.condition)
+
+    def _change(self, module: GANProtocol, samples: Sample, logits: Logits, condition: Condition) -> Tensor:
+        moved = self._moved(module, samples)
+        return sum_over_entries(lambda x, y: (x - y).square().mean(), logits, module.logits(moved, condition))
+
+    def _moved(self, module: GANProtocol, samples: Sample) -> Sample:
+        first = tree_leaves(samples)[0]
+        if self.transform is not None:
+            return self.transform.to(first.device)(samples)
+        uniform = module.noise.rand(batch_size(samples), 3, dtype=first.dtype)
+
+        def move(leaf: Tensor) -> Tensor:
+            if leaf.dim() != 4:
+                raise ValueError(
+                    "ConsistencyPenalty mirrors and moves images (n, channels, height, width), but samples have shape "
+                    f"{tuple(leaf.shape)}: give a `transform`, or use kind='latent'."
+                )
+            return penalties.flip_and_shift(leaf, uniform)
+
+        return tree_map(move, samples)
+
+    def _latent(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
+        assert outputs.latents is not None
+        near = outputs.latents + self.radius * module.noise.randn_like(outputs.latents)
+        fake = module.resample(outputs, near).fake
+        if self.player == "g":
+            changes = tree_leaves(tree_map(lambda x, y: (x - y).square().mean(), outputs.fake, fake))
+            return -torch.stack(changes).sum()
+        logits = module.logits(fake, outputs.condition)
+        return sum_over_entries(lambda x, y: (x - y).square().mean(), outputs.fake_logits, logits)

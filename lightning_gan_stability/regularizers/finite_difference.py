@@ -1,0 +1,94 @@
+"""R1 and R2 by finite differences: penalties on the discriminator's slope without second derivatives."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from torch import Tensor
+
+from lightning_gan_stability import penalties
+from lightning_gan_stability._checks import check_choice, check_number
+from lightning_gan_stability.callback import Regularizer
+from lightning_gan_stability.outputs import Condition, GANOutputs, Sample, tree_map
+from lightning_gan_stability.penalties import Patches
+from lightning_gan_stability.protocols import GANProtocol
+
+
+class _FiniteDifference(Regularizer):
+    """What the approximate R1 and R2 share."""
+
+    differentiates = ()
+    per_sample = True
+    second_order = False
+    weight = 100.0
+
+    def __init__(self, weight: float = 100.0, sigma: float = 0.01, every: int = 1, patches: Patches = "sum") -> None:
+        super().__init__(weight, every)
+        self.sigma = check_number("sigma", sigma, positive=True)
+        self.patches: Patches = check_choice("patches", patches, get_args(Patches))
+
+    def _values(self, module: GANProtocol, samples: Sample, condition: Condition) -> Tensor:
+        noise = module.noise.randn_like(samples)
+        moved = tree_map(lambda x, n: x + self.sigma * n, samples, noise)
+        # the same dropout masks, augmentation and spectral norm for both, or their difference would not be the points'
+        with module.frozen_buffers():
+            with module.replay_randomness():
+                logits = module.logits(samples, condition)
+            return penalties.differences(logits, module.logits(moved, condition), self.patches)
+
+
+class ApproximateR1Penalty(_FiniteDifference):
+    """Adds weight · E(l(x) − l(x + σ n))² over real samples, n ~ N(0, I), to the discriminator's loss.
+
+    R1 by finite differences, γ ≈ 2 · weight · σ² of :class:`R1Penalty`, exactly that in the mean for a linear critic.
+    "Diffusion Adversarial Post-Training for One-Step Video Generation", https://arxiv.org/abs/2501.08316. Needs no
+    second derivatives, so it works with compiled and sharded networks and with fused attention. The estimate is noisy
+    (one direction per sample and step). Costs two forward passes of the discriminator.
+
+    Args:
+        weight: not negative.
+        sigma: σ, positive, in units of the data. Much below 0.001 float32 cancels.
+        every: due on every so many steps, and scaled by as much.
+        patches: of a discriminator with several logits for a sample, what is compared: their ``"sum"``, as in
+            papers, which grows with the size of the sample, or their ``"mean"``, with which the weight need not change
+            with it.
+
+    Raises:
+        ValueError: if ``weight``, ``sigma`` or ``every`` has a bad value.
+        MisconfigurationException: if the discriminator has BatchNorm in train mode.
+
+    Example:
+        >>> ApproximateR1Penalty(weight=100.0, sigma=0.01).name
+        'approximate_r1'
+    """
+
+    def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
+        """(l(x) − l(x + σ n))² of each real sample, (n,)."""
+        return self._values(module, outputs.real, outputs.condition)
+
+
+class ApproximateR2Penalty(_FiniteDifference):
+    """Adds weight · E(l(x) − l(x + σ n))² over fake samples, n ~ N(0, I), to the discriminator's loss.
+
+    R2 by finite differences, https://arxiv.org/abs/2501.08316; everything else as for :class:`ApproximateR1Penalty`.
+
+    Args:
+        weight: not negative.
+        sigma: σ, positive, in units of the data.
+        every: due on every so many steps, and scaled by as much.
+        patches: of a discriminator with several logits for a sample, what is compared: their ``"sum"``, as in
+            papers, which grows with the size of the sample, or their ``"mean"``, with which the weight need not change
+            with it.
+
+    Raises:
+        ValueError: if ``weight``, ``sigma`` or ``every`` has a bad value.
+        MisconfigurationException: if the discriminator has BatchNorm in train mode.
+
+    Example:
+        >>> ApproximateR2Penalty(every=2).sigma
+        0.01
+    """
+
+    def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
+        """(l(x) − l(x + σ n))² of each fake sample, (n,)."""
+        return self._values(module, outputs.fake, outputs.condition)

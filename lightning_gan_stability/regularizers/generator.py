@@ -1,0 +1,133 @@
+"""Penalties on how the generator's samples depend on its latents."""
+
+from __future__ import annotations
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_gan_stability import penalties
+from lightning_gan_stability.callback import Regularizer, as_gan
+from lightning_gan_stability.distributed import mean_over_ranks
+from lightning_gan_stability.outputs import GANOutputs, tree_leaves, tree_map
+from lightning_gan_stability.protocols import GANProtocol
+from lightning_gan_stability.regularizers.running_mean import RunningMeanRegularizer, at_least_float32
+
+
+def refuse_without_latents(regularizer: Regularizer, module: GANProtocol) -> None:
+    """Refuse a generator without latents, where a penalty asks how samples depend on them."""
+    if module.latent_dim is None:
+        name = type(regularizer).__name__
+        raise MisconfigurationException(
+            f"{name} asks how samples depend on latents, but the generator takes none (`latent_dim` is None): remove "
+            f"{name}."
+        )
+
+
+class PathLengthPenalty(RunningMeanRegularizer):
+    """Adds weight · E(‖J_zᵀ y‖ − a)² to the generator's loss, so that equal steps in z change samples equally.
+
+    J_z is the generator's Jacobian, y a random image with pixels of variance 1 / their number, and a the running mean
+    of the lengths, at first 0. "Analyzing and Improving the Image Quality of StyleGAN",
+    https://arxiv.org/abs/1912.04958; here with respect to the latents themselves. Shares the forward pass of the loss;
+    costs its second derivatives.
+
+    Args:
+        weight: not negative.
+        decay: share of the old mean in the new one, in [0, 1].
+        every: due on every so many steps, and scaled by as much.
+
+    Attributes:
+        means: a, a scalar; None before the first batch.
+
+    Raises:
+        ValueError: if an argument has a bad value.
+        MisconfigurationException: if the generator has BatchNorm in train mode, or takes no latents.
+
+    Example:
+        >>> PathLengthPenalty().every
+        4
+    """
+
+    player = "g"
+    differentiates = ("latents",)
+    per_sample = True
+    weight = 2.0
+    every = 4
+
+    def __init__(self, weight: float = 2.0, decay: float = 0.99, every: int = 4) -> None:
+        super().__init__(weight, every, decay)
+        self._lengths: list[Tensor] = []  # of the batch at hand
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a generator with BatchNorm, or without latents."""
+        super().on_fit_start(trainer, pl_module)
+        refuse_without_latents(self, as_gan(pl_module))
+
+    def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
+        """(‖J_zᵀ y‖ − a)² of each sample, (n,)."""
+        assert outputs.latents is not None
+        lengths = penalties.path_lengths(outputs.latents, outputs.fake, module.noise.randn_like(outputs.fake))
+        self._lengths.append(lengths.detach())
+        return (lengths - (0.0 if self.means is None else self.means)).square()
+
+    def observe(self, module: GANProtocol) -> Tensor | None:
+        """The mean length of the batch, if the penalty was due."""
+        lengths, self._lengths = self._lengths, []
+        return at_least_float32(torch.cat(lengths)).mean() if lengths else None
+
+    def start_from(self, now: Tensor) -> Tensor:
+        return torch.zeros_like(now)
+
+    def reset(self, module: GANProtocol) -> None:
+        super().reset(module)
+        self._lengths = []
+
+
+class ModeSeeking(Regularizer):
+    """Adds weight / (mean |G(z₁) − G(z₂)| / mean |z₁ − z₂| + 10⁻⁵) to the generator's loss, against collapse.
+
+    "Mode Seeking Generative Adversarial Networks for Diverse Image Synthesis", https://arxiv.org/abs/1903.05628, with
+    second latents for the same condition. The means are over the batch of all ranks, but over the micro-batch with
+    ``accumulate``; of a tree of samples over all values. Costs a forward pass of the generator.
+
+    Args:
+        weight: not negative.
+        every: due on every so many steps, and scaled by as much.
+        final_weight: what the weight becomes along half a cosine over ``steps`` steps. None: constant.
+        steps: length of this schedule, together with ``final_weight``.
+
+    Raises:
+        ValueError: if an argument has a bad value, or one of ``final_weight`` and ``steps`` comes without the other.
+        MisconfigurationException: if the generator takes no latents.
+
+    Example:
+        >>> ModeSeeking().name
+        'mode_seeking'
+    """
+
+    player = "g"
+    differentiates = ()
+    second_order = False
+
+    def __init__(
+        self, weight: float = 1.0, every: int = 1, final_weight: float | None = None, steps: int | None = None
+    ) -> None:
+        super().__init__(weight, every, final_weight, steps)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a generator without latents."""
+        super().on_fit_start(trainer, pl_module)
+        refuse_without_latents(self, as_gan(pl_module))
+
+    def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
+        """The inverse of the mean change of samples per change of latents, a scalar."""
+        assert outputs.latents is not None
+        others = module.noise.randn_like(outputs.latents)
+        samples = module.resample(outputs, others).fake
+        changed = tree_leaves(tree_map(lambda x, y: (x - y).abs().flatten(), outputs.fake, samples))
+        change = changed[0].mean() if len(changed) == 1 else torch.cat(changed).mean()
+        means = mean_over_ranks(torch.stack([change, (outputs.latents - others).abs().mean()]))
+        inverse: Tensor = 1 / (means[0] / means[1] + 1e-5)
+        return inverse

@@ -1,0 +1,196 @@
+"""Gradient penalties as callbacks: each one is one entry in a YAML file, on any loss and any update rule."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from torch import Tensor
+
+from lightning_gan_stability import penalties
+from lightning_gan_stability._checks import check_bool, check_choice, check_number, check_schedule
+from lightning_gan_stability.callback import Regularizer
+from lightning_gan_stability.outputs import GANOutputs, batch_size, tree_leaves
+from lightning_gan_stability.penalties import Patches
+from lightning_gan_stability.protocols import GANProtocol
+
+
+class _ZeroCentered(Regularizer):
+    """What R1 and R2 share."""
+
+    per_sample = True
+
+    def __init__(
+        self,
+        gamma: float = 1.0,
+        every: int = 1,
+        final_gamma: float | None = None,
+        steps: int | None = None,
+        patches: Patches = "sum",
+    ) -> None:
+        check_number("gamma", gamma)
+        check_schedule("gamma", final_gamma, steps)
+        super().__init__(gamma / 2, every, None if final_gamma is None else final_gamma / 2, steps)
+        self.patches: Patches = check_choice("patches", patches, get_args(Patches))
+
+
+class R1Penalty(_ZeroCentered):
+    """Adds γ/2 · E‖∇ₓD(x)‖² over real samples to the discriminator's loss.
+
+    "Which Training Methods for GANs do actually Converge?", https://arxiv.org/abs/1801.04406. ``gamma`` has the paper's
+    ½: the authors' code, which has none, says 10 where this says 20. The gradient is of the logit, with respect to the
+    sample before augmentation, and shares the forward pass of the loss.
+
+    Args:
+        gamma: γ, not negative. A start for images is 0.0002 · pixels / batch size, times 4 or ¼ as the run asks.
+        every: due on every so many steps, and scaled by as much. 16 costs almost nothing.
+        final_gamma: what γ becomes along half a cosine over ``steps`` steps, as in R3GAN; None: it stays.
+        steps: how many steps that takes.
+        patches: of a discriminator with several logits for a sample, what is differentiated: their ``"sum"``, as in
+            papers, which grows with the size of the sample, or their ``"mean"``, with which γ need not change with it.
+
+    Raises:
+        ValueError: if an argument has a bad value, or one of ``final_gamma`` and ``steps`` comes without the other.
+        MisconfigurationException: if the discriminator has BatchNorm in train mode.
+
+    Example:
+        >>> R1Penalty(gamma=0.1, every=16).weight
+        0.05
+    """
+
+    differentiates = ("real",)
+
+    def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
+        """‖∇ₓD(x)‖² of each real sample, (n,)."""
+        return penalties.zero_centered(outputs.real, outputs.real_logits, self.patches)
+
+
+class R2Penalty(_ZeroCentered):
+    """Adds γ/2 · E‖∇ₓD(x)‖² over fake samples to the discriminator's loss.
+
+    "Which Training Methods for GANs do actually Converge?", https://arxiv.org/abs/1801.04406; with R1 and a
+    relativistic loss in "The GAN is dead; long live the GAN!", https://arxiv.org/abs/2501.05441. Conventions as for
+    :class:`R1Penalty`.
+
+    Args:
+        gamma: γ, not negative.
+        every: due on every so many steps, and scaled by as much.
+        final_gamma: what γ becomes along half a cosine over ``steps`` steps, as in R3GAN; None: it stays.
+        steps: how many steps that takes.
+        patches: of a discriminator with several logits for a sample, what is differentiated: their ``"sum"``, as in
+            papers, which grows with the size of the sample, or their ``"mean"``, with which γ need not change with it.
+
+    Raises:
+        ValueError: if an argument has a bad value, or one of ``final_gamma`` and ``steps`` comes without the other.
+        MisconfigurationException: if the discriminator has BatchNorm in train mode.
+
+    Example:
+        >>> R2Penalty(gamma=0.1).weight
+        0.05
+    """
+
+    differentiates = ("fake",)
+
+    def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
+        """‖∇ₓD(x)‖² of each fake sample, (n,)."""
+        return penalties.zero_centered(outputs.fake, outputs.fake_logits, self.patches)
+
+
+class GradientPenalty(Regularizer):
+    """Adds weight · E(‖∇ₓD(x̂)‖ − target)² over points x̂ between real and fake samples to the discriminator's loss.
+
+    x̂ = αx + (1 − α)G(z), one α ~ U[0, 1] for each sample. "Improved Training of Wasserstein GANs",
+    https://arxiv.org/abs/1704.00028; ``one_sided``: max(0, ‖∇ₓD(x̂)‖ − target)², https://arxiv.org/abs/1709.08894;
+    ``target=0``, zero-centred: "Improving Generalization and Stability of Generative Adversarial Networks",
+    https://arxiv.org/abs/1902.03984. Costs a forward pass of its own.
+
+    Args:
+        weight: λ, not negative: 10 for images, 0.1 for two-dimensional data.
+        target: the gradient norm that costs nothing, not negative.
+        one_sided: charge only norms above the target.
+        every: due on every so many steps, and scaled by as much.
+        patches: of a discriminator with several logits for a sample, what is differentiated: their ``"sum"``, as in
+            papers, which grows with the size of the sample, or their ``"mean"``, with which the weight need not change
+            with it.
+
+    Raises:
+        ValueError: if ``weight``, ``target`` or ``every`` has a bad value.
+        MisconfigurationException: if the discriminator has BatchNorm in train mode.
+
+    Example:
+        >>> GradientPenalty(weight=0.1, one_sided=True).target
+        1.0
+    """
+
+    differentiates = ()
+    per_sample = True
+    weight = 10.0
+
+    def __init__(
+        self,
+        weight: float = 10.0,
+        target: float = 1.0,
+        one_sided: bool = False,
+        every: int = 1,
+        patches: Patches = "sum",
+    ) -> None:
+        super().__init__(weight, every)
+        self.target = check_number("target", target)
+        self.one_sided = check_bool("one_sided", one_sided)
+        self.patches: Patches = check_choice("patches", patches, get_args(Patches))
+
+    @property
+    def name(self) -> str:
+        """``gradient_penalty``."""
+        return "gradient_penalty"
+
+    def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
+        """(‖∇ₓD(x̂)‖ − target)² of each pair, (n,)."""
+        points = penalties.interpolate(outputs.real, outputs.fake, _shares(module, outputs))
+        logits = module.logits(points, outputs.condition)
+        return penalties.centered(points, logits, self.target, self.one_sided, self.patches)
+
+
+class DRAGANPenalty(Regularizer):
+    """Adds weight · E(‖∇ₓD(x̂)‖ − target)² over points x̂ around the data to the discriminator's loss.
+
+    x̂ = x + ½·α·std(x)·u with α ~ U[0, 1] for each sample and u ~ U[0, 1) for each value. "On Convergence and Stability
+    of GANs", https://arxiv.org/abs/1705.07215, as in the authors' code. std(x) is of the batch of all processes,
+    but of the micro-batch with ``accumulate``. Costs a forward pass of its own.
+
+    Args:
+        weight: λ, not negative.
+        target: the gradient norm that costs nothing, not negative.
+        every: due on every so many steps, and scaled by as much.
+        patches: of a discriminator with several logits for a sample, what is differentiated: their ``"sum"``, as in
+            papers, which grows with the size of the sample, or their ``"mean"``, with which the weight need not change
+            with it.
+
+    Raises:
+        ValueError: if ``weight``, ``target`` or ``every`` has a bad value.
+        MisconfigurationException: if the discriminator has BatchNorm in train mode.
+
+    Example:
+        >>> DRAGANPenalty().weight
+        10.0
+    """
+
+    differentiates = ()
+    per_sample = True
+    weight = 10.0
+
+    def __init__(self, weight: float = 10.0, target: float = 1.0, every: int = 1, patches: Patches = "sum") -> None:
+        super().__init__(weight, every)
+        self.target = check_number("target", target)
+        self.patches: Patches = check_choice("patches", patches, get_args(Patches))
+
+    def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
+        """(‖∇ₓD(x̂)‖ − target)² of each real sample, (n,)."""
+        alpha = _shares(module, outputs)
+        points = penalties.perturb(outputs.real, alpha, module.noise.rand_like(outputs.real))
+        return penalties.centered(points, module.logits(points, outputs.condition), self.target, patches=self.patches)
+
+
+def _shares(module: GANProtocol, outputs: GANOutputs) -> Tensor:
+    """α ~ U[0, 1) for each sample; a pack counts as one."""
+    n, pack = batch_size(outputs.real), module.packing
+    return module.noise.rand(n, dtype=tree_leaves(outputs.real)[0].dtype)[::pack].repeat_interleave(pack)

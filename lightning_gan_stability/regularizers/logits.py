@@ -1,0 +1,98 @@
+"""Penalties on the discriminator's logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_gan_stability import penalties
+from lightning_gan_stability._checks import check_integer
+from lightning_gan_stability.callback import Regularizer
+from lightning_gan_stability.outputs import GANOutputs
+from lightning_gan_stability.penalties import sum_over_entries
+from lightning_gan_stability.protocols import GANProtocol
+from lightning_gan_stability.regularizers.running_mean import RunningMeanRegularizer, at_least_float32
+
+
+class LeCam(RunningMeanRegularizer):
+    """Adds weight · E[relu(l(x) − α_F)² + relu(α_R − l(G(z)))²] to the discriminator's loss.
+
+    α_R and α_F are running means of the real and fake logits, of each discriminator its own. "Regularizing Generative
+    Adversarial Networks under Limited Data", https://arxiv.org/abs/2104.03310, with the relu of the authors' code.
+    Before step ``start`` there is no penalty, and the means are those of the last batch. For little data. Costs no
+    pass.
+
+    Args:
+        weight: λ, not negative.
+        decay: share of the old mean in the new one, in [0, 1].
+        start: steps of the discriminator without penalty, 0 or more.
+        every: due on every so many steps, and scaled by as much.
+
+    Attributes:
+        means: α_R and α_F, (2,), or (discriminators, 2) of several; None before the first batch.
+
+    Raises:
+        ValueError: if an argument has a bad value.
+
+    Example:
+        >>> LeCam(start=0).name
+        'le_cam'
+    """
+
+    differentiates = ()
+    second_order = False
+    weight = 0.3
+
+    def __init__(self, weight: float = 0.3, decay: float = 0.99, start: int = 1000, every: int = 1) -> None:
+        super().__init__(weight, every, decay)
+        self.start = check_integer("start", start, least=0)
+
+    def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
+        """The penalty of each pair of logits; 0 before ``start``."""
+        pairs, direction = outputs.pairs(), module.loss.direction
+        if self.means is None or module.steps[self.player] < self.start:
+            return torch.zeros_like(pairs[0].real)
+        rows = zip(pairs, self.means.reshape(-1, 2), strict=True)
+        values = [penalties.lecam(direction * real, direction * fake, *means) for (_, real, fake), means in rows]
+        return values[0] if len(values) == 1 else torch.stack([value.mean() for value in values]).sum()
+
+    def observe(self, module: GANProtocol) -> Tensor | None:
+        """The means of the logits that the discriminator's gradient was taken from."""
+        rows = [[at_least_float32(logits).mean() for logits in pair[1:]] for pair in module.last_step.pairs]
+        return module.loss.direction * torch.stack([torch.stack(row) for row in rows]).squeeze(0) if rows else None
+
+    def decay_at(self, step: int) -> float:
+        return self.decay if step >= self.start else 0.0
+
+
+class LogitDrift(Regularizer):
+    """Adds weight · E l(x)² over real samples to the discriminator's loss, which keeps its logits near 0.
+
+    "Progressive Growing of GANs", https://arxiv.org/abs/1710.10196. For the Wasserstein loss, which does not see a
+    constant that is added to all logits. Costs no pass.
+
+    Args:
+        weight: ε, not negative.
+        every: due on every so many steps, and scaled by as much.
+        final_weight: what the weight becomes along half a cosine over ``steps`` steps. None: constant.
+        steps: length of this schedule, together with ``final_weight``.
+
+    Raises:
+        ValueError: if an argument has a bad value, or one of ``final_weight`` and ``steps`` comes without the other.
+
+    Example:
+        >>> LogitDrift().weight
+        0.001
+    """
+
+    differentiates = ()
+    second_order = False
+
+    def __init__(
+        self, weight: float = 1e-3, every: int = 1, final_weight: float | None = None, steps: int | None = None
+    ) -> None:
+        super().__init__(weight, every, final_weight, steps)
+
+    def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
+        """The mean of l(x)² over real logits, summed over discriminators."""
+        return sum_over_entries(lambda logits: logits.square().mean(), outputs.real_logits)

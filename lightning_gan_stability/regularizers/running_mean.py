@@ -1,0 +1,65 @@
+"""What penalties share that compare with running means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_gan_stability._checks import check_share
+from lightning_gan_stability.callback import Regularizer, as_gan
+from lightning_gan_stability.protocols import GANProtocol
+
+
+class RunningMeanRegularizer(Regularizer):
+    """A penalty that compares with running means, which move once per batch, by means over it and all processes.
+
+    Args:
+        weight: not negative.
+        every: due on every so many steps, and scaled by as much.
+        decay: share of the old mean in the new one, in [0, 1].
+
+    Attributes:
+        means: the running means; None before the first batch.
+    """
+
+    means: Tensor | None
+
+    def __init__(self, weight: float, every: int, decay: float) -> None:
+        super().__init__(weight, every)
+        self.decay = check_share("decay", decay)
+        self.add_state("means", None)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the means."""
+        module = as_gan(pl_module)
+        if self.player in module.moved and (seen := self.observe(module)) is not None:
+            now = trainer.strategy.reduce(seen, reduce_op="mean")
+            before = self.start_from(now) if self.means is None else self.means
+            self.means = torch.lerp(now, before, self.decay_at(module.steps[self.player] - 1))
+
+    def observe(self, module: GANProtocol) -> Tensor | None:
+        """What the means are of, on this batch; None if there is nothing new."""
+        raise NotImplementedError
+
+    def start_from(self, now: Tensor) -> Tensor:
+        """The means before the first batch."""
+        return now
+
+    def decay_at(self, step: int) -> float:
+        """The share of the old mean after a step of the player."""
+        return self.decay
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """In less than float32 a running mean does not move.
+
+    Example:
+        >>> at_least_float32(torch.ones(1, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,172 @@
+"""What a GANModule needs of the strategies that spread it over processes: DDP, and ModelParallelStrategy's shards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from lightning_gan_stability._compat import allow_unused_parameters, norms
+from lightning_gan_stability.distributed import full_tensor
+
+if TYPE_CHECKING:
+    from lightning_gan_stability.protocols import GANProtocol
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse strategies that cannot work; let plain ``strategy: ddp`` work."""
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
+        raise MisconfigurationException(
+            f"{type(strategy).__name__} cannot train two optimizers by manual optimization: use strategy='ddp', or "
+            "ModelParallelStrategy to shard the networks."
+        )
+    if isinstance(strategy, DDPStrategy):
+        allow_unused_parameters(strategy)  # each player's backward leaves the other's parameters unused
+
+
+def check_equal_batches(trainer: Trainer, device: torch.device) -> None:
+    """Refuse processes with different numbers of batches: those with more would wait for the others for ever."""
+    mine = trainer.num_training_batches
+    if trainer.world_size > 1 and math.isfinite(mine):
+        count = torch.tensor(float(mine), device=device)
+        most, least = (trainer.strategy.reduce(c, reduce_op="max").item() for c in (count.clone(), -count))
+        if most != -least:
+            raise MisconfigurationException(
+                f"The processes have between {-least:.0f} and {most:.0f} batches in an epoch, this one {mine}: "
+                "give all the same number, by drop_last=True, a DistributedSampler or limit_train_batches."
+            )
+
+
+def without_exchange(trainer: Trainer) -> AbstractContextManager[None]:
+    """Backward passes whose gradients stay on this process: those of all micro-batches but the last."""
+    strategy = trainer.strategy
+    return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The L2 norm of gradients, of all of their shards."""
+    if len({g.device for g in gradients}) == 1 and not any(isinstance(g, DTensor) for g in gradients):
+        stacked = torch.stack(norms(gradients))  # what torch does too, at a fraction of the cost
+        whole: Tensor = torch.linalg.vector_norm(stacked)
+        return whole
+    norm = nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):  # of torch 2.9 each process's part, and clipping would add its ε to each
+        norm = norm.redistribute(placements=[Replicate()] * norm.device_mesh.ndim)
+    return full_tensor(norm)
+
+
+class Sharding:
+    """The shards of both networks under ModelParallelStrategy; without a device mesh there are none.
+
+    Args:
+        module: whose networks.
+    """
+
+    def __init__(self, module: GANProtocol) -> None:
+        self.module = module
+        self._shards: dict[str, nn.Parameter] = {}  # by the names of full weights
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The networks, with the average if there is one; of a ModuleDict or a ModuleList each of its values."""
+        module = self.module
+        found = [
+            module.discriminator,
+            module.generator,
+            *([] if module.generator_ema is None else [module.generator_ema]),
+        ]
+        return [
+            part
+            for network in found
+            for part in (network.children() if isinstance(network, nn.ModuleDict | nn.ModuleList) else [network])
+        ]
+
+    def shard(self) -> None:
+        """Shard the networks over the data-parallel processes of the device mesh."""
+        mesh = self.module.device_mesh
+        if mesh is None:
+            return
+        if mesh["tensor_parallel"].size() > 1:
+            raise MisconfigurationException(
+                "GANModule shards its networks over data-parallel processes, but ModelParallelStrategy has "
+                f"tensor_parallel_size={mesh['tensor_parallel'].size()}: set tensor_parallel_size=1 and "
+                "data_parallel_size to the number of processes."
+            )
+        for network in self.networks:
+            if not isinstance(network, FSDPModule):  # from the run before
+                fully_shard(network, mesh=mesh["data_parallel"])
+
+    def prepare(self) -> None:
+        """Let second derivatives be taken; refuse networks that an overridden ``configure_model`` has not sharded."""
+        if self.module.device_mesh is None:
+            return
+        if not all(isinstance(network, FSDPModule) for network in self.networks):
+            raise MisconfigurationException(
+                "ModelParallelStrategy trains networks that are sharded, and `configure_model` has left one of them as "
+                "it is: call `super().configure_model()` at its end, or `fully_shard` both networks."
+            )
+        for network in self.networks:
+            # second derivatives need weights that the first ones' backward pass would have freed
+            network.set_reshard_after_backward(False)  # type: ignore[operator]
+
+    def layers(self) -> list[FSDPModule]:
+        """The networks and layers that are sharded; none, without a look at all layers, but on a mesh."""
+        if self.module.device_mesh is None:
+            return []
+        return [m for network in self.networks for m in network.modules() if isinstance(m, FSDPModule)]
+
+    def reshard(self) -> None:
+        """Put shards into the place of full weights: optimizers step shards."""
+        for layer in self.layers():
+            layer.reshard()
+
+    def note_shards(self) -> None:
+        """Note which shard belongs to which full weight, while no weight is full."""
+        self.reshard()
+        on_mesh = self.module.device_mesh is not None
+        self._shards = dict(self.module.named_parameters()) if on_mesh else {}
+
+    @contextmanager
+    def gradients_of(self, own: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[None]:
+        """A backward pass that leaves the gradients of others as they are.
+
+        ``requires_grad`` of shards does not reach full weights, so those of the other player get gradients in vain.
+        """
+        kept = [p.grad for p in others]
+        for p in others:
+            p.grad = None
+        try:
+            yield
+            self._collect({id(p) for p in own})
+        finally:
+            for p, gradient in zip(others, kept, strict=True):
+                p.grad = gradient
+
+    def _collect(self, moving: set[int]) -> None:
+        """Give shards what FSDP has left of a backward pass in the ``grad`` of full weights.
+
+        FSDP averages gradients over processes once that of a network's input is there. Those of a penalty's second
+        derivatives can come later: autograd runs newer nodes first and numbers them by thread, so that on GPUs, where
+        a thread of its own makes them, they count as old.
+        """
+        for name, full in self.module.named_parameters():
+            shard, gradient = self._shards.get(name), full.grad
+            if not isinstance(shard, DTensor) or full is shard or gradient is None:
+                continue
+            full.grad = None
+            if id(shard) in moving:
+                mesh = shard.device_mesh
+                rest = DTensor.from_local(gradient / mesh.size(), mesh, [Partial()]).redistribute(
+                    mesh, shard.placements
+                )
+                shard.grad = rest if shard.grad is None else shard.grad + rest
