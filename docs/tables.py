@@ -225,13 +225,31 @@ METHODS: dict[str, list[Method]] = {
             "d: weight · E_r l², no ½",
             ["test_regularizers.py::test_logit_drift"],
         ),
+        Method(
+            ["FeatureMatching"],
+            [Paper("1512.09300"), Paper("1711.11585", "the form"), Paper("2010.05646")],
+            "g: weight · Σ over discriminators and layers of the mean of abs(F(x) − F(G(z))), real features without "
+            "gradient, both augmented by the same draws; `layer_weights`, `discriminator_weights`",
+            [
+                "test_feature_matching.py::test_the_sum_of_mean_absolute_differences",
+                "test_feature_matching.py::test_named_layers_are_those_that_a_discriminator_returns",
+            ],
+        ),
+        Method(
+            ["Reconstruction"],
+            [Paper("1611.07004")],
+            "g: weight · mean of abs(G(x) − x), or another `distance`, of whatever lies at `sample` and `target`; "
+            "summed over leaves",
+            ["test_reconstruction.py::test_distances", "test_recipes.py::test_recipe_equals_its_reference"],
+        ),
     ],
     "Update rules": [
         Method(
             ["Alternating"],
             [Paper("1406.2661")],
-            "each player of `module.plan` in turn, D first; the rule of a run that names none; factor 1: it circles",
-            ["test_xy.py::test_alternating_cycles"],
+            "each player of `module.plan` in turn, D first; the rule of a run that names none; factor 1: it circles; "
+            "`share_fake`: samples are made once, before either steps",
+            ["test_xy.py::test_alternating_cycles", "test_sharing.py::test_shared_samples_by_hand"],
         ),
         Method(
             ["Simultaneous"],
@@ -314,6 +332,41 @@ METHODS: dict[str, list[Method]] = {
                 "test_update_ratio.py::test_gradient_norm_is_symmetric",
             ],
             instead_of_none=["low", "high", "hysteresis"],
+        ),
+        Method(
+            ["AdversarialStart"],
+            [Paper("2012.09841"), Paper("1910.11480")],
+            "before the start D is neither run nor stepped; G's adversarial terms rise over `ramp` batches; or when "
+            "the mean of `monitor` over `window` batches has not improved for `patience` of them",
+            [
+                "test_adversarial_start.py::test_across_the_start_by_hand",
+                "test_adversarial_start.py::test_a_plateau",
+            ],
+        ),
+        Method(
+            ["AdaptiveAdversarialWeight"],
+            [Paper("2012.09841")],
+            "weight · clamp(‖∇_W L_other‖ / (‖∇_W L_adversarial‖ + 10⁻⁴), 0, max), W the parameters of one layer",
+            [
+                "test_adversarial_weight.py::test_the_ratio_of_gradient_norms",
+                "test_recipes.py::test_recipe_equals_its_reference",
+            ],
+        ),
+        Method(
+            ["LossBalancer"],
+            [Paper("2210.13438")],
+            "total_norm · w_i / Σ w_j / (n̄_i + 10⁻¹²), n̄ the running mean of the norm of a term's gradient by a sample",
+            [
+                "test_adversarial_weight.py::test_the_self_test_of_the_authors",
+                "test_recipes.py::test_recipe_equals_its_reference",
+            ],
+        ),
+        Method(
+            ["FakePool"],
+            [Paper("1612.07828"), Paper("1703.10593", "the rule")],
+            "once `size` samples are kept, D sees one of them with `probability`, and the new one takes its place; "
+            "otherwise it sees the new one, which is not kept",
+            ["test_fake_pool.py::test_the_rule", "test_recipes.py::test_recipe_equals_its_reference"],
         ),
     ],
     "Normalization, averages, packs": [
@@ -495,6 +548,7 @@ COLUMNS = ("DDP", "shards", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "c
 # The cells that are not "yes". Rows are those of tests/test_compose.py, which has an instance of each.
 STRATEGIES: dict[str, dict[str, str]] = {
     "Alternating": {},
+    "Alternating, shared": {},
     "Simultaneous": {"16-mixed": "refused"},
     "Extragradient": {"16-mixed": "refused"},
     "Unrolling": {},
@@ -518,6 +572,8 @@ STRATEGIES: dict[str, dict[str, str]] = {
     "LogitDrift": {},
     "PathLengthPenalty": {},
     "ModeSeeking": {},
+    "FeatureMatching": {},
+    "Reconstruction": {},
     "Lookahead": {},
     "AdaptiveUpdateRatio": {},
     "WeightClipping": {},
@@ -525,6 +581,11 @@ STRATEGIES: dict[str, dict[str, str]] = {
     "HealthMonitor": {},
     "QualityMonitor": {},
     "CollapseDetector": {},
+    "R1Penalty, separate": {},
+    "AdversarialStart": {},
+    "AdaptiveAdversarialWeight": {"shards": "refused"},
+    "LossBalancer": {},
+    "FakePool": {},
     "GeneratorEMA": {},
     "UpdateRatio": {},
     "SpectralNorm": {},
@@ -613,6 +674,8 @@ RECIPES = [
     Recipe("Samples flicker from step to step", "GeneratorEMA", {"decay": 0.999}, ["configs/sngan.yaml"]),
     Recipe("There is little data", "LeCam", {"weight": 0.3}),
     Recipe("The latents do not matter", "ModeSeeking", {"weight": 1.0}),
+    Recipe("Reconstruction breaks when D joins", "AdversarialStart", None, [], "{}: [guide](reconstruction.md)"),
+    Recipe("The adversarial loss drowns the others", "AdaptiveAdversarialWeight", None, [], "{} or `LossBalancer`"),
     Recipe("The run collapsed overnight", "CollapseDetector", None, ["configs/ring_collapse.yaml"], "{}, below"),
 ]
 
@@ -652,7 +715,8 @@ CHECKPOINT = [
     Part([("hyper_parameters",)], "the plain arguments of the module", "Lightning"),
     Part(
         [("callbacks",)],
-        "running means, slow weights, cycles, measurements, events, the healthy state to roll back to",
+        "running means, slow weights, cycles, a found start, a pool of samples, measurements, events, the healthy "
+        "state to roll back to",
         "each callback",
     ),
     Part([("loops",)], "epoch, batch, `global_step`", "Lightning"),

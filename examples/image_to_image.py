@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gan_stability import Digits, GANModule, GANOutputs, R1Penalty
+from lightning_gan_stability import Alternating, Digits, GANModule, GANOutputs, R1Penalty
 from lightning_gan_stability.outputs import Player
 
 
@@ -40,7 +40,8 @@ if __name__ == "__main__":
     coloured = (grey + 1) * (0.3 + 0.7 * hue) - 1
     pairs = DataLoader(TensorDataset(grey, coloured), batch_size=64, shuffle=True)
     gan = Translate(nn.Sequential(convolutions(1, 32, 32, 3), nn.Tanh()), convolutions(4, 32, 1))
-    trainer = Trainer(max_epochs=5, callbacks=[R1Penalty(0.1)], logger=False, enable_checkpointing=False)
+    callbacks = [Alternating(share_fake=True), R1Penalty(0.1)]
+    trainer = Trainer(max_epochs=5, callbacks=callbacks, logger=False, enable_checkpointing=False)
     trainer.fit(gan, pairs)
     with torch.no_grad():
         error = (gan(grey) - coloured).abs().mean()

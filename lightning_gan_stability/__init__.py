@@ -1,7 +1,10 @@
 """Stable GAN training as PyTorch Lightning callbacks."""
 
 from lightning_gan_stability.callback import Alternating, GANCallback, Regularizer, UpdateRule
+from lightning_gan_stability.callbacks.adversarial_start import AdversarialStart
+from lightning_gan_stability.callbacks.adversarial_weight import AdaptiveAdversarialWeight, LossBalancer
 from lightning_gan_stability.callbacks.averaging import GeneratorEMA, Lookahead
+from lightning_gan_stability.callbacks.fake_pool import FakePool
 from lightning_gan_stability.callbacks.spectral_norm import SpectralNorm
 from lightning_gan_stability.callbacks.update_ratio import AdaptiveUpdateRatio, UpdateRatio
 from lightning_gan_stability.callbacks.weight_clipping import WeightClipping
@@ -38,10 +41,12 @@ from lightning_gan_stability.nets import (
 from lightning_gan_stability.optim import NegativeMomentum, OptimisticAdam, OptimisticSGD
 from lightning_gan_stability.outputs import GANOutputs, StepRecord
 from lightning_gan_stability.regularizers.consistency import ConsistencyPenalty
+from lightning_gan_stability.regularizers.feature_matching import FeatureMatching
 from lightning_gan_stability.regularizers.finite_difference import ApproximateR1Penalty, ApproximateR2Penalty
 from lightning_gan_stability.regularizers.generator import ModeSeeking, PathLengthPenalty
 from lightning_gan_stability.regularizers.gradient import DRAGANPenalty, GradientPenalty, R1Penalty, R2Penalty
 from lightning_gan_stability.regularizers.logits import LeCam, LogitDrift
+from lightning_gan_stability.regularizers.reconstruction import Reconstruction
 from lightning_gan_stability.regularizers.weights import OrthogonalPenalty
 from lightning_gan_stability.update_rules.competitive import CompetitiveGradientDescent
 from lightning_gan_stability.update_rules.consensus import ConsensusOptimization
@@ -53,8 +58,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MLP",
+    "AdaptiveAdversarialWeight",
     "AdaptiveUpdateRatio",
     "AdversarialLoss",
+    "AdversarialStart",
     "Alternating",
     "ApproximateR1Penalty",
     "ApproximateR2Penalty",
@@ -72,6 +79,8 @@ __all__ = [
     "Digits",
     "Extragradient",
     "FDivergence",
+    "FakePool",
+    "FeatureMatching",
     "FrechetDistance",
     "GANCallback",
     "GANModule",
@@ -88,6 +97,7 @@ __all__ = [
     "LeastSquares",
     "LogitDrift",
     "Lookahead",
+    "LossBalancer",
     "Minimax",
     "ModeSeeking",
     "NegativeMomentum",
@@ -101,6 +111,7 @@ __all__ = [
     "QualityMonitor",
     "R1Penalty",
     "R2Penalty",
+    "Reconstruction",
     "Regularizer",
     "Relativistic",
     "RelativisticAverage",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import abc
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,12 +15,22 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
-from lightning_gan_stability._checks import check_integer, check_number, check_schedule
+from lightning_gan_stability._checks import (
+    check_bool,
+    check_choice,
+    check_integer,
+    check_number,
+    check_schedule,
+    describe,
+)
 from lightning_gan_stability.layers import has_batch_norm
-from lightning_gan_stability.outputs import NETWORKS, GANOutputs, Player, Terms
+from lightning_gan_stability.outputs import NETWORKS, PLAYERS, GANOutputs, Player, Terms, micro_batches
 
 if TYPE_CHECKING:
     from lightning_gan_stability.protocols import GANProtocol
+
+
+RealBatches = Literal["same", "split"]
 
 
 def as_gan(pl_module: LightningModule) -> GANProtocol:
@@ -78,6 +88,9 @@ class GANCallback(Callback):
     rolled_back: ClassVar[bool] = True
     #: It may put right, in :meth:`rescue`, a step whose loss or gradient is not finite.
     rescues: bool = False
+    #: :meth:`weigh_terms` takes gradients of terms, which leaves their graphs to be run again, as compiled ones cannot:
+    #: networks run uncompiled in the generator's turn.
+    keeps_graphs: ClassVar[bool] = False
     iteration: int = 0
     _module: object = None
     _loaded: bool = False
@@ -92,6 +105,13 @@ class GANCallback(Callback):
             default: what it is at first: numbers, strings, tensors, None, or lists and dicts of these.
             on_device: its tensors lie on the module's device; False: they stay where they are.
         """
+        if name == "iteration" or (isinstance(self, Regularizer) and hasattr(Regularizer, name)):
+            raise ValueError(f"`{name}` is an attribute of every callback of its kind: give the state another name.")
+        if not _can_be_saved(default):
+            raise ValueError(
+                f"The default of `{name}` must be a number, a string, a tensor, None, or lists and dicts of these, got "
+                f"{describe(default)}."
+            )
         self._states()[name] = (deepcopy(default), on_device)
         setattr(self, name, deepcopy(default))
 
@@ -156,6 +176,24 @@ class GANCallback(Callback):
         """Put the module back to where it was good; say whether that was done. Called on all ranks, or on none."""
         return False
 
+    def adjust_plan(self, module: GANProtocol, plan: tuple[Player, ...]) -> tuple[Player, ...]:
+        """Who moves on a batch, of those that ``module.plan`` names."""
+        return plan
+
+    def allows_adversarial(self, module: GANProtocol) -> bool:
+        """Whether the generator's loss has its adversarial terms on a batch; one callback that says no is enough."""
+        return True
+
+    def change_samples(self, module: GANProtocol, player: Player, outputs: GANOutputs) -> GANOutputs:
+        """What a player sees, before the discriminator has judged it; in a training step alone.
+
+        Args:
+            module: whose samples.
+            player: whose turn it is.
+            outputs: samples without logits.
+        """
+        return outputs
+
     def weigh_terms(
         self, module: GANProtocol, player: Player, outputs: GANOutputs, terms: Terms
     ) -> dict[str, float | Tensor]:
@@ -187,6 +225,15 @@ class GANCallback(Callback):
         return parameters
 
 
+def _can_be_saved(value: object) -> bool:
+    """Whether a checkpoint can be read again with ``weights_only=True``."""
+    if isinstance(value, Mapping):
+        return all(map(_can_be_saved, (*value.keys(), *value.values())))
+    if isinstance(value, list | tuple | set):
+        return all(map(_can_be_saved, value))
+    return value is None or isinstance(value, bool | int | float | str | Tensor)
+
+
 class Regularizer(GANCallback, abc.ABC):
     """Adds ``weight · penalty`` to one player's loss every ``every``-th step, times ``every``.
 
@@ -197,6 +244,8 @@ class Regularizer(GANCallback, abc.ABC):
     Args:
         weight: coefficient of the penalty, not negative.
         every: the penalty is due on every so many steps of its player, the first one included.
+        separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2;
+            :func:`~lightning_gan_stability.optim.lazy_correction` has the rates that belong to that.
         final_weight: what the weight becomes along half a cosine over ``steps`` steps, and then stays. None: constant.
         steps: how many steps that takes.
 
@@ -215,13 +264,23 @@ class Regularizer(GANCallback, abc.ABC):
     player: Player = "d"
     weight: float = 1.0
     every: int = 1
+    separate: bool = False
     final_weight: float | None = None
     steps: int | None = None
+    #: For a separate step the batch is shrunk to one n-th of its samples.
+    shrink: int = 1
     #: What must require grad before the forward pass because the penalty differentiates by it: ``"real"``, ``"fake"``,
     #: ``"latents"``. Such a forward pass runs in full precision and uncompiled: second derivatives need both.
     differentiates: ClassVar[tuple[str, ...]] = ("real", "fake", "latents")
-    #: In the generator's turn the penalty needs the logits or features of real samples.
+    #: In the generator's turn the penalty needs the logits or features of real samples. It is a part of the adversarial
+    #: game: it rests while the generator's adversarial loss does.
     needs_real: ClassVar[bool] = False
+    #: The samples whose logits or features the penalty reads; a separate step makes and judges no others.
+    reads: ClassVar[tuple[str, ...]] = ("real", "fake")
+    #: The penalty compares real samples with generated ones one by one: both are augmented by the same draws.
+    same_augmentation: ClassVar[bool] = False
+    #: Validation logs the term too.
+    validated: ClassVar[bool] = False
     #: The penalty takes each sample's own gradient from a batch, which BatchNorm in train mode makes impossible.
     per_sample: ClassVar[bool] = False
     #: The penalty is differentiated twice, which compiled networks cannot be: they run uncompiled meanwhile.
@@ -236,10 +295,12 @@ class Regularizer(GANCallback, abc.ABC):
         every: int | None = None,
         final_weight: float | None = None,
         steps: int | None = None,
+        separate: bool = False,
     ) -> None:
         super().__init__()
         self.weight = check_number("weight", self.weight if weight is None else weight)
         self.every = check_integer("every", self.every if every is None else every)
+        self.separate = check_bool("separate", separate)
         check_schedule("weight", final_weight, steps)
         self.final_weight, self.steps = final_weight, steps
 
@@ -264,9 +325,25 @@ class Regularizer(GANCallback, abc.ABC):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what the penalty cannot be right with."""
+        if self.player not in PLAYERS:
+            name = type(self).__name__
+            raise MisconfigurationException(f"`player` of {name} must be 'd' or 'g', got {self.player!r}.")
+        if self.separate:
+            _refuse_other_rules(self, trainer)
         if self.per_sample:
             network = NETWORKS[self.player]
             _refuse_batch_norm(self, network, pl_module.get_submodule(network))
+
+
+def _refuse_other_rules(regularizer: Regularizer, trainer: Trainer) -> None:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for rule in callbacks:
+        if isinstance(rule, UpdateRule) and not rule.separate_steps:
+            name, other = type(regularizer).__name__, type(rule).__name__
+            raise MisconfigurationException(
+                f"{name}(separate=True) takes a step of its own, for which {other} has no room: use separate=False, or "
+                f"remove {other}."
+            )
 
 
 def _refuse_batch_norm(regularizer: Regularizer, network: str, module: nn.Module) -> None:
@@ -302,6 +379,8 @@ class UpdateRule(GANCallback, abc.ABC):
     whole_batch: ClassVar[bool] = False
     #: These gradients are differentiated again.
     second_order: bool = True
+    #: It calls ``module.separate_steps(player, batch)`` after a player's step.
+    separate_steps: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(self, module: GANProtocol, batch: Any) -> None:
@@ -359,6 +438,13 @@ def _refuse_layers(rule: str, module: GANProtocol) -> None:
             f"{rule}."
         )
 
+    for network in (module.generator, module.discriminator):
+        for name, p in network.named_parameters():
+            if p.is_complex() and p.requires_grad:
+                raise MisconfigurationException(
+                    f"{rule} differentiates gradients of real parameters, and `{name}` is complex: remove {rule}."
+                )
+
 
 def check_once(rule: UpdateRule, module: GANProtocol) -> None:
     """Refuse a plan in which a player stands twice, under a rule whose players move at the same time."""
@@ -376,13 +462,70 @@ class Alternating(UpdateRule):
     "Generative Adversarial Networks", https://arxiv.org/abs/1406.2661, Algorithm 1. Costs one forward and backward pass
     for each entry of ``module.plan``.
 
+    Args:
+        share_fake: the generator makes its samples once for both players, before either steps, as vocoders, codecs,
+            pix2pix and super-resolution do; the discriminator sees them without their graph. It saves a forward pass of
+            the generator; its BatchNorm moves once on a batch instead of twice.
+        real_batches: ``"same"``: both players see the whole batch; ``"split"``: the discriminator sees its first half
+            and the generator the second, as in R3GAN, whose players see different real samples. Of an odd number of
+            samples (or packs) the discriminator has one more.
+
+    Raises:
+        ValueError: if an argument has a bad value, or both are set, because shared samples belong to one batch.
+        MisconfigurationException: for ``share_fake`` with ``accumulate``, with networks that share parameters, or with
+            a plan in which a player stands twice.
+
     Example:
-        >>> isinstance(Alternating(), UpdateRule)
+        >>> Alternating(share_fake=True).share_fake
         True
     """
 
+    separate_steps = True
+
+    def __init__(self, share_fake: bool = False, real_batches: RealBatches = "same") -> None:
+        super().__init__()
+        self.share_fake = check_bool("share_fake", share_fake)
+        self.real_batches: RealBatches = check_choice("real_batches", real_batches, get_args(RealBatches))
+        if share_fake and real_batches != "same":
+            raise ValueError("`share_fake` makes samples for one batch, and real_batches='split' has two: drop one.")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what needs samples for each player alone."""
+        super().on_fit_start(trainer, pl_module)
+        module = as_gan(pl_module)
+        if self.share_fake and module.accumulate > 1:
+            raise MisconfigurationException(
+                f"Alternating(share_fake=True) keeps the samples of a whole batch, which accumulate="
+                f"{module.accumulate} would take apart: drop one of them."
+            )
+        if self.share_fake and {*module.generator.parameters()} & {*module.discriminator.parameters()}:
+            raise MisconfigurationException(
+                "The networks share parameters, so that the discriminator's step would change those that the "
+                "generator's samples were made with: set share_fake=False."
+            )
+
+    def check_plan(self, module: GANProtocol) -> None:
+        """With ``share_fake``, refuse a plan in which a player stands twice."""
+        super().check_plan(module)
+        if self.share_fake:
+            check_once(self, module)
+
     def __call__(self, module: GANProtocol, batch: Any) -> None:
         """Move the players on one batch."""
+        batches = self._batches(module, batch)
+        shared = module.compute_samples("g" if "g" in module.plan else "d", batch) if self.share_fake else None
         for player in module.plan:
-            module.compute_gradients(player, batch)
+            module.compute_gradients(player, batches[player] if shared is None else shared)
             module.apply_gradients(player)
+            module.separate_steps(player, batches[player])
+
+    def _batches(self, module: GANProtocol, batch: Any) -> dict[Player, Any]:
+        if self.real_batches == "same":
+            return {"d": batch, "g": batch}
+        halves = [part for part, *_ in micro_batches(module.unpacked(batch), 2, module.packing)]
+        if len(halves) < 2:
+            raise ValueError(
+                "Alternating(real_batches='split') takes a batch apart for the two players, and this one has too few "
+                "samples for both: use a larger batch size, and drop_last=True in the loader."
+            )
+        return {"d": halves[0], "g": halves[1]}

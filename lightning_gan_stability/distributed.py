@@ -26,6 +26,36 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def world_size() -> int:
+    """How many processes train together.
+
+    Example:
+        >>> world_size()
+        1
+    """
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def gather_rows(tensor: Tensor) -> list[Tensor]:
+    """The tensor of every process, which may have different numbers of rows, in the order of ranks.
+
+    Example:
+        >>> gather_rows(torch.ones(2, 1))
+        [tensor([[1.],
+                [1.]])]
+    """
+    if not is_distributed():
+        return [tensor]
+    sizes = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(tensor)], device=tensor.device))
+    lengths = [int(size) for size in sizes]
+    padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    found = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(found, padded)
+    return [rows[:n] for rows, n in zip(found, lengths, strict=True)]
+
+
 def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
     """Each flag, true if any process has set it; the flags themselves if there is one process.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-from lightning_gan_stability._checks import describe
+from lightning_gan_stability._checks import describe, is_number
 from lightning_gan_stability._compat import is_compiled
 from lightning_gan_stability.callback import Alternating, GANCallback, Regularizer, UpdateRule
 from lightning_gan_stability.layers import parameter_dtype
@@ -26,10 +27,14 @@ from lightning_gan_stability.outputs import (
     GANOutputs,
     Player,
     Terms,
+    Unpacked,
+    batch_size,
     concatenate,
     detached,
+    differentiable,
     entries,
     micro_batches,
+    take_rows,
     tree_map,
 )
 from lightning_gan_stability.sharding import total_norm, without_exchange
@@ -41,6 +46,14 @@ if TYPE_CHECKING:
 Objective: TypeAlias = Callable[[Any], tuple[GANOutputs, Tensor, Terms]]
 
 _ALTERNATING = Alternating()
+
+# what the log has of a player besides the terms of its loss
+_TAKEN = {"adversarial", "grad_norm", "real_logit", "fake_logit", "accuracy"}
+
+# what networks that run in half precision return
+_HALVED = tuple(
+    f"{side}{suffix}" for side in ("real", "fake") for suffix in ("", "_logits", "_features", "_activations")
+)
 
 
 def adversarial_losses(loss: AdversarialLoss, player: Player, outputs: GANOutputs) -> dict[str, Tensor]:
@@ -70,6 +83,9 @@ class Engine:
     def __init__(self, module: GANProtocol) -> None:
         self.module = module
         self.compiled: bool | None = None  # whether a network is; None: nobody has looked yet
+        self._separate: str | None = None  # the penalty whose own step is being taken
+        self._callbacks: list[GANCallback] | None = None  # of the batch at hand, which asks for them often
+        self._stateful: tuple[AdversarialLoss, bool] | None = None  # the loss, and whether it has buffers
         # iterations, players and values that may not be finite
         self._unchecked: list[tuple[int, Player, dict[str, Tensor]]] = []
 
@@ -81,6 +97,8 @@ class Engine:
 
     def callbacks(self) -> list[GANCallback]:
         """The run's callbacks that act on a GANModule."""
+        if self._callbacks is not None:
+            return self._callbacks
         return [c for c in self.module.trainer.callbacks if isinstance(c, GANCallback)]  # type: ignore[attr-defined]
 
     def rule(self) -> UpdateRule:
@@ -91,11 +109,41 @@ class Engine:
             raise MisconfigurationException(f"{names} are update rules, and a run has one: remove all but one.")
         return rules[0] if rules else _ALTERNATING
 
-    def due(self, player: Player) -> list[Regularizer]:
-        """The regularizers of a player's loss on this batch."""
+    @contextmanager
+    def adjusted_for_batch(self, rule: UpdateRule) -> Iterator[None]:
+        """The plan and the adversarial terms that callbacks leave for a batch, checked; put back after it."""
+        module = self.module
+        plan, adversarial = module.plan, module.adversarial
+        self._callbacks = self.callbacks()
+        try:
+            for callback in self._callbacks:
+                module.plan = callback.adjust_plan(module, module.plan)
+                module.adversarial = module.adversarial and callback.allows_adversarial(module)
+            rule.check_plan(module)
+            if rule.whole_batch and not module.adversarial:
+                name = type(rule).__name__
+                raise MisconfigurationException(
+                    f"{name} looks at the adversarial loss on every batch, and `module.adversarial` is False: remove "
+                    f"{name} or what sets it."
+                )
+            yield
+        finally:
+            self._callbacks = None
+            module.plan, module.adversarial = plan, adversarial
+
+    def due(self, player: Player, separate: bool = False) -> list[Regularizer]:
+        """The regularizers of a player's loss on this batch, or those that have steps of their own."""
         step = self.module.steps[player]
-        found = (c for c in self.callbacks() if isinstance(c, Regularizer))
-        return [c for c in found if c.player == player and step % c.every == 0]
+        rests = player == "g" and not self.module.adversarial
+        return [
+            c
+            for c in self.callbacks()
+            if isinstance(c, Regularizer)
+            and c.player == player
+            and step % c.every == 0
+            and c.separate == separate
+            and not (rests and c.needs_real)
+        ]
 
     def optimizer(self, player: Player) -> LightningOptimizer:
         """A player's optimizer."""
@@ -111,10 +159,11 @@ class Engine:
 
     def compute_gradients(self, player: Player, batch: Any, objective: Objective) -> GANOutputs:
         """Put the gradient of an objective, of a batch in micro-batches, into the player's ``grad``."""
+        self.check_trainable(player)
         parts: list[GANOutputs] = []
         shares: list[float] = []
         terms: Terms = {}
-        with self._toggled(player), self.loss_at_rest():
+        with self._toggled(player), self.loss_at_rest(), self.rerunnable(player):
             for part, share in self._parts(batch):
                 outputs, total, seen = objective(part)
                 self._backward(player, total if share == 1 else share * total)
@@ -144,20 +193,29 @@ class Engine:
 
     def _backward(self, player: Player, total: Tensor) -> None:
         if not total.requires_grad:
-            network = NETWORKS[player]
-            if not self.trainable_parameters(player):
-                raise ValueError(
-                    f"All parameters of the {network} are frozen (`requires_grad` is False), but it stands in "
-                    f"`module.plan`: {self.module.plan}. Unfreeze it, or set `module.plan` to the other player."
-                )
             raise ValueError(
-                f"The loss of the {network} does not depend on its parameters: something in `generate`, "
+                f"The loss of the {NETWORKS[player]} does not depend on its parameters: something in `generate`, "
                 "`discriminate`, `augment` or the loss has no gradient (`detach`, `no_grad`, or rounding)."
             )
         # backward repeats the types of the forward pass; under autocast it would lower those of the penalties
         autocast = torch.is_autocast_enabled(self.module.device.type)
         with torch.autocast(self.module.device.type, enabled=False) if autocast else nullcontext():
             self.module.manual_backward(total)
+
+    def check_trainable(self, player: Player) -> None:
+        """Refuse a player of whom nothing moves.
+
+        Raises:
+            ValueError: if all parameters are frozen, or if there is no such player.
+        """
+        if player not in PLAYERS:
+            raise ValueError(f"A player is 'd' or 'g', got {player!r}.")
+        groups = self.optimizer(player).param_groups
+        if not any(p.requires_grad for group in groups for p in group["params"]):
+            raise ValueError(
+                f"All parameters of the {NETWORKS[player]} are frozen (`requires_grad` is False), but it stands in "
+                f"`module.plan`: {self.module.plan}. Unfreeze it, or set `module.plan` to the other player."
+            )
 
     def set_gradients(self, player: Player, gradients: Sequence[Tensor | None]) -> None:
         """Put given gradients, averaged over ranks, into the ``grad`` of the player's parameters."""
@@ -213,28 +271,37 @@ class Engine:
         self, player: Player, outputs: GANOutputs, adversarial: Tensor | None = None
     ) -> tuple[Tensor, Terms]:
         """A player's total loss with its due penalties, and the values of its terms."""
+        parts, values = self._weighed_terms(player, outputs, adversarial)
+        if not parts:
+            raise ValueError(f"The {NETWORKS[player]} has nothing to learn from: its loss has no term on this batch.")
+        return functools.reduce(torch.add, parts.values()), values
+
+    def _weighed_terms(
+        self, player: Player, outputs: GANOutputs, adversarial: Tensor | None = None
+    ) -> tuple[Terms, Terms]:
+        """The terms of a player's loss, times their factors, and their values without."""
         module, terms, values, factors = self.module, {}, {}, {}
         if adversarial is not None:
             terms["adversarial"], values["adversarial"] = adversarial, adversarial.detach()
         elif outputs.fake_logits is not None:
             terms["adversarial"], values = self.adversarial_loss(player, outputs)
         if "adversarial" in terms:
-            factors["adversarial"] = module.adversarial_weight(player, outputs)
+            weight = module.adversarial_weight(player, outputs)
+            factors["adversarial"] = _checked_factor("`adversarial_weight`", "adversarial", weight)
         terms |= self.auxiliary_losses(player, outputs)
-        for name, every, term in self._penalties(player, outputs, terms):
+        for name, every, term in self._penalties(player, outputs, terms, self.due(player)):
             terms[name], factors[name] = term, every
         values |= {name: term.detach() for name, term in terms.items() if name not in values}
         for callback in self.callbacks():
-            for name, factor in callback.weigh_terms(module, player, outputs, terms).items():
-                factors[name] = factors.get(name, 1.0) * factor
-        total: Any = None
+            found = callback.weigh_terms(module, player, outputs, terms)
+            if found:
+                checked = _checked_factors(type(callback).__name__, found, terms)
+                factors |= {name: factors.get(name, 1.0) * factor for name, factor in checked.items()}
+        parts = {}
         for name, term in terms.items():
             factor = factors.get(name, 1.0)
-            part = term if isinstance(factor, int | float) and factor == 1 else factor * term
-            total = part if total is None else total + part
-        if total is None:
-            raise ValueError(f"The {NETWORKS[player]} has nothing to learn from: its loss has no term on this batch.")
-        return total, values
+            parts[name] = term if isinstance(factor, int | float) and factor == 1 else factor * term
+        return parts, values
 
     def auxiliary_losses(self, player: Player, outputs: GANOutputs) -> Terms:
         """What the module itself adds to a player's loss, checked."""
@@ -242,33 +309,47 @@ class Engine:
         if not isinstance(terms, Mapping):
             raise ValueError(f"`auxiliary_losses` must return a dict of scalar tensors, got {describe(terms)}.")
         for name, term in terms.items():
-            if not isinstance(term, Tensor) or term.numel() != 1:
+            if not isinstance(term, Tensor) or term.numel() != 1 or term.is_complex():
                 raise ValueError(
                     f"`auxiliary_losses` must return a dict of scalar tensors, got {describe(term)} as {name!r}."
                 )
-            if name == "adversarial":
-                raise ValueError("`auxiliary_losses` returned 'adversarial', the name of the loss itself: rename it.")
+            if name in _TAKEN:
+                raise ValueError(
+                    f"`auxiliary_losses` returned {name!r}, which the log has for something else: rename it."
+                )
         return {name: term.reshape(()) for name, term in terms.items()}
 
-    def _penalties(self, player: Player, outputs: GANOutputs, terms: Terms) -> Iterator[tuple[str, int, Tensor]]:
-        """The due penalties times their weight, with their names and intervals."""
-        due = self.due(player)
+    def validated_terms(self, player: Player, outputs: GANOutputs, terms: Terms) -> Terms:
+        """The regularizers whose terms validation logs too, times their weight."""
+        found = [c for c in self.callbacks() if isinstance(c, Regularizer) and c.player == player and c.validated]
+        return {name: term for name, _, term in self._penalties(player, outputs, terms, found)}
+
+    def _penalties(
+        self, player: Player, outputs: GANOutputs, terms: Terms, due: Sequence[Regularizer]
+    ) -> Iterator[tuple[str, int, Tensor]]:
+        """Penalties times their weight, with their names and intervals."""
         full = outputs
         if due and torch.is_autocast_enabled(self.module.device.type):
-            # networks ran in half precision, penalties do not
-            halved = ("real", "fake", "real_logits", "fake_logits", "real_features", "fake_features")
-            outputs = outputs.replace(**{name: self._widened(getattr(outputs, name)) for name in halved})
+            outputs = self.widened(outputs)
             if any(regularizer.compares for regularizer in due):
                 full = self._again(outputs)
         for regularizer in due:
             with self.full_precision(eager=regularizer.second_order):
-                penalty = regularizer.penalty(self.module, full if regularizer.compares else outputs).mean()
-                penalty = regularizer.weight_at(self.module.steps[player]) * penalty
+                penalty = regularizer.penalty(self.module, full if regularizer.compares else outputs)
+                if not isinstance(penalty, Tensor):
+                    name = type(regularizer).__name__
+                    raise ValueError(f"`penalty` of {name} must return a tensor, got {describe(penalty)}.")
+                penalty = regularizer.weight_at(self.module.steps[player]) * penalty.mean()
             yield _unused(regularizer.name, terms), regularizer.every, penalty
 
-    def _widened(self, tree: Any) -> Any:
+    def widened(self, outputs: GANOutputs) -> GANOutputs:
+        """The outputs in the type of the discriminator: under autocast networks run in half precision."""
         dtype = parameter_dtype(self.module.discriminator, torch.float32)
-        return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, tree)
+
+        def widen(leaf: Any) -> Any:
+            return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+        return outputs.replace(**{name: tree_map(widen, getattr(outputs, name)) for name in _HALVED})
 
     def _again(self, outputs: GANOutputs) -> GANOutputs:
         """The outputs in full precision: differences to others would be those between half and full precision."""
@@ -278,22 +359,30 @@ class Engine:
     def joint_losses(self, batch: Any) -> tuple[dict[Player, Tensor], dict[Player, Tensor]]:
         """Both players' losses on the same outputs, in total and adversarial alone, with graphs to both networks."""
         module = self.module
+        for player in PLAYERS:
+            self.check_trainable(player)
         with self.loss_at_rest():
             outputs = module.compute_outputs("g", batch, [*self.due("d"), *self.due("g")])
             outputs = module.judge(outputs, real=outputs.real_logits is None, fake=False)
             totals, adversarial = {}, {}
             for player in PLAYERS:
                 loss, values = self.adversarial_loss(player, outputs)
-                totals[player], terms = self.player_loss(player, outputs, loss)
-                adversarial[player] = module.adversarial_weight(player, outputs) * loss
+                parts, terms = self._weighed_terms(player, outputs, loss)
+                totals[player], adversarial[player] = functools.reduce(torch.add, parts.values()), parts["adversarial"]
                 module.last_step.add(player, detached(outputs), values | terms)
         return totals, adversarial
+
+    def _loss_has_buffers(self) -> bool:
+        loss = self.module.loss
+        if self._stateful is None or self._stateful[0] is not loss:
+            self._stateful = loss, next(loss.buffers(), None) is not None
+        return self._stateful[1]
 
     @contextmanager
     def loss_at_rest(self) -> Iterator[None]:
         """Keep the buffers of a loss where they are while gradients are taken."""
         loss = self.module.loss
-        if not _has_buffers(loss):
+        if not self._loss_has_buffers():
             yield
             return
         training, loss.training = loss.training, False
@@ -305,15 +394,69 @@ class Engine:
     @contextmanager
     def full_precision(self, eager: bool = True) -> Iterator[None]:
         """Full precision, because second derivatives lose it; compiled graphs and fused attention have none at all."""
-        module = self.module
-        if eager and self.compiled is None:
-            self.compiled = any(map(is_compiled, chain(module.generator.modules(), module.discriminator.modules())))
-        stance = torch.compiler.set_stance("force_eager") if eager and self.compiled else nullcontext()
         attention = sdpa_kernel(SDPBackend.MATH) if eager else nullcontext()
-        with torch.autocast(module.device.type, enabled=False), stance, attention:
+        stance = self._uncompiled() if eager else nullcontext()
+        with torch.autocast(self.module.device.type, enabled=False), stance, attention:
             yield
 
+    def rerunnable(self, player: Player) -> AbstractContextManager[None]:
+        """Forward passes whose graphs callbacks may run several times, where there are such callbacks."""
+        eager = player == "g" and any(callback.keeps_graphs for callback in self.callbacks())
+        return self._uncompiled() if eager else nullcontext()
+
+    def _uncompiled(self) -> AbstractContextManager[None]:
+        """Forward passes without compiled graphs, which run backward once and have no second derivatives."""
+        module = self.module
+        if self.compiled is None:
+            self.compiled = any(map(is_compiled, chain(module.generator.modules(), module.discriminator.modules())))
+        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+
+    def gradients_of(self, term: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+        """Gradients of one term of a loss, whose graph stays."""
+        if not term.requires_grad:
+            return [None] * len(inputs)
+        scaler = getattr(self.module.trainer.precision_plugin, "scaler", None)
+        scale = 1.0 if scaler is None else scaler.get_scale()  # float16 has no room for small gradients
+        with torch.autocast(self.module.device.type, enabled=False):
+            found = torch.autograd.grad(term * scale, inputs, retain_graph=True, allow_unused=True)
+        return [None if gradient is None else gradient / scale for gradient in found]
+
     # ---------- steps
+
+    def separate_steps(self, player: Player, batch: Any) -> None:
+        """Take a step for each due penalty that has one of its own."""
+        for regularizer in self.due(player, separate=True):
+
+            def objective(part: Any, regularizer: Regularizer = regularizer) -> tuple[GANOutputs, Tensor, Terms]:
+                outputs = self._outputs_of(regularizer, part)
+                ((name, every, term),) = self._penalties(player, outputs, {}, [regularizer])
+                unjudged = outputs.replace(real_logits=None, fake_logits=None)
+                return unjudged, term if every == 1 else every * term, {name: term.detach()}
+
+            self._separate = regularizer.name
+            try:
+                self.compute_gradients(player, batch, objective)
+                self.step(player, schedule=False)
+            finally:
+                self._separate = None
+
+    def _outputs_of(self, regularizer: Regularizer, part: Any) -> GANOutputs:
+        """What a penalty reads of a (micro-)batch, and no more."""
+        module, player = self.module, regularizer.player
+        unpacked = module.unpacked(part)
+        rows = batch_size(unpacked.real) // regularizer.shrink
+        if rows != batch_size(unpacked.real):
+            unpacked = Unpacked(*(take_rows(tree, 0, max(rows, 1)) for tree in unpacked))
+        real = "real" in regularizer.reads and (player == "d" or regularizer.needs_real)
+        fake = "fake" in regularizer.reads
+        with self.full_precision() if regularizer.differentiates else nullcontext():
+            if player == "d" and not fake:
+                samples = differentiable(unpacked.real) if "real" in regularizer.differentiates else unpacked.real
+                outputs = GANOutputs(samples, None, condition=unpacked.condition)
+            else:
+                outputs = module.compute_samples(player, unpacked, [regularizer])
+            same = regularizer.same_augmentation
+            return module.judge(outputs, real, fake, same) if real or fake else outputs
 
     def apply_gradients(self, player: Player) -> None:
         """Step a player's optimizer, and what follows a step of the discriminator."""
@@ -321,7 +464,7 @@ class Engine:
         self.step(player)
         if player == "g" or not record.pairs:
             return
-        if _has_buffers(module.loss):
+        if self._loss_has_buffers():
             # in train mode a loss with a state of its own (BEGAN's k) moves it, as BatchNorm moves its statistics
             with torch.no_grad():
                 for _, real, fake in record.pairs:
@@ -364,7 +507,10 @@ class Engine:
         moving = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = total_norm([p.grad for p in moving if p.grad is not None])
         record = module.last_step
-        record.gradient_norms[player] = record.values[f"{player}/grad_norm"] = norm
+        if self._separate is None:
+            record.gradient_norms[player] = record.values[f"{player}/grad_norm"] = norm
+        else:
+            record.values[f"{player}/grad_norm/{self._separate}"] = norm
         # a gradient scaler skips the steps whose gradient overflows, and is right to
         scaled = getattr(module.trainer.precision_plugin, "scaler", None) is not None
         values = record.terms[player] | ({} if scaled else {"grad_norm": norm})
@@ -408,8 +554,22 @@ class Engine:
             )
 
 
-def _has_buffers(module: nn.Module) -> bool:
-    return next(module.buffers(), None) is not None
+def _checked_factor(source: str, name: str, factor: Any) -> Any:
+    scalar = isinstance(factor, Tensor) and factor.numel() == 1 and not factor.is_complex()
+    if not scalar and not is_number(factor):
+        raise ValueError(f"{source} must give a number or a scalar tensor for {name!r}, got {describe(factor)}.")
+    return factor.reshape(()) if isinstance(factor, Tensor) else factor
+
+
+def _checked_factors(callback: str, factors: Any, terms: Terms) -> dict[str, Any]:
+    if not isinstance(factors, Mapping):
+        raise ValueError(f"`weigh_terms` of {callback} must return a dict of factors, got {describe(factors)}.")
+    for name in factors:
+        if name not in terms:
+            raise ValueError(
+                f"`weigh_terms` of {callback} has a factor for {name!r}, but the terms are {', '.join(terms)}."
+            )
+    return {name: _checked_factor(f"`weigh_terms` of {callback}", name, factor) for name, factor in factors.items()}
 
 
 def _unused(name: str, names: Iterable[str]) -> str:

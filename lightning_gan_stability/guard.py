@@ -21,11 +21,13 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_gan_stability._compat import is_wrapped_by_compile, saves_by_time
 from lightning_gan_stability.distributed import any_rank, is_distributed
+from lightning_gan_stability.layers import parameter_dtype
 from lightning_gan_stability.outputs import NETWORKS, StepRecord
 from lightning_gan_stability.sharding import check_equal_batches, check_strategy
 from lightning_gan_stability.signals import SignalHold
 
 if TYPE_CHECKING:
+    from lightning_gan_stability.callback import GANCallback
     from lightning_gan_stability.module import GANModule
 
 
@@ -45,14 +47,15 @@ class Guard(Callback):
         self._monitored = False
         self._first_step = 0
         self._seen: StepRecord | None = None
+        self._reached = False  # a training step of this fit has come to the package's
         self._running = False
         self._signals = SignalHold(rank_zero_info)
 
     def is_visible(self, trainer: Trainer) -> bool:
         """Whether somebody looks at this step's values: logging costs as much as a small network's step."""
         step = trainer.global_step
-        return (
-            (step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        return not trainer.barebones and (
+            (trainer.log_every_n_steps and (step + 1) % trainer.log_every_n_steps == 0)  # type: ignore[attr-defined]
             or step in (self._first_step, trainer.max_steps - 1)
             or trainer.is_last_batch
             or trainer.should_stop
@@ -96,6 +99,13 @@ class Guard(Callback):
                 "torch.compile(gan) compiles both players' steps as one graph, which cannot hold penalties or update "
                 "rules: use GANModule(compile=True), which compiles the networks."
             )
+        for callback in module.engine.callbacks():
+            if callback.keeps_graphs and module.accumulate > 1:
+                name = type(callback).__name__
+                raise MisconfigurationException(
+                    f"{name} weighs terms by the gradients of a whole batch, which accumulate={module.accumulate} "
+                    f"would take apart: use accumulate=1, or remove {name}."
+                )
         if module.loss.couples_batch and module.accumulate > 1:
             raise MisconfigurationException(
                 f"{type(module.loss).__name__} compares each sample with the mean of its batch, which accumulate="
@@ -114,6 +124,8 @@ class Guard(Callback):
                 "`module.train()` before `fit`."
             )
         module.sharding.prepare()
+        for network in (module.generator, module.discriminator, module):
+            parameter_dtype(network, torch.float32)  # which is known from here on, whoever is frozen for a turn
         self._check_optimizers(trainer)
         for player in module.plan:
             if not module.trainable_parameters(player):
@@ -164,7 +176,8 @@ class Guard(Callback):
                 if config.scheduler.optimizer is optimizer and not self._can_step(config.scheduler):
                     raise MisconfigurationException(
                         f"`step` of {type(config.scheduler).__name__} takes arguments, which only you know: override "
-                        "`lr_scheduler_step(scheduler, metric)`, where `self.steps` and `self.current_epoch` count."
+                        "`lr_scheduler_step(scheduler, metric)`, where `self.steps` (without the batch at hand) and "
+                        "`self.current_epoch` count."
                     )
 
     def _can_step(self, scheduler: Any) -> bool:
@@ -187,7 +200,7 @@ class Guard(Callback):
         module.last_step = StepRecord()
         module.engine.start()
         module.sharding.note_shards()
-        self._first_step = trainer.global_step
+        self._first_step, self._reached = trainer.global_step, False
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         shown = [f"{{{getattr(c, 'monitor', '')}}}{getattr(c, 'filename', '')}" for c in callbacks]
         self._monitored = any(key in text for key in ("{d/", "{g/", "{balance/") for text in shown)
@@ -200,7 +213,12 @@ class Guard(Callback):
             check_equal_batches(trainer, pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note the record of the step before."""
+        """Note the record of the step before; refuse a module that somebody has put into eval mode."""
+        if pl_module is self.module and not pl_module.training:
+            raise MisconfigurationException(
+                "The module is in eval mode in the middle of training, in which BatchNorm, dropout and the average are "
+                "those of evaluation: call `module.train()` after `module.eval()`."
+            )
         self._seen = self.module.last_step
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -215,15 +233,28 @@ class Guard(Callback):
         if pl_module is not self.module:
             return
         callbacks = self.module.engine.callbacks()
-        if callbacks and self.module.last_step is self._seen:
-            names = ", ".join(dict.fromkeys(type(callback).__name__ for callback in callbacks))
-            raise MisconfigurationException(
-                f"`training_step` of {type(pl_module).__name__} never calls `super().training_step(batch, batch_idx)`, "
-                f"so that {names} would do nothing: call it, write an UpdateRule for other steps, or remove {names}."
-            )
+        if not self._reached:
+            self._reached = self.module.last_step is not self._seen
+            self._refuse_other_steps(callbacks)
         for callback in callbacks:
             callback.iteration = self.module.iteration
         self._release_signals()
+
+    def _refuse_other_steps(self, callbacks: list[GANCallback]) -> None:
+        """Refuse a training step that does not reach the package's on its first batch, if something is lost by that."""
+        module = self.module
+        settings = {"accumulate": module.accumulate > 1}
+        settings |= {f"{player}_scheduler": make is not None for player, make in module.make_scheduler.items()}
+        lost = [
+            *(type(callback).__name__ for callback in callbacks),
+            *(name for name, is_set in settings.items() if is_set),
+        ]
+        if lost and not self._reached:
+            names = ", ".join(dict.fromkeys(lost))
+            raise MisconfigurationException(
+                f"`training_step` of {type(module).__name__} never calls `super().training_step(batch, batch_idx)`, "
+                f"so that {names} would do nothing: call it, write an UpdateRule for other steps, or remove {names}."
+            )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let signals in at once, where one process trains: between two batches nothing is cut."""
@@ -280,6 +311,9 @@ class Guard(Callback):
                     "A checkpoint is saved inside of a step, on which one player may have moved and the other has not: "
                     "a run that goes on from it differs from an uninterrupted one. Go on from the one before."
                 )
+            if self.module.device_mesh is None and "_extra_state" in checkpoint.get("state_dict", {}):
+                # Lightning's averages save a copy of the module, whose clock stands still
+                checkpoint["state_dict"]["_extra_state"] = self.module.get_extra_state()
             if self.module.device_mesh is not None:  # strategies load shards one by one, and no extra state
                 checkpoint["gan"] = self.module.get_extra_state()
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -105,21 +106,28 @@ class HasParameters(Protocol):
 def parameter_dtype(module: HasParameters, default: torch.dtype) -> torch.dtype:
     """The type that a network computes in: that of its first trainable real parameter.
 
-    Without a trainable one it is that of the first real parameter, and without any the default. Frozen parts may be in
-    half precision, and complex weights say nothing about inputs.
+    While nothing in it trains, it is the one that was found when something did, or else the widest type of its real
+    parameters; without any, the default. Frozen parts may be in half precision, and complex weights say nothing about
+    inputs.
 
     Example:
         >>> frozen = nn.Linear(1, 1).half().requires_grad_(False)
         >>> parameter_dtype(nn.Sequential(frozen, nn.Linear(1, 1)), torch.float64)
         torch.float32
     """
-    real = None
+    found = set()
     for p in module.parameters():
         if p.is_floating_point():
             if p.requires_grad:
+                _DTYPES[module] = p.dtype
                 return p.dtype
-            real = real or p.dtype
-    return real or default
+            found.add(p.dtype)
+    if _DTYPES.get(module) in found:
+        return _DTYPES[module]  # the other player's turn freezes it
+    return functools.reduce(torch.promote_types, found) if found else default
+
+
+_DTYPES: WeakKeyDictionary[HasParameters, torch.dtype] = WeakKeyDictionary()
 
 
 class _DetachNonLeaf(TorchFunctionMode):
@@ -346,6 +354,14 @@ def restore_parametrizations(module: nn.Module, state: MutableMapping[str, Any])
             scale = f"{match['list']}.{int(match['index']) + 1}._extra_state"
             factor, iterations = state.get(scale, torch.ones(2)).tolist()
             normalize_spectrum(module.get_submodule(match["layer"] or ""), match["name"], factor, int(iterations))
+    for key in state.keys() - module.state_dict().keys():
+        match = _ENTRY.fullmatch(key)
+        if match and match["entry"] == "_extra_state":  # the module has spectral norm, but no factor
+            layer = module.get_submodule(match["layer"] or "")
+            lists = getattr(layer, "parametrizations", {})
+            if match["name"] in lists and any(map(is_spectral_norm, lists[match["name"]])):
+                factor, iterations = state[key].tolist()
+                rescale_spectrum(layer, match["name"], factor, int(iterations))
     own = {key: value for key, value in module.state_dict().items() if _ENTRY.fullmatch(key)}
     for key, value in own.items():
         match = _ENTRY.fullmatch(key)

@@ -36,7 +36,13 @@ from lightning_gan_stability.engine import Engine, Objective
 from lightning_gan_stability.guard import Guard, check_run, find_guard
 from lightning_gan_stability.layers import Packed, copy_network, parameter_dtype, restore_parametrizations
 from lightning_gan_stability.losses import AdversarialLoss, NonSaturating, loss_from_recipe, loss_recipe
-from lightning_gan_stability.networks import NetworkRunner, call_network, check_condition, check_samples
+from lightning_gan_stability.networks import (
+    NetworkRunner,
+    call_network,
+    check_condition,
+    check_samples,
+    logits_and_features,
+)
 from lightning_gan_stability.noise import Noise, Randomness
 from lightning_gan_stability.outputs import (
     NETWORKS,
@@ -85,9 +91,11 @@ class GANModule(LightningModule):
     Args:
         generator: maps latents (n, latent_dim) to samples (n, ...), or, without latents, a condition to samples. If its
             ``forward`` has a second positional parameter without a default, or with the default None, it also gets the
-            condition. A ``ModuleDict`` of networks needs an overridden :meth:`generate`.
-        discriminator: maps samples (n, ...) to logits: (n,), (n, 1), or (n, patches...). Conditions as for the
-            generator. A ``ModuleDict`` or ``ModuleList``: several discriminators, each of which judges every sample.
+            condition. It may return ``(samples, extras)``. A ``ModuleDict`` of networks needs an overridden
+            :meth:`generate`.
+        discriminator: maps samples (n, ...) to logits: (n,), (n, 1), or (n, patches...), or to ``(logits, features)``.
+            Conditions as for the generator. A ``ModuleDict`` or ``ModuleList``: several discriminators, each of which
+            judges every sample.
         latent_dim: length of the standard normal vector that a sample is made from; None: the generator takes none.
         loss: None: :class:`~lightning_gan_stability.losses.NonSaturating`.
         g_optimizer: makes the generator's optimizer from its parameters. None: Adam(lr=2e-4, betas=(0.5, 0.999)).
@@ -180,7 +188,7 @@ class GANModule(LightningModule):
 
     @plan.setter
     def plan(self, plan: Sequence[Player]) -> None:
-        if not plan or not set(plan) <= {"d", "g"}:
+        if not isinstance(plan, Sequence) or not plan or not all(player in ("d", "g") for player in plan):
             raise ValueError(f"`plan` must be a sequence of 'd' and 'g' with at least one entry, got {plan!r}.")
         self._plan = tuple(plan)
 
@@ -268,9 +276,9 @@ class GANModule(LightningModule):
             discriminators; or ``(logits, features)`` with whatever losses compare of real and fake samples.
         """
         if isinstance(network, nn.ModuleDict):
-            return {name: call_network(part, sample, condition) for name, part in network.items()}
+            return logits_and_features({name: call_network(part, sample, condition) for name, part in network.items()})
         if isinstance(network, nn.ModuleList):
-            return [call_network(part, sample, condition) for part in network]
+            return logits_and_features([call_network(part, sample, condition) for part in network])
         return call_network(network, sample, condition)
 
     def auxiliary_losses(self, player: Player, outputs: GANOutputs) -> Terms:
@@ -339,7 +347,7 @@ class GANModule(LightningModule):
         """Samples from latents and a condition, or, for a generator without latents, from a condition alone."""
         if self.latent_dim is None:
             return self.sample(condition=inputs)
-        return self.sample(len(inputs), condition, inputs)
+        return self.sample(batch_size(inputs), condition, inputs)
 
     def logits(self, sample: Sample, condition: Condition = None) -> Logits:
         """Judge samples: augment them (in train mode), then the discriminator's logits.
@@ -360,7 +368,8 @@ class GANModule(LightningModule):
 
     def draw_latents(self, n: int) -> Tensor:
         """Latents (n, latent_dim) from the module's own noise, in the type that the generator computes in."""
-        assert self.latent_dim is not None
+        if self.latent_dim is None:
+            raise ValueError("There are no latents to draw: the generator takes none (`latent_dim` is None).")
         dtype = parameter_dtype(self.generator, torch.get_default_dtype())
         return self.noise.randn(n, self.latent_dim, dtype=dtype)
 
@@ -368,14 +377,8 @@ class GANModule(LightningModule):
         """Real samples and condition of a batch, checked; of a batch for packs, without the rest that fills none."""
         if isinstance(batch, Unpacked):
             return batch
-        found = self.unpack(batch)
-        if not (isinstance(found, tuple | list) and len(found) == 2 and found[0] is not None):
-            got = f"a {type(found).__name__} of {len(found)}" if isinstance(found, tuple | list) else describe(found)
-            raise ValueError(f"`unpack` must return samples and a condition (or None) of a batch, got {got}.")
-        real, condition = found
-        n = check_samples("Real samples", real)
-        check_condition(condition, n)
-        pack = self.packing
+        real, condition = self._taken_apart(batch)
+        n, pack = batch_size(real), self.packing
         rows = n - n % pack
         if rows == n:
             return Unpacked(real, condition)
@@ -385,6 +388,16 @@ class GANModule(LightningModule):
                 "and drop_last=True in the loader."
             )
         return Unpacked(take_rows(real, 0, rows), take_rows(condition, 0, rows))
+
+    def _taken_apart(self, batch: Any) -> Unpacked:
+        """What `unpack` returns, checked."""
+        found = self.unpack(batch)
+        if not (isinstance(found, tuple | list) and len(found) == 2 and found[0] is not None):
+            got = f"a {type(found).__name__} of {len(found)}" if isinstance(found, tuple | list) else describe(found)
+            raise ValueError(f"`unpack` must return samples and a condition (or None) of a batch, got {got}.")
+        real, condition = found
+        check_condition(condition, check_samples("Real samples", real))
+        return Unpacked(real, condition)
 
     def compute_samples(
         self, player: Player, batch: Any, regularizers: Sequence[Regularizer] | None = None
@@ -406,8 +419,9 @@ class GANModule(LightningModule):
         regularizers = self.due(player) if regularizers is None else regularizers
         names = {name for regularizer in regularizers for name in regularizer.differentiates}
         if isinstance(batch, GANOutputs):  # made once for both players
-            return _for_player(player, batch, names)
-        with self.full_precision() if names else nullcontext():
+            shared = _for_player(player, batch, names)
+            return self.engine.widened(shared) if names else shared
+        with self.full_precision() if names else self.engine.rerunnable(player):
             real, condition = self.unpacked(batch)
             n = batch_size(real)
             latents = None if self.latent_dim is None else self.draw_latents(n)
@@ -453,34 +467,65 @@ class GANModule(LightningModule):
         precise = any(regularizer.differentiates for regularizer in regularizers)
         with self.full_precision() if precise else nullcontext():
             outputs = self.compute_samples(player, batch, regularizers)
+            if self.noise.in_step:
+                for callback in self.engine.callbacks():
+                    outputs = callback.change_samples(self, player, outputs)
             if player == "d":
                 return self.judge(outputs)
             real = self.loss.needs_real or any(regularizer.needs_real for regularizer in regularizers)
-            return self.judge(outputs, real=real) if self.adversarial else outputs
+            same = any(regularizer.same_augmentation for regularizer in regularizers)
+            return self.judge(outputs, real=real, same_augmentation=same) if self.adversarial else outputs
 
-    def judge(self, outputs: GANOutputs, real: bool = True, fake: bool = True) -> GANOutputs:
+    def judge(
+        self, outputs: GANOutputs, real: bool = True, fake: bool = True, same_augmentation: bool = False
+    ) -> GANOutputs:
         """The outputs with the logits and features that the discriminator gives now.
 
         Args:
             outputs: samples, judged before or not.
             real: judge the real samples.
             fake: judge the generated samples.
+            same_augmentation: augment the generated samples by the same draws as the real ones.
         """
         changes: dict[str, Any] = {}
+        start = self.noise.randomness() if same_augmentation else None
         if real:
-            logits, features = self.networks.discriminate(outputs.real, outputs.condition)
-            changes |= {"real_logits": logits, "real_features": features}
+            logits, features, activations = self.networks.discriminate(outputs.real, outputs.condition)
+            changes |= {"real_logits": logits, "real_features": features, "real_activations": activations}
         if fake:
-            logits, features = self.networks.discriminate(outputs.fake, outputs.condition)
-            changes |= {"fake_logits": logits, "fake_features": features}
+            logits, features, activations = self.networks.discriminate(outputs.fake, outputs.fake_condition, start)
+            changes |= {"fake_logits": logits, "fake_features": features, "fake_activations": activations}
         return outputs.replace(**changes)
+
+    def watch_layers(self, layers: Sequence[str]) -> Callable[[], None]:
+        """Keep what layers of the discriminator return, as ``real_activations`` and ``fake_activations`` of outputs.
+
+        Args:
+            layers: their names, as in ``discriminator.named_modules()``, or patterns such as ``"convs.*"``.
+
+        Returns:
+            A function that ends it.
+
+        Raises:
+            MisconfigurationException: if the discriminator has no such layer.
+
+        Example:
+            >>> from lightning_gan_stability import MLP
+            >>> gan = GANModule(MLP([16, 32, 2]), MLP([2, 32, 1]), latent_dim=16)
+            >>> stop = gan.watch_layers(["layers.0"])
+            >>> outputs = gan.judge(GANOutputs(torch.zeros(4, 2), torch.ones(4, 2)))
+            >>> {name: tuple(x.shape) for name, x in outputs.fake_activations.items()}
+            {'layers.0': (4, 32)}
+            >>> stop()
+        """
+        return self.networks.watch(layers)
 
     def resample(self, outputs: GANOutputs, latents: Tensor | None) -> GANOutputs:
         """The outputs with samples from other latents, with a graph to the generator if theirs have one."""
         graph = any(leaf.grad_fn is not None for leaf in tree_leaves(outputs.fake))
         with torch.set_grad_enabled(graph):
             fake, extras = self.networks.generate(batch_size(outputs.fake), outputs.condition, latents)
-        return outputs.replace(fake=fake, extras=extras, latents=latents)
+        return outputs.replace(fake=fake, extras=extras, latents=latents, fake_condition=outputs.condition)
 
     # ---------- gradients and steps
 
@@ -503,6 +548,15 @@ class GANModule(LightningModule):
 
         return self.engine.compute_gradients(player, batch, player_objective if objective is None else objective)
 
+    def separate_steps(self, player: Player, batch: Any) -> None:
+        """Take the steps of a player's due penalties that have steps of their own, on samples of their own.
+
+        Args:
+            player: whose penalties and whose optimizer.
+            batch: the whole batch.
+        """
+        self.engine.separate_steps(player, batch)
+
     def apply_gradients(self, player: Player) -> None:
         """Clip the player's gradient and step its optimizer and scheduler.
 
@@ -517,6 +571,19 @@ class GANModule(LightningModule):
     def due(self, player: Player) -> list[Regularizer]:
         """The regularizers that add to a player's loss on this batch."""
         return self.engine.due(player)
+
+    def gradients_of(self, term: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+        """Gradients of one term of a loss before the backward pass, in :meth:`GANCallback.weigh_terms`.
+
+        Args:
+            term: a scalar with a graph, which is kept.
+            inputs: by what.
+
+        Returns:
+            One gradient for each input, without a graph, of this process alone; None where the term does not depend on
+            an input.
+        """
+        return self.engine.gradients_of(term, inputs)
 
     def adversarial_loss(self, player: Player, outputs: GANOutputs) -> tuple[Tensor, Terms]:
         """A player's adversarial loss, without its weight, and the values of it for the log."""
@@ -619,13 +686,16 @@ class GANModule(LightningModule):
         optimizers, schedulers = [], []
         for player, network in NETWORKS.items():
             make_optimizer = self.make_optimizer[player] or _adam
-            optimizers.append(make_optimizer(self.get_submodule(network).parameters()))
+            parameters = [*self.get_submodule(network).parameters()]
+            if not parameters:
+                raise MisconfigurationException(f"The {network} has no parameters, and nothing to train.")
+            optimizers.append(make_optimizer(parameters))
             if make := self.make_scheduler[player]:
                 scheduler = make(optimizers[-1])
-                if isinstance(scheduler, dict):
+                if not hasattr(scheduler, "step") or not hasattr(scheduler, "optimizer"):
                     raise MisconfigurationException(
-                        f"`{player}_scheduler` must make a scheduler, got a dict: set `scheduler_interval` to say what "
-                        "it counts, or override `configure_optimizers`."
+                        f"`{player}_scheduler` must make a scheduler, got {describe(scheduler)}: set "
+                        "`scheduler_interval` to say what it counts, or override `configure_optimizers`."
                     )
                 schedulers.append({"scheduler": scheduler, "interval": self.scheduler_interval})
         return optimizers, schedulers
@@ -647,32 +717,31 @@ class GANModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One GAN step on one batch by the run's update rule; ``iteration`` and ``global_step`` rise by one."""
         guard, trainer = find_guard(self), self.trainer
-        rule = self.engine.rule()
-        rule.check_plan(self)
-        visible, values = guard.is_visible(trainer), self.last_step.values
-        self.last_step = step = StepRecord(self.iteration, visible, finished=False, values=values)
-        rescued = False
-        with self.noise.of_step():
-            try:
+        rule, rescued, visible, values = self.engine.rule(), False, guard.is_visible(trainer), self.last_step.values
+        try:
+            with self.engine.adjusted_for_batch(rule), self.noise.of_step():
+                self.last_step = step = StepRecord(self.iteration, visible, finished=False, values=values)
                 rule(self, batch)
-            except FloatingPointError:
-                rescued = any(callback.rescue(trainer, self) for callback in self.engine.callbacks())
-                if not rescued:
-                    raise
+        except FloatingPointError:
+            rescued = any(callback.rescue(trainer, self) for callback in self.engine.callbacks())
+            if not rescued:
+                raise
         if not step.moved:
             # one batch is one global_step, also when a rule leaves both players where they are
             progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
             progress.increment_ready()
             progress.increment_completed()
+        if not rescued:
+            self.iteration += 1
+            for player in step.moved:
+                self.steps[player] += 1
+        if trainer.is_last_batch:
+            started = [player for player in PLAYERS if self.steps[player]]
+            self.engine.schedule("epoch", [self.engine.optimizer(player).optimizer for player in started])
         if rescued:
             self.last_step = StepRecord()
             self.engine.start()
             return
-        self.iteration += 1
-        for player in step.moved:
-            self.steps[player] += 1
-        if trainer.is_last_batch:
-            self.engine.schedule("epoch", trainer.optimizers[: len(PLAYERS)])
         step.finished = True
         if step.visible:
             self.engine.check_finite()
@@ -681,7 +750,7 @@ class GANModule(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Both losses and the discriminator's accuracy on held-out data, as ``val/...``."""
-        if batch_size(self.unpack(batch)[0]) < self.packing:
+        if batch_size(self._taken_apart(batch).real) < self.packing:
             return  # the rest of a data set that fills no pack
         with self.noise.of("validation", dataloader_idx, batch_idx):
             outputs = self.compute_outputs("d", batch, ())
@@ -689,6 +758,7 @@ class GANModule(LightningModule):
         for player in PLAYERS:
             _, terms = self.adversarial_loss(player, outputs)
             terms |= self.engine.auxiliary_losses(player, outputs)
+            terms |= self.engine.validated_terms(player, outputs, terms)
             values |= {f"val/{player}/{name}": value for name, value in terms.items()}
         accuracies = [self.loss.accuracy(real, fake) for _, real, fake in outputs.pairs()]
         values["val/d/accuracy"] = torch.stack(accuracies).mean()
@@ -743,7 +813,8 @@ class GANModule(LightningModule):
             self.average_rests = True  # until GeneratorEMA sees it
         elif self.generator_ema is not None and not averaged:
             # a run goes on with an average that it did not have before
-            state |= {f"generator_ema.{k[10:]}": v.clone() for k, v in state.items() if k.startswith("generator.")}
+            own = {k: v for k, v in state.items() if k.startswith("generator.")}
+            state |= {f"generator_ema.{k[10:]}": v.clone() if isinstance(v, Tensor) else v for k, v in own.items()}
         restore_parametrizations(self, state)
         # augmentation acts in training alone, and may come from a callback
         own = {f"augment.{key}": value for key, value in self.augment.state_dict().items()}
@@ -797,7 +868,12 @@ def _for_player(player: Player, outputs: GANOutputs, names: set[str]) -> GANOutp
     if player == "g":
         return outputs
     real, fake = (differentiable if name in names else detach for name in ("real", "fake"))
-    return outputs.replace(real=real(outputs.real), fake=fake(outputs.fake), extras=detach(outputs.extras))
+    return outputs.replace(
+        real=real(outputs.real),
+        fake=fake(outputs.fake),
+        latents=detach(outputs.latents),
+        extras=detach(outputs.extras),
+    )
 
 
 def _checked_clip_norm(clip_norm: Any) -> float | dict[Player, float] | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from lightning_gan_stability._checks import describe
 from lightning_gan_stability._compat import is_compiled, mark_dynamic
 from lightning_gan_stability.layers import condition_parameter, parameter_dtype
+from lightning_gan_stability.noise import Randomness
 from lightning_gan_stability.outputs import (
     Condition,
     Extras,
@@ -42,6 +45,20 @@ def call_network(network: nn.Module, inputs: Any, condition: Condition) -> Any:
     if needs and condition is None:
         raise ValueError(f"{type(network).__name__} takes a condition (labels), but none was given.")
     return network(inputs, condition) if takes and condition is not None else network(inputs)
+
+
+def logits_and_features(found: dict[str, Any] | list[Any]) -> Any:
+    """What several discriminators return: their logits, or their logits and their features, if they return both.
+
+    Example:
+        >>> logits_and_features({"a": (torch.zeros(1), [torch.ones(1)])})
+        ({'a': tensor([0.])}, {'a': [tensor([1.])]})
+    """
+    if isinstance(found, list):
+        return ([pair[0] for pair in found], [pair[1] for pair in found]) if all(map(_is_pair, found)) else found
+    if not all(map(_is_pair, found.values())):
+        return found
+    return {name: pair[0] for name, pair in found.items()}, {name: pair[1] for name, pair in found.items()}
 
 
 def check_samples(name: str, sample: Sample) -> int:
@@ -97,6 +114,8 @@ class NetworkRunner:
     def __init__(self, module: GANProtocol) -> None:
         self.module = module
         self._entries: Any = ()  # the names of the discriminators whose logits there were; None: one tensor
+        self._watched: dict[str, int] = {}  # layers of the discriminator, and how many callbacks watch each
+        self._seen: dict[str, list[Any]] = {}  # what they returned in the last pass
 
     def generate(self, n: int, condition: Condition, latents: Tensor | None) -> tuple[Sample, Extras]:
         """Samples of the current generator, and what it returns beside them."""
@@ -117,10 +136,22 @@ class NetworkRunner:
             raise ValueError(f"The generator made {made} samples where {n} were asked for.")
         return sample, extras
 
-    def discriminate(self, sample: Sample, condition: Condition) -> tuple[Logits, Features]:
-        """Logits (n,) or (n, patches) of each discriminator, and features; augmentation is a part of training."""
+    def discriminate(
+        self, sample: Sample, condition: Condition, randomness: Randomness | None = None
+    ) -> tuple[Logits, Features, dict[str, Any]]:
+        """Logits (n,) or (n, patches) of each discriminator, features, and outputs of watched layers.
+
+        Args:
+            sample: (n, ...); it is augmented in training.
+            condition: what the discriminator is told.
+            randomness: what the augmentation draws from; None: from here.
+        """
         module = self.module
-        augmented = module.augment(sample) if module.training else sample
+        augmented = sample
+        if module.training:
+            with nullcontext() if randomness is None else module.replay_randomness(randomness):
+                augmented = module.augment(sample)
+        self._seen = {}
         network = module.discriminator
         if is_compiled(network):
             tree_map(mark_dynamic, augmented)
@@ -137,15 +168,57 @@ class NetworkRunner:
             raise
         if module.loss.judges_reconstructions:
             logits = self._reconstruction_errors(logits, augmented)
+        activations = self._activations() if self._watched else {}
         n = batch_size(augmented) // module.packing
         if isinstance(logits, Tensor):
             self._check_entries(None)
-            return self._rows(logits, n), features
+            return self._rows(logits, n), features, activations
         if isinstance(logits, Mapping):
             self._check_entries([*map(str, logits)])
-            return {name: self._rows(entry, n) for name, entry in logits.items()}, features
+            return {name: self._rows(entry, n) for name, entry in logits.items()}, features, activations
         self._check_entries([*map(str, range(len(logits)))])
-        return [self._rows(entry, n) for entry in logits], features
+        return [self._rows(entry, n) for entry in logits], features, activations
+
+    def watch(self, layers: Sequence[str]) -> Callable[[], None]:
+        """Keep what layers of the discriminator return; see :meth:`GANModule.watch_layers`."""
+        discriminator = self.module.discriminator
+        found = dict(discriminator.named_modules())
+        names: list[str] = []
+        for pattern in layers:
+            matching = [name for name in found if name and fnmatch.fnmatchcase(name, pattern)]
+            if not matching:
+                raise MisconfigurationException(
+                    f"The discriminator has no layer {pattern!r}; it has {', '.join(name for name in found if name)}."
+                )
+            names += [name for name in matching if name not in names]
+        handles = [found[name].register_forward_hook(self._note(name)) for name in names]
+        for name in names:
+            self._watched[name] = self._watched.get(name, 0) + 1
+
+        def remove() -> None:
+            for handle in handles:
+                handle.remove()
+            for name in names:
+                self._watched[name] -= 1
+            self._watched = {name: watchers for name, watchers in self._watched.items() if watchers}
+
+        return remove
+
+    def _note(self, name: str) -> Callable[..., None]:
+        def note(layer: nn.Module, inputs: Any, output: Any) -> None:
+            self._seen.setdefault(name, []).append(output)
+
+        return note
+
+    def _activations(self) -> dict[str, Any]:
+        seen, self._seen = self._seen, {}
+        found: dict[str, Any] = {}
+        for name, watchers in self._watched.items():
+            outputs = seen.get(name, [])[::watchers]  # each watcher has noted it
+            if not outputs:
+                raise ValueError(f"The layer {name!r} of the discriminator is watched, but it did not run.")
+            found[name] = outputs[0] if len(outputs) == 1 else outputs
+        return found
 
     def _reconstruction_errors(self, output: Any, sample: Sample) -> Tensor:
         """The mean absolute error of each sample, where the discriminator rebuilds samples."""
@@ -196,7 +269,8 @@ class NetworkRunner:
             dtype = parameter_dtype(getattr(self.module, name), tensor.dtype)
             differs = tensor.is_floating_point() and dtype != tensor.dtype
             hint = f" (the input is {tensor.dtype}, the network {dtype})" if differs else ""
-        cause = str(error) or type(error).__name__
+        named = isinstance(error, LookupError) or not str(error)  # a missing key says nothing by itself
+        cause = f"{type(error).__name__}: {error}".rstrip(": ") if named else str(error)
         raise ValueError(f"The {name} failed on {shape}{hint}: {cause}") from error
 
 

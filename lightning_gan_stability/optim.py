@@ -9,13 +9,45 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from lightning_gan_stability._checks import check, is_number
+from lightning_gan_stability._checks import check, check_integer, is_number
 from lightning_gan_stability.distributed import full_tensor, mean_over_ranks
 
-__all__ = ["NegativeMomentum", "OptimisticAdam", "OptimisticSGD"]
+__all__ = ["NegativeMomentum", "OptimisticAdam", "OptimisticSGD", "lazy_correction"]
 
 Group: TypeAlias = dict[str, Any]
 State: TypeAlias = dict[str, Any]
+
+
+def lazy_correction(
+    every: int, lr: float, betas: tuple[float, float] = (0.0, 0.99)
+) -> dict[str, float | tuple[float, float]]:
+    """Adam's settings for a player with a lazy penalty of its own steps: k + 1 steps where there would be k.
+
+    lr · c and betasᶜ with c = k / (k + 1), from "Analyzing and Improving the Image Quality of StyleGAN",
+    https://arxiv.org/abs/1912.04958, appendix B. For ``every=k, separate=True`` alone: a lazy penalty that joins the
+    player's step adds no step, and needs no correction.
+
+    Args:
+        every: k, the interval of the penalty.
+        lr: the learning rate without it.
+        betas: the betas without it.
+
+    Returns:
+        ``lr`` and ``betas`` for the optimizer.
+
+    Raises:
+        ValueError: if an argument has a bad value.
+
+    Example:
+        >>> {name: value for name, value in lazy_correction(4, lr=0.002).items() if name == "lr"}
+        {'lr': 0.0016}
+    """
+    check_integer("every", every)
+    _check("lr", lr, 0, math.inf, "a finite number that is not negative")
+    for beta in betas:
+        _check("betas", beta, 0, 1, "two numbers in [0, 1)")
+    factor = every / (every + 1)
+    return {"lr": lr * factor, "betas": (betas[0] ** factor, betas[1] ** factor)}
 
 
 def _check(name: str, value: object, low: float, high: float, what: str) -> None:

@@ -184,6 +184,9 @@ class GANOutputs:
         extras: what :meth:`GANModule.generate` returned beside the sample.
         real_features: what :meth:`GANModule.discriminate` returned beside the logits of real samples.
         fake_features: the same for generated samples.
+        fake_condition: what the generated samples are judged with, where that is another condition, as of a pool.
+        real_activations: the outputs of watched layers of the discriminator for real samples, by their names.
+        fake_activations: the same for generated samples.
 
     Example:
         >>> outputs = GANOutputs(torch.ones(2, 1), torch.zeros(2, 1), fake_logits=torch.zeros(2))
@@ -200,6 +203,14 @@ class GANOutputs:
     extras: Extras = field(default_factory=dict)
     real_features: Features = None
     fake_features: Features = None
+    fake_condition: Condition = None
+    real_activations: dict[str, Any] = field(default_factory=dict)
+    fake_activations: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Judge both kinds of samples with one condition, unless there are two."""
+        if self.fake_condition is None:
+            self.fake_condition = self.condition
 
     def replace(self, **changes: Any) -> GANOutputs:
         """A copy with other values of some attributes."""
@@ -233,10 +244,11 @@ def detached(outputs: GANOutputs) -> GANOutputs:
         >>> detached(GANOutputs(torch.ones(1, requires_grad=True), torch.ones(1))).real.requires_grad
         False
     """
-    return GANOutputs(*[detach(getattr(outputs, name)) for name in _FIELDS])
+    return GANOutputs(**{name: detach(getattr(outputs, name)) for name in _FIELDS})
 
 
-_FIELDS = tuple(f.name for f in dataclasses.fields(GANOutputs))
+# activations are for penalties alone, which have been taken when outputs are kept
+_FIELDS = tuple(f.name for f in dataclasses.fields(GANOutputs) if not f.name.endswith("_activations"))
 
 
 @dataclass(slots=True)
@@ -271,10 +283,10 @@ class StepRecord:
 
     def add(self, player: Player, outputs: GANOutputs, terms: Terms) -> None:
         """Note what a player has seen, without graphs, and the terms of its loss."""
-        self.terms[player] = terms
+        self.terms[player] = self.terms[player] | terms
         for name, value in terms.items():
             self.values[f"{player}/{name}"] = value
-        if player == "d":
+        if player == "d" and outputs.fake_logits is not None:
             self.pairs = outputs.pairs()
 
     def add_logits(self, loss: AdversarialLoss) -> None:
@@ -298,7 +310,7 @@ def concatenate(parts: Sequence[GANOutputs], shares: Sequence[float]) -> GANOutp
         shares: the part of the batch's samples that each of them has.
 
     Raises:
-        ValueError: if extras are neither scalars, which are averaged, nor have one row for each sample.
+        ValueError: if extras or features are neither scalars, which are averaged, nor have one row for each sample.
 
     Example:
         >>> part = GANOutputs(torch.zeros(2, 1), torch.ones(2, 1), extras={"loss": torch.tensor(3.0)})
@@ -310,9 +322,12 @@ def concatenate(parts: Sequence[GANOutputs], shares: Sequence[float]) -> GANOutp
         return detached(parts[0])
     columns = {name: [detach(getattr(part, name)) for part in parts] for name in _FIELDS}
     sizes = [batch_size(real) for real in columns["real"]]
-    extras = columns.pop("extras")
+    others = {name: columns.pop(name) for name in ("extras", "real_features", "fake_features")}
     whole = {name: tree_map(lambda *leaves: torch.cat(leaves), *column) for name, column in columns.items()}
-    return GANOutputs(**whole, extras=tree_map(lambda *leaves: _whole_extra(leaves, sizes, shares), *extras))
+    whole |= {
+        name: tree_map(lambda *leaves: _whole_extra(leaves, sizes, shares), *column) for name, column in others.items()
+    }
+    return GANOutputs(**whole)
 
 
 def _whole_extra(leaves: Sequence[Any], sizes: Sequence[int], shares: Sequence[float]) -> Any:
@@ -321,8 +336,8 @@ def _whole_extra(leaves: Sequence[Any], sizes: Sequence[int], shares: Sequence[f
     if all(isinstance(leaf, Tensor) and len(leaf) == size for leaf, size in zip(leaves, sizes, strict=True)):
         return torch.cat(list(leaves))
     raise ValueError(
-        "With `accumulate`, what `generate` returns beside the sample must be scalars or have one row for each sample, "
-        f"got {describe(leaves[0])} in a micro-batch of {sizes[0]}."
+        "With `accumulate`, what `generate` and `discriminate` return beside samples and logits must be scalars or "
+        f"have one row for each sample, got {describe(leaves[0])} in a micro-batch of {sizes[0]}."
     )
 
 

@@ -414,11 +414,15 @@ class Order(list):
     def apply_gradients(self, player):
         self.append(f"step of {player}")
 
+    def separate_steps(self, player, batch):
+        self.append(f"separate steps of {player} on {batch}")
+
 
 def test_alternating_takes_each_gradient_after_the_step_before():
     order = Order()
     Alternating()(order, "x")
-    step = {player: [f"gradients of {player} on x", f"step of {player}"] for player in ("d", "g")}
+    what = ("gradients of {} on x", "step of {}", "separate steps of {} on x")
+    step = {player: [text.format(player) for text in what] for player in ("d", "g")}
     assert order == step["d"] + step["g"] + step["d"]
 
 

@@ -297,28 +297,35 @@ def test_module_runs_and_a_newcomer_sees_no_warning(write):
 
 # every callback of the package by its short name, with arguments as a user would write them
 CALLBACKS = """
+AdaptiveAdversarialWeight: {layer: layers.2, weight: 0.8, max: 100}
 AdaptiveUpdateRatio: {rule: loss_change, max_rest: 3}
-Alternating: {}
+AdversarialStart: {step: 1, ramp: 2, discriminator_first: true}
+Alternating: {share_fake: true}
 ApproximateR1Penalty: {weight: 100, sigma: 0.01, every: 2}
 ApproximateR2Penalty: {}
+Reconstruction: {weight: 2, distance: l2, name: mse}
 CollapseDetector: {action: rollback, patience: 9, remedy: [{class_path: ScalePenalty, init_args: {factor: 2}}]}
 CompetitiveGradientDescent: {adaptive: true}
 ConsensusOptimization: {gamma: 0.1}
 ConsistencyPenalty: {kind: real, transform: {class_path: torch.nn.Identity}}
 DRAGANPenalty: {}
 Extragradient: {}
+FakePool: {size: 10}
+FeatureMatching: {weight: 2, layers: [layers.*], layer_weights: {layers.0: 0.5}}
 GeneratorEMA: {half_life: 100, ramp_up: 0.05}
 GradientPenalty: {target: 0, weight: 1}
 HealthMonitor: {every: 2, patience: 2, held_out: true}
 LeCam: {start: 1}
 LogitDrift: {weight: 0.001}
 Lookahead: {k: 2, alpha: 0.5}
+LossBalancer: {weights: {adversarial: 1, mse: 2}}
 ModeSeeking: {}
 OrthogonalPenalty: {player: d}
 PathLengthPenalty: {every: 1}
 QualityMonitor: {every: 1, n_samples: 50, metrics: [fid, recall]}
 R1Penalty: {gamma: 1, final_gamma: 0.1, steps: 100}
 R2Penalty: {}
+Reconstruction: {weight: 2, distance: l2, name: mse}
 SampleLogger: {every: 2, n: 10}
 Simultaneous: {}
 SpectralNorm: {networks: [generator, discriminator], factor: 2}
@@ -330,8 +337,9 @@ WeightClipping: {limit: 0.1}
 
 ARGUMENTS = yaml.safe_load(CALLBACKS)
 RULES = ["Alternating", "CompetitiveGradientDescent", "ConsensusOptimization", "Extragradient", "Simultaneous"]
-# what can run together; a run has one update rule, and one callback that says who moves
-TOGETHER = [[name for name in ARGUMENTS if name not in (*RULES, "AdaptiveUpdateRatio")], ["AdaptiveUpdateRatio"]]
+# what can run together; a run has one update rule, and one callback that says who moves; Unrolling needs both players
+ALONE = ["AdaptiveUpdateRatio", "AdversarialStart", "FakePool"]
+TOGETHER = [[name for name in ARGUMENTS if name not in (*RULES, *ALONE)], [*ALONE, "Reconstruction"]]
 
 
 @pytest.mark.parametrize("names", [*TOGETHER, *([rule] for rule in RULES)], ids=lambda names: names[0])

@@ -15,7 +15,9 @@ from toys import Shift, fit, points, sgd, trainer, weights
 import lightning_gan_stability
 from lightning_gan_stability import (
     MLP,
+    AdaptiveAdversarialWeight,
     AdaptiveUpdateRatio,
+    AdversarialStart,
     Alternating,
     ApproximateR1Penalty,
     ApproximateR2Penalty,
@@ -26,7 +28,9 @@ from lightning_gan_stability import (
     ConsistencyPenalty,
     DRAGANPenalty,
     Extragradient,
+    FakePool,
     FDivergence,
+    FeatureMatching,
     GANModule,
     GeneratorEMA,
     GradientPenalty,
@@ -36,6 +40,7 @@ from lightning_gan_stability import (
     LeCam,
     LogitDrift,
     Lookahead,
+    LossBalancer,
     Minimax,
     ModeSeeking,
     NonSaturating,
@@ -46,6 +51,7 @@ from lightning_gan_stability import (
     QualityMonitor,
     R1Penalty,
     R2Penalty,
+    Reconstruction,
     Regularizer,
     Relativistic,
     RelativisticAverage,
@@ -76,6 +82,7 @@ LOSSES = {
 RULES = {
     "none": list,
     "Alternating": lambda: [Alternating()],
+    "Alternating, shared": lambda: [Alternating(share_fake=True)],
     "Simultaneous": lambda: [Simultaneous()],
     "Extragradient": lambda: [Extragradient()],
     "Unrolling": lambda: [Unrolling(2)],
@@ -102,6 +109,8 @@ REGULARIZERS = {
     "LogitDrift": lambda: [LogitDrift()],
     "PathLengthPenalty": lambda: [PathLengthPenalty(every=1)],
     "ModeSeeking": lambda: [ModeSeeking()],
+    "FeatureMatching": lambda: [FeatureMatching(layers=["*layers.0"])],
+    "Reconstruction": lambda: [Reconstruction(0.1, "l2")],
 }
 EXTRAS = {
     "SpectralNorm": lambda: [SpectralNorm(["generator", "discriminator"], factor=2.0)],
@@ -177,6 +186,91 @@ def test_everything_at_once(rule, extras):
     check(gan(loss, rule, m=2), callbacks, refusal(loss, rule, extras))
 
 
+class Tree(GANModule):
+    """Samples of two leaves, two discriminators that see one leaf or both, features, extras and a codebook loss."""
+
+    def unpack(self, batch):
+        return {"point": batch, "length": batch.norm(dim=1, keepdim=True)}, None
+
+    def generate(self, network, n, condition, latents):
+        made = network(latents)
+        return {"point": made[:, :2], "length": made[:, 2:]}, {"w": latents, "loss": made.square().mean()}
+
+    def discriminate(self, network, sample, condition):
+        both = torch.cat([sample["point"], sample["length"]], 1)
+        logits = {"point": network["point"](sample["point"]), "both": network["both"](both)}
+        return logits, {name: [entry] for name, entry in logits.items()}
+
+    def auxiliary_losses(self, player, outputs):
+        return {"size": 0.1 * outputs.extras["loss"]} if player == "g" else {}
+
+
+def tree(loss, rule):
+    torch.manual_seed(0)
+    parts = {"point": MLP([2, 8, 4], nn.SiLU), "both": MLP([3, 8, 1], nn.SiLU)}  # one judges patches
+    optimizer = (
+        sgd(0.01) if rule.startswith("Competitive") else lambda p: torch.optim.Adam(p, lr=1e-3, betas=(0.5, 0.9))
+    )
+    networks = MLP([3, 8, 3], nn.SiLU), nn.ModuleDict(parts)
+    return Tree(*networks, 3, LOSSES[loss](), optimizer, optimizer, clip_norm=10.0)
+
+
+OF_TREES = {
+    "FeatureMatching": lambda: [FeatureMatching()],
+    "Reconstruction": lambda: [Reconstruction(0.1, sample="fake.length", target="real.length")],
+    "PathLengthPenalty, shrunk": lambda: [PathLengthPenalty(every=2, latents="w", shrink=2)],
+    "patches": lambda: [R1Penalty(0.1, patches="mean"), R2Penalty(0.1, patches="mean"), GradientPenalty(0.1)],
+}
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "BoundaryEquilibrium"])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_regularizer_on_trees_and_several_discriminators(rule, loss):
+    """A fourth of the regularizers for each loss, and all of them for each rule."""
+    number = count(3 * list(RULES).index(rule) + 5 * list(LOSSES).index(loss))
+    for make in [*(REGULARIZERS | OF_TREES).values()][list(LOSSES).index(loss) % 4 :: 4]:
+        extras = SUBSETS[next(number) % len(SUBSETS)]
+        callbacks = [*make(), *RULES[rule](), *(c for name in extras for c in EXTRAS[name]())]
+        module = tree(loss, rule)
+        check(module, [_on_trees(c) for c in callbacks], refusal(loss, rule, extras))
+        if not refusal(loss, rule, extras):
+            assert {"d/adversarial/point", "d/adversarial/both", "g/size"} <= {*module.last_step.values}
+
+
+def _on_trees(callback):
+    """A transform for each leaf."""
+    if isinstance(callback, ConsistencyPenalty) and callback.transform is not None:
+        callback.transform = ShiftLeaves()
+    return callback
+
+
+class ShiftLeaves(nn.Module):
+    def forward(self, x):
+        return {name: leaf + 0.1 for name, leaf in x.items()}
+
+
+@pytest.mark.parametrize("name", ["AdaptiveUpdateRatio", "Lookahead", "WeightClipping", "HealthMonitor", "FakePool"])
+def test_other_callbacks_on_trees(name):
+    check(tree("NonSaturating", "none"), OTHERS[name](), None)
+
+
+STARTS = {
+    "AdversarialStart": lambda: [AdversarialStart(1, ramp=2)],
+    "AdaptiveAdversarialWeight": lambda: [AdaptiveAdversarialWeight("layers.2")],
+    "LossBalancer": lambda: [LossBalancer({"adversarial": 1.0, "feature_matching": 1.0})],
+    "FakePool": lambda: [FakePool(8)],
+    "AdaptiveUpdateRatio": lambda: [AdaptiveUpdateRatio(generator_rests="adversarial")],
+}
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("names", [[name] for name in STARTS] + [[*STARTS][:4]], ids=" ".join)
+def test_weights_and_starts_together(names, share):
+    callbacks = [callback for name in names for callback in STARTS[name]()]
+    common = [FeatureMatching(), R1Penalty(0.1), Alternating(share_fake=share), GeneratorEMA(), SpectralNorm()]
+    check(tree("Hinge", "none"), [*callbacks, *common], None)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("balance", ["accuracy", "loss_change", "logit_gap", "gradient_norm"])
 def test_adaptive_ratio_with_every_loss(balance, loss):
@@ -199,6 +293,11 @@ OTHERS = {
     "HealthMonitor": lambda: [HealthMonitor()],
     "QualityMonitor": lambda: [QualityMonitor(n_samples=50, every=1)],
     "CollapseDetector": lambda: [CollapseDetector("rollback"), QualityMonitor(n_samples=50, every=2)],
+    "R1Penalty, separate": lambda: [R1Penalty(0.1, every=2, separate=True)],
+    "AdversarialStart": lambda: [AdversarialStart(1, ramp=2), Reconstruction()],
+    "AdaptiveAdversarialWeight": lambda: [AdaptiveAdversarialWeight("layers.2"), Reconstruction()],
+    "LossBalancer": lambda: [LossBalancer({"adversarial": 1.0, "reconstruction": 2.0}), Reconstruction()],
+    "FakePool": lambda: [FakePool(8)],
 }
 ALL = RULES | REGULARIZERS | OTHERS | {name: make for name, make in EXTRAS.items() if name != "SpectralNorm"}
 

@@ -22,13 +22,17 @@ from filelock import FileLock
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 from toys import Shift, fit, free_port, points, small, tensors, trainer, weights
 
 from lightning_gan_stability import (
     MLP,
+    AdaptiveAdversarialWeight,
     AdaptiveUpdateRatio,
+    AdversarialStart,
+    Alternating,
     ApproximateR1Penalty,
     ApproximateR2Penalty,
     AutoEncoder,
@@ -39,7 +43,10 @@ from lightning_gan_stability import (
     ConsistencyPenalty,
     DRAGANPenalty,
     Extragradient,
+    FakePool,
+    FeatureMatching,
     GANModule,
+    GANOutputs,
     GeneratorEMA,
     GradientPenalty,
     HealthMonitor,
@@ -47,6 +54,7 @@ from lightning_gan_stability import (
     LeCam,
     LogitDrift,
     Lookahead,
+    LossBalancer,
     Minimax,
     ModeSeeking,
     OptimisticAdam,
@@ -56,6 +64,7 @@ from lightning_gan_stability import (
     QualityMonitor,
     R1Penalty,
     R2Penalty,
+    Reconstruction,
     Regularizer,
     Relativistic,
     RelativisticAverage,
@@ -100,6 +109,8 @@ class Given(GANModule):
         return batch["image"], {name: value for name, value in batch.items() if name != "image"}
 
     def compute_samples(self, player, batch, regularizers=None):
+        if isinstance(batch, GANOutputs):  # both players share them
+            return super().compute_samples(player, batch, regularizers)
         batch = self.unpacked(batch)
         self.given, self.latents = batch.condition, batch.condition[f"{player}_latents"]
         return super().compute_samples(player, batch, regularizers)
@@ -169,6 +180,33 @@ class Layers(Given):
 
 def layers():
     return Layers(MLP([4, 16, 16, 2]), MLP([2, 16, 16, 1]), 4, g_optimizer=sgd, d_optimizer=sgd)
+
+
+class Trees(Given):
+    """Makes trees of their sources, which two discriminators judge."""
+
+    def unpack(self, batch):
+        image, condition = super().unpack(batch)
+        return {"one": image, "two": image.roll(1, dims=1)}, condition | {"source": image}
+
+    def generate(self, network, n, condition, latents):
+        made = network(condition["source"] + condition["d_latents"][:, :2])
+        return {"one": made[:, :2], "two": made[:, 2:]}, {}
+
+    def discriminate(self, network, sample, condition):
+        return {name: part(sample[name]) for name, part in network.items()}
+
+
+def trees(plan=("d", "g"), optimizer=adam):
+    generator = nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 4))
+    parts = {name: nn.Sequential(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 1)) for name in ("one", "two")}
+    module = Trees(generator, nn.ModuleDict(parts), None, g_optimizer=optimizer, d_optimizer=optimizer)
+    module.plan = plan
+    return module
+
+
+def reconstructions():
+    return [Reconstruction(sample=f"fake.{name}", target=f"real.{name}", name=name) for name in ("one", "two")]
 
 
 def ddg():
@@ -247,9 +285,55 @@ CASES = {
     ),
     "PathLengthPenalty": (gan, [PathLengthPenalty(every=1, decay=0.5)]),
     "ModeSeeking, float64": (lambda: double(optimizer=sgd), [ModeSeeking()]),
+    "shared samples, R1": (gan, [Alternating(share_fake=True), R1Penalty(0.5)]),
+    "shared samples, PathLengthPenalty": (gan, [Alternating(share_fake=True), PathLengthPenalty(every=1)]),
+    "separate steps": (
+        gan,
+        [R1Penalty(0.5, every=2, separate=True), PathLengthPenalty(every=2, separate=True), R2Penalty(0.1)],
+    ),
+    "trees": (trees, [R1Penalty(0.1), GradientPenalty(0.1), *reconstructions()]),
+    "trees, FeatureMatching, AdversarialStart, float64": (
+        lambda: trees(optimizer=sgd).double(),
+        [
+            FeatureMatching(layers=["*.0"]),
+            AdversarialStart(1, ramp=2),
+            Alternating(share_fake=True),
+            *reconstructions(),
+        ],
+    ),
+    "trees, AdaptiveAdversarialWeight, float64": (
+        lambda: trees().double(),
+        [AdaptiveAdversarialWeight("1"), *reconstructions()],
+    ),
+    "trees, LossBalancer, plateau, float64": (
+        lambda: trees().double(),
+        [
+            LossBalancer({"adversarial": 1.0, "one": 2.0}, decay=0.7),
+            AdversarialStart(when="plateau", monitor="g/one", window=1, patience=1, threshold=0.9),
+            *reconstructions(),
+        ],
+    ),
+    "trees, everything, float64": (
+        lambda: trees(optimizer=sgd).double(),
+        [
+            Alternating(share_fake=True),
+            AdversarialStart(1, ramp=2, discriminator_first=1),
+            AdaptiveAdversarialWeight("1", terms=["one", "two"]),
+            FeatureMatching(layers=["*.0"]),
+            FakePool(30, 0.9),
+            R1Penalty(0.1, every=2, separate=True),
+            *reconstructions(),
+        ],
+    ),
+    "trees, FakePool, float64": (lambda: trees().double(), [FakePool(30, 0.9), *reconstructions()]),
+    "trees, FakePool of each leaf, float64": (
+        lambda: trees(("g", "d")).double(),
+        [FakePool(30, 0.9, independent=True), Alternating(share_fake=True)],
+    ),
 }
 
-SHARDED = [case for case in CASES if not any(name in case for name in ("Consensus", "Competitive", "ACGD", "bf16"))]
+UNSHARDED = ("Consensus", "Competitive", "ACGD", "bf16", "AdaptiveAdversarial", "everything")
+SHARDED = [case for case in CASES if not any(name in case for name in UNSHARDED)]
 # cases with penalties of gradients, whose second derivatives meet FSDP's hooks in another order on GPUs
 THREADED = [
     "R1",
@@ -262,6 +346,9 @@ THREADED = [
     "Extragradient",
     "Packed",
     "PathLengthPenalty",
+    "shared samples, PathLengthPenalty",
+    "separate steps",
+    "trees",
     "layers",
 ]
 FOUR = [
@@ -276,6 +363,8 @@ FOUR = [
     "Extragradient",
     "ConsensusOptimization, float64",
     "SpectralNorm, GeneratorEMA",
+    "trees, FakePool, float64",
+    "trees, LossBalancer, plateau, float64",
     *[case for case in CASES if case.startswith("AdaptiveUpdateRatio")],
 ]
 
@@ -411,7 +500,8 @@ def resumed(rank, **kwargs):
 def refused(rank, **kwargs):
     """What a rule that cannot work on shards says, and one that shards another way."""
     said, tensors = [], ModelParallelStrategy(1, 2, process_group_backend="gloo")
-    for rule, strategy in ((ConsensusOptimization(1.0), sharding()), (Unrolling(), tensors)):
+    weight = AdaptiveAdversarialWeight("layers.2")
+    for rule, strategy in ((ConsensusOptimization(1.0), sharding()), (weight, sharding()), (Unrolling(), tensors)):
         try:
             fit(small(), points(2), callbacks=[rule], **kwargs | {"strategy": strategy})
         except MisconfigurationException as error:
@@ -620,7 +710,8 @@ def test_sharded_runs_resume_bit_for_bit(ranks):
 
 
 def test_what_cannot_be_sharded_is_refused(ranks):
-    rule, mesh = results(ranks, "refused")[0]["said"]
+    rule, weight, mesh = results(ranks, "refused")[0]["said"]
+    assert "AdaptiveAdversarialWeight takes gradients by a layer's whole parameters, which ModelParallel" in weight
     assert "ConsensusOptimization differentiates by both players' whole parameters, which ModelParallel" in rule
     assert "ModelParallelStrategy has tensor_parallel_size=2: set tensor_parallel_size=1" in mesh
 

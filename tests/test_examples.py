@@ -90,8 +90,8 @@ def benchmark(run, monkeypatch, name):
 @pytest.mark.filterwarnings("default")
 def test_overhead_benchmark_smoke(run, monkeypatch):
     rows = [line for line in benchmark(run, monkeypatch, "overhead").splitlines() if " ms " in line]
-    assert len(rows) == 7
-    assert sum("goal" in row for row in rows) == 5
+    assert len(rows) == 8
+    assert sum("goal" in row for row in rows) == 6
     for row in rows:
         assert float(row.split(" ms")[2].split("(")[0]) > 0
 

@@ -320,14 +320,14 @@ def parts(*layers):
         ([(torch.float32, True), (torch.float16, False)], torch.float32),
         ([(torch.complex64, True), (torch.bfloat16, True)], torch.bfloat16),
         ([(torch.complex64, True), (torch.float16, False), (torch.float32, True)], torch.float32),
-        ([(torch.bfloat16, False), (torch.float32, False)], torch.bfloat16),
+        ([(torch.bfloat16, False), (torch.float32, False)], torch.float32),
         ([(torch.complex64, False), (torch.bfloat16, False)], torch.bfloat16),
         ([(torch.complex64, True)], torch.float64),
         ([(torch.int8, False)], torch.float64),
         ([(torch.int8, False), (torch.float16, True)], torch.float16),
     ],
 )
-def test_the_type_is_that_of_the_first_real_parameter_that_trains(layers, expected):
+def test_the_type_is_that_of_the_first_real_parameter_that_trains_or_the_widest(layers, expected):
     assert parameter_dtype(parts(*layers), torch.float64) is expected
 
 

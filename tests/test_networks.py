@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from toys import small
 
-from lightning_gan_stability import MLP, BoundaryEquilibrium, GANModule, NonSaturating, Packed
+from lightning_gan_stability import MLP, BoundaryEquilibrium, GANModule, GANOutputs, NonSaturating, Packed
 from lightning_gan_stability.networks import NetworkRunner, call_network, check_condition, check_samples
 
 
@@ -55,9 +55,9 @@ def generate(made, n=3, condition=None, latents=None):
 
 
 def judge(judged, sample=None, condition=None, **kwargs):
-    return Module(judged=judged, **kwargs).networks.discriminate(
-        torch.zeros(6, 2) if sample is None else sample, condition
-    )
+    """Logits and features."""
+    sample = torch.zeros(6, 2) if sample is None else sample
+    return Module(judged=judged, **kwargs).networks.discriminate(sample, condition)[:2]
 
 
 def sentence(text):
@@ -316,7 +316,7 @@ def test_logits_and_features():
 
 @pytest.mark.parametrize("logits", [[torch.zeros(6, 1), torch.ones(6)], {"b": torch.zeros(6, 1), "a": torch.ones(6)}])
 def test_logits_of_several_discriminators(logits):
-    found, _ = judge(logits)
+    found, *_ = judge(logits)
     assert type(found) is type(logits)
     names = list(logits) if isinstance(logits, dict) else range(2)
     assert list(found if isinstance(found, dict) else range(2)) == list(names)
@@ -345,7 +345,7 @@ def test_what_a_discriminator_must_not_return(judged, got):
 
 
 def test_logits_in_a_dict_of_a_type_of_its_own():
-    logits, _ = judge(Keyed(a=torch.zeros(6, 1)))
+    logits, *_ = judge(Keyed(a=torch.zeros(6, 1)))
     assert logits["a"].shape == (6,)
 
 
@@ -407,13 +407,13 @@ def test_one_discriminator_stays_one(first, second):
 def test_samples_are_augmented_in_training_alone(training):
     module = Module(judged=lambda sample, condition: sample.sum(1), training=training)
     module.augment = lambda x: x + 1
-    logits, _ = module.networks.discriminate(torch.zeros(6, 2), None)
+    logits, *_ = module.networks.discriminate(torch.zeros(6, 2), None)
     assert torch.equal(logits, torch.full((6,), 2.0 * training))
 
 
 def test_reconstructions_are_judged_by_their_mean_absolute_error():
     x = torch.randn(6, 2, 3)
-    logits, _ = judge(x + torch.arange(6.0)[:, None, None], x, loss=BoundaryEquilibrium())
+    logits, *_ = judge(x + torch.arange(6.0)[:, None, None], x, loss=BoundaryEquilibrium())
     torch.testing.assert_close(logits, torch.arange(6.0))
     assert judge(torch.zeros(6, 1), x, loss=BoundaryEquilibrium())[0].shape == (6,)  # errors already
 
@@ -458,3 +458,26 @@ def test_compiled_networks_have_one_graph_for_all_sizes():
         sample, _ = gan.networks.generate(n, None, torch.randn(n, 4))
         gan.networks.discriminate(sample.detach(), None)
     assert len(graphs) == 2
+
+
+# ---------- several discriminators
+
+
+class Maps(nn.Module):
+    def forward(self, x):
+        return x[:, :1], [x]
+
+
+@pytest.mark.parametrize("kind", [nn.ModuleDict, nn.ModuleList])
+def test_discriminators_that_return_features_are_asked_for_them(kind):
+    parts = [Maps(), Maps()] if kind is nn.ModuleList else {"a": Maps(), "b": Maps()}
+    x = torch.randn(3, 2)
+    outputs = GANModule(MLP([4, 2]), kind(parts), 4).judge(GANOutputs(x, -x))
+    names = ["0", "1"] if kind is nn.ModuleList else ["a", "b"]
+    for name, real, fake in outputs.pairs():
+        assert name in names
+        assert torch.equal(real, x[:, 0])
+        assert torch.equal(fake, -x[:, 0])
+    features = outputs.real_features
+    features = features if isinstance(features, list) else [features[name] for name in names]
+    assert [torch.equal(maps[0], x) for maps in features] == [True, True]

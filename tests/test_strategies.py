@@ -14,6 +14,7 @@ from toys import fit, points, sgd, weights
 
 from lightning_gan_stability import (
     MLP,
+    AdaptiveAdversarialWeight,
     Alternating,
     CollapseDetector,
     GANModule,
@@ -85,9 +86,10 @@ def test_what_the_table_says_of_several_processes(name):
     for column, names in (("DDP", CASES), ("shards", SHARDED)):
         tried = any(isinstance(other, kind) for case in names for other in CASES[case][1])
         assert (tables.works(name, column) == "yes") == (tried or isinstance(callback, ELSEWHERE))
-    # the condition under which UpdateRule refuses ModelParallelStrategy
-    differentiates_both = isinstance(callback, UpdateRule) and callback.whole_batch and callback.joint
-    assert (tables.works(name, "shards") == "refused") == differentiates_both
+    # the condition under which UpdateRule refuses ModelParallelStrategy; and a callback that differentiates by a layer
+    differentiates = isinstance(callback, UpdateRule) and callback.whole_batch and callback.joint
+    differentiates = differentiates or isinstance(callback, AdaptiveAdversarialWeight)
+    assert (tables.works(name, "shards") == "refused") == differentiates
     assert tables.works(name, "DDP") != "refused"
 
 

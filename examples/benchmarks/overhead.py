@@ -1,6 +1,6 @@
 """What a step of GANModule costs, each time against the same step without it, in turn in one run.
 
-`python examples/benchmarks/overhead.py --rounds 3` takes seven minutes to three quarters of an hour on one core, by the
+`python examples/benchmarks/overhead.py --rounds 3` takes ten minutes to three quarters of an hour on one core, by the
 machine's load, and nine rounds, the default, three times as long; `--smoke` takes seconds and says nothing.
 Times are CPU seconds of one thread, so that other work on the machine disturbs them less.
 """
@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from functools import partial
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gan_stability import (
     MLP,
+    Alternating,
     DCGANDiscriminator,
     DCGANGenerator,
     GANModule,
@@ -142,7 +144,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny networks, two rounds: only shows that it runs")
     parser.add_argument("--rounds", type=int, default=9, help="pairs of measurements for each row")
+    parser.add_argument("--only", default="", help="rows with this in their title alone")
     arguments = parser.parse_args()
+
+    def row(title: str, *columns: Any) -> None:
+        if arguments.only in title:
+            compare(title, *columns)
+
     smoke = arguments.smoke
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -163,14 +171,14 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, one thread; time per step, ratio: median (smallest to largest of {rounds} rounds)"
     )
-    compare(
+    row(
         f"DCGAN {size}x{size}, batch {batch}: GANModule / plain PyTorch",
         rounds,
         1.03,
         lambda: lightning(gan(pair, 128), steps(images, few)),
         lambda: plain_torch(*deepcopy(pair), 128, steps(images, few)),
     )
-    compare(
+    row(
         "ring MLPs, batch 512: GANModule / hand-written Lightning",
         rounds,
         1.0,
@@ -178,7 +186,7 @@ def main() -> None:
         lambda: lightning(HandWritten(*deepcopy(ring), 256), steps(points, many)),
     )
     fused = partial(adam, fused=True)
-    compare(
+    row(
         "few neurons, batch 8: GANModule / hand-written, no logs",
         rounds,
         1.15,
@@ -187,6 +195,13 @@ def main() -> None:
         ),
         lambda: lightning(HandWritten(*deepcopy(few_neurons), 16, logs=False, fused=True), steps(eight, 5 * many)),
     )
+    row(
+        f"DCGAN {size}x{size}: samples shared / made for each player",
+        rounds,
+        0.92,
+        lambda: lightning(gan(pair, 128), steps(images, few), Alternating(share_fake=True)),
+        lambda: lightning(gan(pair, 128), steps(images, few)),
+    )
     for title, goal, callback, n in (
         ("R1Penalty", 1.9, lambda: R1Penalty(0.1), few),
         ("R1Penalty(every=16)", 1.08, lambda: R1Penalty(0.1, every=16), 4 * few),
@@ -194,7 +209,7 @@ def main() -> None:
         ("GradientPenalty", float("inf"), lambda: GradientPenalty(10.0), few),
     ):
         extra = [R1Penalty(0.1)] if "+" in title else []
-        compare(
+        row(
             f"DCGAN {size}x{size}: with {title} / without",
             rounds if n == few else max(2, rounds // 3),
             goal,

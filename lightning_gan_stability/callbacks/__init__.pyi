@@ -1,5 +1,9 @@
+from .adversarial_start import AdversarialStart as AdversarialStart
+from .adversarial_weight import AdaptiveAdversarialWeight as AdaptiveAdversarialWeight
+from .adversarial_weight import LossBalancer as LossBalancer
 from .averaging import GeneratorEMA as GeneratorEMA
 from .averaging import Lookahead as Lookahead
+from .fake_pool import FakePool as FakePool
 from .spectral_norm import SpectralNorm as SpectralNorm
 from .update_ratio import AdaptiveUpdateRatio as AdaptiveUpdateRatio
 from .update_ratio import UpdateRatio as UpdateRatio

@@ -96,6 +96,10 @@ class GeneratorEMA(GANCallback):
             if module.generator_ema is None:
                 module.generator_ema = copy_network(module.generator)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the average that a checkpoint brings as one that was there."""
+        self._found |= any(key.startswith("generator_ema.") for key in checkpoint.get("state_dict", {}))
+
     def reset(self, module: GANProtocol) -> None:
         """Start from a copy of the generator."""
         super().reset(module)
@@ -107,7 +111,8 @@ class GeneratorEMA(GANCallback):
                 "The module has an average of its generator already, and GeneratorEMA begins anew, with a copy of the "
                 "generator: set GeneratorEMA(restart=False) to go on from the average."
             )
-        module.generator_ema.load_state_dict({k: clone(v) for k, v in module.generator.state_dict().items()})
+        state = module.generator.state_dict()
+        module.generator_ema.load_state_dict({k: clone(v) if isinstance(v, Tensor) else v for k, v in state.items()})
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -127,7 +132,8 @@ class GeneratorEMA(GANCallback):
         for name in low:
             start = self.precise.get(name, means[name]).to(means[name].device, torch.float32)
             self.precise[name] = means[name] = start
-        lerp_(list(means.values()), [weights[name].to(means[name].dtype) for name in means], 1 - decay)
+        moving = [name for name, mean in means.items() if mean.is_floating_point() or mean.is_complex()]
+        lerp_([means[name] for name in moving], [weights[name].to(means[name].dtype) for name in moving], 1 - decay)
         for name, p in low.items():
             p.copy_(means[name])
         for mine, theirs in zip(average.modules(), generator.modules(), strict=True):
@@ -208,4 +214,5 @@ def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
 
 
 def _weights(trainer: Trainer) -> list[Tensor]:
-    return [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+    found = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+    return [p for p in found if p.is_floating_point() or p.is_complex()]

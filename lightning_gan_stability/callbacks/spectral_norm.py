@@ -12,7 +12,12 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from lightning_gan_stability._checks import check_integer, check_number
-from lightning_gan_stability._compat import has_old_spectral_norm, has_old_weight_norm, is_spectral_norm
+from lightning_gan_stability._compat import (
+    computed_weights,
+    has_old_spectral_norm,
+    has_old_weight_norm,
+    is_spectral_norm,
+)
 from lightning_gan_stability.callback import refuse_after_weight_averaging
 from lightning_gan_stability.layers import SpectralScale, normalize_spectrum, rescale_spectrum
 
@@ -148,7 +153,8 @@ def _weights(layer: nn.Module) -> list[str]:
 
 def _is_normalized(layer: nn.Module, name: str) -> bool:
     parts = _parts(layer, name)
-    return has_old_spectral_norm(layer) or any(map(is_spectral_norm, parts))
+    old = has_old_spectral_norm(layer) and name.removesuffix("_orig") in computed_weights(layer)
+    return old or any(map(is_spectral_norm, parts))
 
 
 def _parts(layer: nn.Module, name: str) -> Sequence[nn.Module]:

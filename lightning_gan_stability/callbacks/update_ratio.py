@@ -12,11 +12,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_gan_stability._checks import check_bool, check_choice, check_finite, check_integer, check_number
 from lightning_gan_stability.callback import GANCallback, UpdateRule, as_gan
+from lightning_gan_stability.callbacks.adversarial_start import refuse_without_other_terms
 from lightning_gan_stability.engine import adversarial_losses
 from lightning_gan_stability.outputs import PLAYERS, GANOutputs, Pair, Player
 from lightning_gan_stability.protocols import GANProtocol
 
 Rule = Literal["accuracy", "loss_change", "logit_gap", "gradient_norm"]
+Rests = Literal["player", "adversarial"]
 
 
 class PlanCallback(GANCallback):
@@ -118,7 +120,10 @@ class UpdateRatio(PlanCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Go on in the cycle."""
-        last = "g" in as_gan(pl_module).plan
+        module = as_gan(pl_module)
+        if "d" in module.plan and "d" not in module.moved:
+            return  # a callback has it wait
+        last = "g" in module.plan
         self.cycle, self.position = (self.cycle + 1, 0) if last else (self.cycle, self.position + 1)
 
 
@@ -193,11 +198,12 @@ class AdaptiveUpdateRatio(PlanCallback):
     * ``"gradient_norm"``: log of the generator's gradient norm per root of a parameter over the discriminator's; the
       band is a factor of 10 either way. A heuristic. A player that rests keeps its last norm.
 
-    Above ``high`` the discriminator rests, below ``low`` the generator; one that rests moves again when the value has
-    come back by ``hysteresis``, or after ``max_rest`` batches, whatever the rule says, so that nobody starves. The log
-    has the rule's value, ``balance/<rule>``, and ``balance/d_share`` and ``balance/g_share``, the shares of batches so
-    far on which a player moved. Statistics cost one exchange between ranks per batch, and one forward pass on a batch
-    on which the discriminator rests (on the whole batch at once, also with ``accumulate``).
+    Above ``high`` the discriminator rests, below ``low`` the generator, or, with ``generator_rests="adversarial"``, the
+    adversarial terms of its loss, so that reconstruction and other terms go on; one that rests moves again when the
+    value has come back by ``hysteresis``, or after ``max_rest`` batches, whatever the rule says, so that nobody
+    starves. The log has the rule's value, ``balance/<rule>``, and ``balance/d_share`` and ``balance/g_share``, the
+    shares of batches so far on which a player moved. Statistics cost one exchange between ranks per batch, and one
+    forward pass on a batch on which the discriminator rests (on the whole batch at once, also with ``accumulate``).
 
     Args:
         rule: what to look at.
@@ -205,6 +211,8 @@ class AdaptiveUpdateRatio(PlanCallback):
         high: the same.
         hysteresis: the same, not negative.
         max_rest: batches in a row that a player may rest.
+        generator_rests: what rests below ``low``: ``"player"``, the whole generator, or ``"adversarial"``, its
+            adversarial loss and feature matching alone.
 
     Raises:
         ValueError: if an argument has a bad value.
@@ -230,6 +238,7 @@ class AdaptiveUpdateRatio(PlanCallback):
         high: float | None = None,
         hysteresis: float | None = None,
         max_rest: int = 5,
+        generator_rests: Rests = "player",
     ) -> None:
         super().__init__()
         self.rule: Rule = check_choice("rule", rule, get_args(Rule))
@@ -242,6 +251,7 @@ class AdaptiveUpdateRatio(PlanCallback):
         if self.low > self.high:
             raise ValueError(f"`low` must not be above `high`, got {self.low!r} and {self.high!r}.")
         self.max_rest = check_integer("max_rest", max_rest)
+        self.generator_rests: Rests = check_choice("generator_rests", generator_rests, get_args(Rests))
         self.add_state("resting", None)
         self.add_state("rested", 0)  # batches in a row
         self.add_state("batches", 0)
@@ -250,14 +260,25 @@ class AdaptiveUpdateRatio(PlanCallback):
         self.add_state("norms", {"d_norm": 0.0, "g_norm": 0.0})
         self._judged: list[Pair] = []  # of a batch on which the discriminator rests
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse another owner of the plan, and a generator that has nothing but its adversarial loss."""
+        super().on_fit_start(trainer, pl_module)
+        if self.generator_rests == "adversarial":
+            refuse_without_other_terms(self, trainer, pl_module)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Say who moves; judge the batch if the discriminator will not."""
         module = as_gan(pl_module)
-        module.plan = self.moving([player for player in PLAYERS if player != self.resting])
+        resting = None if self.resting == "g" and self.generator_rests == "adversarial" else self.resting
+        module.plan = self.moving([player for player in PLAYERS if player != resting])
         self._judged = []
         if self.resting == "d":
             with torch.no_grad(), module.frozen_buffers(), module.noise.of("balance"):
                 self._judged = module.compute_outputs("d", batch, ()).pairs()
+
+    def allows_adversarial(self, module: GANProtocol) -> bool:
+        """Not while the generator's adversarial terms rest."""
+        return self.resting != "g" or self.generator_rests == "player"
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -270,7 +291,7 @@ class AdaptiveUpdateRatio(PlanCallback):
         now = self._statistics(module, pairs)
         value = RULES[self.rule][0](now, self.before)
         self.batches += 1
-        for player in module.moved:
+        for player in module.moved - ({"g"} if not self.allows_adversarial(module) else set()):
             self.moves[player] += 1
         if module.last_step.visible:
             shares = {f"balance/{player}_share": n / self.batches for player, n in self.moves.items()}

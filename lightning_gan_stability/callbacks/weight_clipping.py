@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_gan_stability._checks import check_choice, check_number
@@ -36,6 +38,14 @@ class WeightClipping(GANCallback):
         super().__init__()
         self.limit = check_number("limit", limit, positive=True)
         self.network = check_choice("network", network, NETWORKS.values())
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse weights that have no order."""
+        for name, p in pl_module.get_submodule(self.network).named_parameters():
+            if p.is_complex():
+                raise MisconfigurationException(
+                    f"WeightClipping clips real numbers, and `{self.network}.{name}` is complex: remove WeightClipping."
+                )
 
     def constrain(self, module: GANProtocol, player: Player, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """Clamp the parameters of the network's player."""

@@ -1,4 +1,5 @@
 from .consistency import ConsistencyPenalty as ConsistencyPenalty
+from .feature_matching import FeatureMatching as FeatureMatching
 from .finite_difference import ApproximateR1Penalty as ApproximateR1Penalty
 from .finite_difference import ApproximateR2Penalty as ApproximateR2Penalty
 from .generator import ModeSeeking as ModeSeeking
@@ -9,4 +10,5 @@ from .gradient import R1Penalty as R1Penalty
 from .gradient import R2Penalty as R2Penalty
 from .logits import LeCam as LeCam
 from .logits import LogitDrift as LogitDrift
+from .reconstruction import Reconstruction as Reconstruction
 from .weights import OrthogonalPenalty as OrthogonalPenalty

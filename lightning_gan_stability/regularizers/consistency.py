@@ -48,6 +48,7 @@ class ConsistencyPenalty(Regularizer):
         radius: standard deviation of δ, positive; None: 0.05.
         player: ``"g"`` for the generator's half of ``"latent"``.
         every: due on every so many steps, and scaled by as much.
+        separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
 
     Raises:
         ValueError: if an argument has a bad value or is of no use with ``kind``, or if samples are not images and
@@ -71,6 +72,7 @@ class ConsistencyPenalty(Regularizer):
         radius: float | None = None,
         player: Player = "d",
         every: int = 1,
+        separate: bool = False,
     ) -> None:
         check_choice("kind", kind, get_args(Consistency))
         latent = kind == "latent"
@@ -80,9 +82,8 @@ class ConsistencyPenalty(Regularizer):
             raise ValueError(f"`{'transform' if latent else 'radius'}` is of no use with kind={kind!r}.")
         module = transform is None or isinstance(transform, nn.Module)
         check(module, "transform", "a module from samples to samples, or None", transform)
-        super().__init__(
-            weight if weight is not None else 10.0 if not latent else 20.0 if player == "d" else 0.5, every
-        )
+        default = 10.0 if not latent else 20.0 if player == "d" else 0.5
+        super().__init__(default if weight is None else weight, every, separate=separate)
         self.kind: Consistency = kind
         self.transform = transform
         self.radius = check_number("radius", 0.05 if radius is None else radius, positive=True)
@@ -101,7 +102,7 @@ class ConsistencyPenalty(Regularizer):
         change = self._change(module, outputs.real, outputs.real_logits, outputs.condition)
         if self.kind == "real":
             return change
-        return change + self._change(module, outputs.fake, outputs.fake_logits, outputs.condition)
+        return change + self._change(module, outputs.fake, outputs.fake_logits, outputs.fake_condition)
 
     def _change(self, module: GANProtocol, samples: Sample, logits: Logits, condition: Condition) -> Tensor:
         moved = self._moved(module, samples)
@@ -124,7 +125,11 @@ class ConsistencyPenalty(Regularizer):
         return tree_map(move, samples)
 
     def _latent(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
-        assert outputs.latents is not None
+        if outputs.latents is None:
+            raise ValueError(
+                "ConsistencyPenalty(kind='latent') compares samples with those of near latents, and FakePool shows "
+                "samples of earlier batches: remove one of them."
+            )
         near = outputs.latents + self.radius * module.noise.randn_like(outputs.latents)
         fake = module.resample(outputs, near).fake
         if self.player == "g":

@@ -22,8 +22,15 @@ class _FiniteDifference(Regularizer):
     second_order = False
     weight = 100.0
 
-    def __init__(self, weight: float = 100.0, sigma: float = 0.01, every: int = 1, patches: Patches = "sum") -> None:
-        super().__init__(weight, every)
+    def __init__(
+        self,
+        weight: float = 100.0,
+        sigma: float = 0.01,
+        every: int = 1,
+        patches: Patches = "sum",
+        separate: bool = False,
+    ) -> None:
+        super().__init__(weight, every, separate=separate)
         self.sigma = check_number("sigma", sigma, positive=True)
         self.patches: Patches = check_choice("patches", patches, get_args(Patches))
 
@@ -49,6 +56,7 @@ class ApproximateR1Penalty(_FiniteDifference):
         weight: not negative.
         sigma: σ, positive, in units of the data. Much below 0.001 float32 cancels.
         every: due on every so many steps, and scaled by as much.
+        separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
         patches: of a discriminator with several logits for a sample, what is compared: their ``"sum"``, as in
             papers, which grows with the size of the sample, or their ``"mean"``, with which the weight need not change
             with it.
@@ -76,6 +84,7 @@ class ApproximateR2Penalty(_FiniteDifference):
         weight: not negative.
         sigma: σ, positive, in units of the data.
         every: due on every so many steps, and scaled by as much.
+        separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
         patches: of a discriminator with several logits for a sample, what is compared: their ``"sum"``, as in
             papers, which grows with the size of the sample, or their ``"mean"``, with which the weight need not change
             with it.
@@ -91,4 +100,4 @@ class ApproximateR2Penalty(_FiniteDifference):
 
     def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
         """(l(x) − l(x + σ n))² of each fake sample, (n,)."""
-        return self._values(module, outputs.fake, outputs.condition)
+        return self._values(module, outputs.fake, outputs.fake_condition)

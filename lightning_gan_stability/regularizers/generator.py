@@ -8,9 +8,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_gan_stability import penalties
+from lightning_gan_stability._checks import check_integer, check_type, describe
 from lightning_gan_stability.callback import Regularizer, as_gan
 from lightning_gan_stability.distributed import mean_over_ranks
-from lightning_gan_stability.outputs import GANOutputs, tree_leaves, tree_map
+from lightning_gan_stability.outputs import GANOutputs, batch_size, take_rows, tree_leaves, tree_map
 from lightning_gan_stability.protocols import GANProtocol
 from lightning_gan_stability.regularizers.running_mean import RunningMeanRegularizer, at_least_float32
 
@@ -30,13 +31,18 @@ class PathLengthPenalty(RunningMeanRegularizer):
 
     J_z is the generator's Jacobian, y a random image with pixels of variance 1 / their number, and a the running mean
     of the lengths, at first 0. "Analyzing and Improving the Image Quality of StyleGAN",
-    https://arxiv.org/abs/1912.04958; here with respect to the latents themselves. Shares the forward pass of the loss;
-    costs its second derivatives.
+    https://arxiv.org/abs/1912.04958. By default with respect to the latents z themselves; StyleGAN2 has an intermediate
+    latent w instead, which :meth:`GANModule.generate` returns as ``(samples, {"w": w})``: ``latents="w"``. Shares the
+    forward pass of the loss, unless the batch is smaller or the step separate; costs its second derivatives.
 
     Args:
         weight: not negative.
         decay: share of the old mean in the new one, in [0, 1].
         every: due on every so many steps, and scaled by as much.
+        separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
+        latents: key of the extras that J is with respect to, such as ``"w"``, of shape (n, d) or (n, layers, d). None:
+            the latents that samples are made from.
+        shrink: the penalty takes one n-th of the batch; 2 in StyleGAN2.
 
     Attributes:
         means: a, a scalar; None before the first batch.
@@ -52,25 +58,54 @@ class PathLengthPenalty(RunningMeanRegularizer):
 
     player = "g"
     differentiates = ("latents",)
+    reads = ()
     per_sample = True
     weight = 2.0
     every = 4
 
-    def __init__(self, weight: float = 2.0, decay: float = 0.99, every: int = 4) -> None:
-        super().__init__(weight, every, decay)
+    def __init__(
+        self,
+        weight: float = 2.0,
+        decay: float = 0.99,
+        every: int = 4,
+        separate: bool = False,
+        latents: str | None = None,
+        shrink: int = 1,
+    ) -> None:
+        super().__init__(weight, every, decay, separate)
+        self.latents = None if latents is None else check_type("latents", latents, str)
+        self.shrink = check_integer("shrink", shrink)
         self._lengths: list[Tensor] = []  # of the batch at hand
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a generator with BatchNorm, or without latents."""
         super().on_fit_start(trainer, pl_module)
-        refuse_without_latents(self, as_gan(pl_module))
+        if self.latents is None:
+            refuse_without_latents(self, as_gan(pl_module))
 
     def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
         """(‖J_zᵀ y‖ − a)² of each sample, (n,)."""
-        assert outputs.latents is not None
-        lengths = penalties.path_lengths(outputs.latents, outputs.fake, module.noise.randn_like(outputs.fake))
+        if self.shrink > 1 and not self.separate:
+            rows = max(batch_size(outputs.fake) // self.shrink, 1)
+            condition, latents = (take_rows(tree, 0, rows) for tree in (outputs.condition, outputs.latents))
+            fewer = outputs.replace(real=None, condition=condition, fake=take_rows(outputs.fake, 0, rows))
+            outputs = module.resample(fewer, latents)
+        lengths = penalties.path_lengths(self._by(outputs), outputs.fake, module.noise.randn_like(outputs.fake))
         self._lengths.append(lengths.detach())
         return (lengths - (0.0 if self.means is None else self.means)).square()
+
+    def _by(self, outputs: GANOutputs) -> Tensor:
+        """What the samples are differentiated by."""
+        if self.latents is None:
+            assert outputs.latents is not None
+            return outputs.latents
+        found = outputs.extras.get(self.latents)
+        if not isinstance(found, Tensor) or not found.requires_grad:
+            raise ValueError(
+                f"PathLengthPenalty differentiates by `extras[{self.latents!r}]`, but `generate` returned "
+                f"{describe(found)} there: return (samples, {{{self.latents!r}: the tensor that they are made of}})."
+            )
+        return found
 
     def observe(self, module: GANProtocol) -> Tensor | None:
         """The mean length of the batch, if the penalty was due."""
@@ -95,6 +130,7 @@ class ModeSeeking(Regularizer):
     Args:
         weight: not negative.
         every: due on every so many steps, and scaled by as much.
+        separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
         final_weight: what the weight becomes along half a cosine over ``steps`` steps. None: constant.
         steps: length of this schedule, together with ``final_weight``.
 
@@ -112,9 +148,14 @@ class ModeSeeking(Regularizer):
     second_order = False
 
     def __init__(
-        self, weight: float = 1.0, every: int = 1, final_weight: float | None = None, steps: int | None = None
+        self,
+        weight: float = 1.0,
+        every: int = 1,
+        final_weight: float | None = None,
+        steps: int | None = None,
+        separate: bool = False,
     ) -> None:
-        super().__init__(weight, every, final_weight, steps)
+        super().__init__(weight, every, final_weight, steps, separate)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a generator without latents."""

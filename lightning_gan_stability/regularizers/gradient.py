@@ -26,10 +26,11 @@ class _ZeroCentered(Regularizer):
         final_gamma: float | None = None,
         steps: int | None = None,
         patches: Patches = "sum",
+        separate: bool = False,
     ) -> None:
         check_number("gamma", gamma)
         check_schedule("gamma", final_gamma, steps)
-        super().__init__(gamma / 2, every, None if final_gamma is None else final_gamma / 2, steps)
+        super().__init__(gamma / 2, every, None if final_gamma is None else final_gamma / 2, steps, separate)
         self.patches: Patches = check_choice("patches", patches, get_args(Patches))
 
 
@@ -43,6 +44,7 @@ class R1Penalty(_ZeroCentered):
     Args:
         gamma: γ, not negative. A start for images is 0.0002 · pixels / batch size, times 4 or ¼ as the run asks.
         every: due on every so many steps, and scaled by as much. 16 costs almost nothing.
+        separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
         final_gamma: what γ becomes along half a cosine over ``steps`` steps, as in R3GAN; None: it stays.
         steps: how many steps that takes.
         patches: of a discriminator with several logits for a sample, what is differentiated: their ``"sum"``, as in
@@ -58,6 +60,7 @@ class R1Penalty(_ZeroCentered):
     """
 
     differentiates = ("real",)
+    reads = ("real",)
 
     def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
         """‖∇ₓD(x)‖² of each real sample, (n,)."""
@@ -74,6 +77,7 @@ class R2Penalty(_ZeroCentered):
     Args:
         gamma: γ, not negative.
         every: due on every so many steps, and scaled by as much.
+        separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
         final_gamma: what γ becomes along half a cosine over ``steps`` steps, as in R3GAN; None: it stays.
         steps: how many steps that takes.
         patches: of a discriminator with several logits for a sample, what is differentiated: their ``"sum"``, as in
@@ -89,6 +93,7 @@ class R2Penalty(_ZeroCentered):
     """
 
     differentiates = ("fake",)
+    reads = ("fake",)
 
     def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
         """‖∇ₓD(x)‖² of each fake sample, (n,)."""
@@ -108,6 +113,7 @@ class GradientPenalty(Regularizer):
         target: the gradient norm that costs nothing, not negative.
         one_sided: charge only norms above the target.
         every: due on every so many steps, and scaled by as much.
+        separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
         patches: of a discriminator with several logits for a sample, what is differentiated: their ``"sum"``, as in
             papers, which grows with the size of the sample, or their ``"mean"``, with which the weight need not change
             with it.
@@ -132,8 +138,9 @@ class GradientPenalty(Regularizer):
         one_sided: bool = False,
         every: int = 1,
         patches: Patches = "sum",
+        separate: bool = False,
     ) -> None:
-        super().__init__(weight, every)
+        super().__init__(weight, every, separate=separate)
         self.target = check_number("target", target)
         self.one_sided = check_bool("one_sided", one_sided)
         self.patches: Patches = check_choice("patches", patches, get_args(Patches))
@@ -161,6 +168,7 @@ class DRAGANPenalty(Regularizer):
         weight: λ, not negative.
         target: the gradient norm that costs nothing, not negative.
         every: due on every so many steps, and scaled by as much.
+        separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
         patches: of a discriminator with several logits for a sample, what is differentiated: their ``"sum"``, as in
             papers, which grows with the size of the sample, or their ``"mean"``, with which the weight need not change
             with it.
@@ -178,8 +186,15 @@ class DRAGANPenalty(Regularizer):
     per_sample = True
     weight = 10.0
 
-    def __init__(self, weight: float = 10.0, target: float = 1.0, every: int = 1, patches: Patches = "sum") -> None:
-        super().__init__(weight, every)
+    def __init__(
+        self,
+        weight: float = 10.0,
+        target: float = 1.0,
+        every: int = 1,
+        patches: Patches = "sum",
+        separate: bool = False,
+    ) -> None:
+        super().__init__(weight, every, separate=separate)
         self.target = check_number("target", target)
         self.patches: Patches = check_choice("patches", patches, get_args(Patches))
 

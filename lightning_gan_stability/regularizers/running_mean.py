@@ -20,6 +20,7 @@ class RunningMeanRegularizer(Regularizer):
         weight: not negative.
         every: due on every so many steps, and scaled by as much.
         decay: share of the old mean in the new one, in [0, 1].
+        separate: it takes a step of the optimizer for itself.
 
     Attributes:
         means: the running means; None before the first batch.
@@ -27,8 +28,8 @@ class RunningMeanRegularizer(Regularizer):
 
     means: Tensor | None
 
-    def __init__(self, weight: float, every: int, decay: float) -> None:
-        super().__init__(weight, every)
+    def __init__(self, weight: float, every: int, decay: float, separate: bool = False) -> None:
+        super().__init__(weight, every, separate=separate)
         self.decay = check_share("decay", decay)
         self.add_state("means", None)
 

@@ -28,6 +28,7 @@ class OrthogonalPenalty(Regularizer):
         off_diagonal: leave the lengths of filters alone, as BigGAN does; False: ‖W Wᵀ − I‖_F².
         player: whose network: ``"g"`` (BigGAN) or ``"d"``.
         every: due on every so many steps, and scaled by as much.
+        separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
 
     Raises:
         ValueError: if an argument has a bad value.
@@ -41,8 +42,15 @@ class OrthogonalPenalty(Regularizer):
     second_order = False
     weight = 1e-4
 
-    def __init__(self, weight: float = 1e-4, off_diagonal: bool = True, player: Player = "g", every: int = 1) -> None:
-        super().__init__(weight, every)
+    def __init__(
+        self,
+        weight: float = 1e-4,
+        off_diagonal: bool = True,
+        player: Player = "g",
+        every: int = 1,
+        separate: bool = False,
+    ) -> None:
+        super().__init__(weight, every, separate=separate)
         self.off_diagonal = check_bool("off_diagonal", off_diagonal)
         self.player = check_choice("player", player, PLAYERS)
 

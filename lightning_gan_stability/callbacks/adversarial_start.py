@@ -1,0 +1,226 @@
+"""When the adversarial game begins, beside a reconstruction that trains from the first batch on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from lightning_gan_stability._checks import check, check_choice, check_integer, check_share, check_type
+from lightning_gan_stability.callback import GANCallback, Regularizer, UpdateRule, as_gan
+from lightning_gan_stability.module import GANModule
+from lightning_gan_stability.outputs import GANOutputs, Player, Terms
+from lightning_gan_stability.protocols import GANProtocol
+
+When = Literal["step", "plateau"]
+
+
+def refuse_without_other_terms(callback: GANCallback, trainer: Trainer, module: LightningModule) -> None:
+    """Refuse to let the adversarial terms of the generator rest where its loss has no others."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    terms = (c for c in callbacks if isinstance(c, Regularizer) and c.player == "g")
+    if not any(not c.needs_real and c.every == 1 for c in terms) and not is_overridden(
+        "auxiliary_losses", module, GANModule
+    ):
+        name = type(callback).__name__
+        raise MisconfigurationException(
+            f"{name} lets the adversarial loss of the generator rest, which has nothing else to learn from then: add "
+            f"Reconstruction, override `auxiliary_losses`, or remove {name}."
+        )
+
+
+class AdversarialStart(GANCallback):
+    """The generator trains on its other losses alone until the adversarial game begins, at a step or at a plateau.
+
+    Before, the discriminator is neither run nor stepped, and neither its optimizer's moments nor its BatchNorm move;
+    a weight of zero would move both. From the start on the generator's loss has its adversarial term, and whatever else
+    reads the discriminator, such as ``FeatureMatching``. ``disc_start`` of "Taming Transformers for High-Resolution
+    Image Synthesis", https://arxiv.org/abs/2012.09841, and ``discriminator_train_start_steps`` of "Parallel WaveGAN",
+    https://arxiv.org/abs/1910.11480. Steps are batches, whatever the number of optimizers.
+
+    At a plateau: the mean of ``monitor`` over ``window`` batches, over all processes, has not fallen below (1 -
+    ``threshold``) times its smallest one for ``patience`` windows in a row. A value of validation, ``val/...``, is
+    taken as it is, each time it is measured. The start is in checkpoints, and the log has
+    ``balance/adversarial_start``, the factor of the adversarial terms.
+
+    Args:
+        step: ``module.iteration`` of the first batch with the adversarial term.
+        ramp: batches over which the term's factor rises from 0 to 1 in equal steps; 0: at once.
+        discriminator_first: for how many batches before that the discriminator trains already, while the generator
+            waits; True: from the first batch on. At a plateau the generator's term follows so many batches later.
+        when: ``"step"``, or ``"plateau"``, which needs ``monitor``.
+        monitor: the log key of the term that must stop improving, such as ``"g/reconstruction"``; smaller is better.
+        window: batches that one value is the mean of.
+        patience: windows (or validations) in a row without an improvement.
+        threshold: what an improvement is, relative to the best value, in [0, 1).
+
+    Raises:
+        ValueError: if an argument has a bad value, or does not go with ``when``.
+        MisconfigurationException: if ``module.plan`` has not both players, with update rules that need both on each
+            batch or look inside of a step, or if ``monitor`` is nothing that is logged.
+
+    Example:
+        >>> AdversarialStart(step=1000, ramp=100).factor_at(1049)
+        0.5
+    """
+
+    found: int | None
+    best: float
+    waited: int
+    total: Tensor | None
+    count: int
+
+    def __init__(
+        self,
+        step: int | None = None,
+        ramp: int = 0,
+        discriminator_first: int | bool = 0,
+        when: When = "step",
+        monitor: str | None = None,
+        window: int = 100,
+        patience: int = 5,
+        threshold: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.when: When = check_choice("when", when, get_args(When))
+        check((step is None) == (when == "plateau"), "step", "given with when='step', and with no other", step)
+        check((monitor is None) == (when == "step"), "monitor", "given with when='plateau', and with no other", monitor)
+        self.step = None if step is None else check_integer("step", step, least=0)
+        self.monitor = None if monitor is None else check_type("monitor", monitor, str)
+        self.ramp = check_integer("ramp", ramp, least=0)
+        whole = isinstance(discriminator_first, bool)
+        self.discriminator_first = (
+            discriminator_first if whole else check_integer("discriminator_first", discriminator_first, least=0)
+        )
+        self.window = check_integer("window", window)
+        self.patience = check_integer("patience", patience)
+        self.threshold = check_share("threshold", threshold, open_end=True)
+        self.add_state("found", None)  # the start that a plateau gave
+        self.add_state("best", math.inf)
+        self.add_state("waited", 0)
+        self.add_state("total", None)  # of the window so far
+        self.add_state("count", 0)
+
+    @property
+    def start(self) -> int | None:
+        """The first batch with the generator's adversarial term; None: nobody knows yet."""
+        return self.found if self.when == "plateau" else self.step
+
+    def factor_at(self, iteration: int) -> float:
+        """The factor of the generator's adversarial terms on a batch; 0: they are not there."""
+        if self.start is None or iteration < self.start:
+            return 0.0
+        return min(1.0, (iteration - self.start + 1) / self.ramp) if self.ramp else 1.0
+
+    def trains_discriminator_at(self, iteration: int) -> bool:
+        """Whether the discriminator trains on a batch."""
+        if isinstance(self.discriminator_first, bool):
+            return self.discriminator_first or (self.start is not None and iteration >= self.start)
+        return self.start is not None and iteration >= self.start - self.discriminator_first
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse plans and rules that leave nothing to start."""
+        module = as_gan(pl_module)
+        if not {"d", "g"} <= {*module.plan}:
+            raise MisconfigurationException(
+                f"AdversarialStart lets the discriminator join the generator, but `module.plan` is {module.plan}: give "
+                "it both players, or remove AdversarialStart."
+            )
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for rule in callbacks:
+            if isinstance(rule, UpdateRule) and (rule.joint or rule.whole_batch):
+                name = type(rule).__name__
+                raise MisconfigurationException(
+                    f"{name} lets the generator look at the discriminator on every batch, and AdversarialStart keeps "
+                    f"it away at first: remove {name} or AdversarialStart."
+                )
+        if self.step is not None and 0 < trainer.max_steps <= self.step:
+            rank_zero_warn(
+                f"AdversarialStart(step={self.step}) lies behind the end of this run, max_steps={trainer.max_steps}: "
+                "the generator will not meet the discriminator."
+            )
+        refuse_without_other_terms(self, trainer, pl_module)
+
+    # ---------- what the module asks
+
+    def adjust_plan(self, module: GANProtocol, plan: tuple[Player, ...]) -> tuple[Player, ...]:
+        """The generator alone before the discriminator's start, also on batches that are not its own otherwise."""
+        return plan if self.trains_discriminator_at(module.iteration) else ("g",)
+
+    def allows_adversarial(self, module: GANProtocol) -> bool:
+        """Not before the start."""
+        return self.factor_at(module.iteration) > 0
+
+    def weigh_terms(
+        self, module: GANProtocol, player: Player, outputs: GANOutputs, terms: Terms
+    ) -> dict[str, float | Tensor]:
+        """The factor of the adversarial terms while it rises."""
+        factor = self.factor_at(module.iteration)
+        if player == "d" or factor == 1:
+            return {}
+        names = ["adversarial", *(regularizer.name for regularizer in module.due("g") if regularizer.needs_real)]
+        return {name: factor for name in names if name in terms}
+
+    # ---------- the plateau
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Watch the monitored term; log the factor."""
+        module = as_gan(pl_module)
+        if module.last_step.visible:
+            module.log("balance/adversarial_start", self.factor_at(module.last_step.iteration))
+        if self.monitor is None or self.start is not None or self.monitor.startswith("val/"):
+            return
+        value = module.last_step.values.get(self.monitor)
+        if value is None:
+            if module.last_step.moved:
+                self._refuse_monitor([*module.last_step.values])
+            return
+        value = value.detach().float()
+        self.total = value if self.total is None else self.total + value
+        self.count += 1
+        if self.count == self.window:
+            assert self.total is not None
+            mean = trainer.strategy.reduce(self.total / self.count, reduce_op="mean")
+            self.total, self.count = None, 0
+            self._look(module, float(mean))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at a monitored value of validation."""
+        module = as_gan(pl_module)
+        watching = self.monitor is not None and self.start is None and self.monitor.startswith("val/")
+        if not watching or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        assert self.monitor is not None
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None:
+            self._refuse_monitor([*trainer.callback_metrics])
+        else:
+            self._look(module, float(value))
+
+    def _look(self, module: GANProtocol, value: float) -> None:
+        """Start if the value has not improved for long enough."""
+        margin = self.threshold * abs(self.best) if math.isfinite(self.best) else 0.0
+        if value < self.best - margin or not math.isfinite(self.best):
+            self.best, self.waited = value, 0
+            return
+        self.waited += 1
+        if self.waited == self.patience:
+            first = 0 if isinstance(self.discriminator_first, bool) else self.discriminator_first
+            self.found = module.iteration + first
+            rank_zero_info(
+                f"AdversarialStart: {self.monitor} has stopped improving at {self.best:.4g}; the adversarial loss "
+                f"starts at step {self.found}."
+            )
+
+    def _refuse_monitor(self, keys: list[str]) -> None:
+        raise MisconfigurationException(
+            f"AdversarialStart waits for `{self.monitor}` to stop improving, but that is not logged; there are "
+            f"{', '.join(sorted(keys)) or 'no values'}."
+        )

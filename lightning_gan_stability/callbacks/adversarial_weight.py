@@ -1,0 +1,224 @@
+"""Weights of the terms of the generator's loss, from the gradients that they send to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_gan_stability._checks import check, check_number, check_share, check_type
+from lightning_gan_stability.callback import GANCallback, Regularizer, as_gan
+from lightning_gan_stability.distributed import mean_over_ranks, world_size
+from lightning_gan_stability.outputs import GANOutputs, Player, Terms, tree_leaves
+from lightning_gan_stability.protocols import GANProtocol
+
+
+class AdaptiveAdversarialWeight(GANCallback):
+    """Weighs the generator's adversarial loss so that it pulls at the last layer as hard as all other terms together.
+
+    λ = weight · clamp(‖∇_W L_other‖ / (‖∇_W L_adversarial‖ + 10⁻⁴), 0, max), with W the parameters of one layer, from
+    the gradients of every batch, averaged over processes. "Taming Transformers for High-Resolution Image Synthesis",
+    https://arxiv.org/abs/2012.09841, eq. 7; the clamp comes before ``weight``, as in its code. Terms on which W has no
+    influence, such as a codebook loss, do not count. The log has ``balance/adversarial_weight``. Costs two partial
+    backward passes, from the losses to the layer. Networks run uncompiled in the generator's turn.
+
+    Args:
+        layer: name of the generator's last layer, as in ``generator.named_modules()``, such as ``"decoder.conv_out"``;
+            its trainable parameters except biases are W.
+        weight: factor of the ratio, not negative: 0.8 for VQGAN, 0.75 and 0.5 for latent diffusion's autoencoders.
+        max: largest ratio.
+        terms: names of the terms that the adversarial one is weighed against, such as ``["reconstruction"]``; None: all
+            others.
+
+    Raises:
+        ValueError: if an argument has a bad value.
+        MisconfigurationException: with ``accumulate`` or ModelParallelStrategy, or if the generator has no such layer,
+            or nothing trains in it.
+
+    Example:
+        >>> AdaptiveAdversarialWeight("decoder.conv_out", weight=0.8).max
+        10000.0
+    """
+
+    keeps_graphs = True
+
+    def __init__(self, layer: str, weight: float = 1.0, max: float = 1e4, terms: list[str] | None = None) -> None:
+        super().__init__()
+        self.layer = check_type("layer", layer, str)
+        self.weight = check_number("weight", weight)
+        self.max = check_number("max", max)
+        self.terms = None if terms is None else [*check_type("terms", terms, list)]
+        self._weight: Tensor | None = None  # of the batch at hand
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse shards, and a layer that is not there or does not train."""
+        module = as_gan(pl_module)
+        if module.device_mesh is not None:
+            raise MisconfigurationException(
+                "AdaptiveAdversarialWeight takes gradients by a layer's whole parameters, which ModelParallelStrategy "
+                "shards: use strategy='ddp', or LossBalancer."
+            )
+        self._parameters(module.generator)
+
+    def _parameters(self, generator: nn.Module) -> list[nn.Parameter]:
+        layers = dict(generator.named_modules())
+        if self.layer not in layers:
+            names = ", ".join(name for name in layers if name)
+            raise MisconfigurationException(
+                f"AdaptiveAdversarialWeight: the generator has no layer {self.layer!r}; it has {names}."
+            )
+        named = layers[self.layer].named_parameters()
+        found = [p for name, p in named if p.requires_grad and name.rpartition(".")[2] != "bias"]
+        if not found:
+            raise MisconfigurationException(
+                f"AdaptiveAdversarialWeight: the generator's layer {self.layer!r} has no weight that trains."
+            )
+        return found
+
+    def weigh_terms(
+        self, module: GANProtocol, player: Player, outputs: GANOutputs, terms: Terms
+    ) -> dict[str, float | Tensor]:
+        """The adversarial term's factor in the generator's turn."""
+        if player == "d" or "adversarial" not in terms:
+            return {}
+        others = {name: term for name, term in terms.items() if name != "adversarial"}
+        if self.terms is not None:
+            lacking = [name for name in self.terms if name not in others]
+            if lacking:
+                raise ValueError(
+                    f"AdaptiveAdversarialWeight weighs against the term {lacking[0]!r}, but the generator's loss has "
+                    f"{', '.join(others) or 'no other term'}."
+                )
+            others = {name: others[name] for name in self.terms}
+        parameters = self._parameters(module.generator)
+        other: Any = sum(others.values())
+        if not others:
+            raise ValueError(
+                "AdaptiveAdversarialWeight weighs the adversarial loss against the generator's other terms, but there "
+                "are none: add Reconstruction, or `auxiliary_losses`."
+            )
+        norms = []
+        for name, term in (("other terms", other), ("adversarial loss", terms["adversarial"])):
+            gradients = [g for g in module.gradients_of(term, parameters) if g is not None]
+            if not gradients:
+                raise ValueError(
+                    f"AdaptiveAdversarialWeight: the generator's {name} do not depend on its layer {self.layer!r}: "
+                    "name a layer between them and the samples."
+                )
+            flat = mean_over_ranks(torch.cat([g.flatten() for g in gradients]))
+            norms.append(torch.linalg.vector_norm(flat))
+        ratio = (norms[0] / (norms[1] + 1e-4)).clamp(0.0, self.max)
+        self._weight = self.weight * ratio.detach()
+        return {"adversarial": self._weight}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the factor."""
+        module = as_gan(pl_module)
+        if self._weight is not None and module.last_step.visible:
+            module.log("balance/adversarial_weight", self._weight)
+        self._weight = None
+
+
+class LossBalancer(GANCallback):
+    """Gives each term of the generator's loss a share of the gradient that its samples get, whatever the term's scale.
+
+    With g_i the gradient of term i by the samples and n_i the mean over samples of ‖g_i‖, the factor of term i is
+    total_norm · w_i / Σ_j w_j / (n̄_i + 10⁻¹²), where n̄ is the running mean of n, without the bias of its start, over
+    all processes. Weights that the terms have themselves cancel. "High Fidelity Neural Audio Compression",
+    https://arxiv.org/abs/2210.13438, eq. 5 to 7. Terms without a weight here keep theirs, such as a commitment loss,
+    which does not depend on the samples. Norms are those of the batch of all processes together. The log has
+    ``balance/<term>``, the factors. Costs a partial backward pass for each term, from the loss to the samples. Networks
+    run uncompiled in the generator's turn.
+
+    Args:
+        weights: w by the names of terms, such as ``{"adversarial": 4.0, "feature_matching": 4.0, "mel": 2.0}``.
+        total_norm: the norm of the gradient that a sample gets, in the mean, if all terms pull the same way.
+        decay: of the running means, in [0, 1).
+
+    Raises:
+        ValueError: if an argument has a bad value, if a term is not there, or does not depend on the samples.
+        MisconfigurationException: with ``accumulate``.
+
+    Example:
+        >>> LossBalancer({"adversarial": 3.0, "reconstruction": 1.0}).shares
+        {'adversarial': 0.75, 'reconstruction': 0.25}
+    """
+
+    keeps_graphs = True
+
+    sums: dict[str, Tensor]
+    counts: dict[str, float]
+
+    def __init__(self, weights: dict[str, float], total_norm: float = 1.0, decay: float = 0.999) -> None:
+        super().__init__()
+        known = isinstance(weights, Mapping) and len(weights) > 0
+        check(known, "weights", "a dict of numbers by the names of terms", weights)
+        self.weights = {name: check_number(f"weights[{name!r}]", weight) for name, weight in weights.items()}
+        check(sum(self.weights.values()) > 0, "weights", "a dict with at least one positive number", weights)
+        self.total_norm = check_number("total_norm", total_norm, positive=True)
+        self.decay = check_share("decay", decay, open_end=True)
+        self.add_state("sums", {})
+        self.add_state("counts", {})
+        self._factors: dict[str, Tensor] = {}  # of the batch at hand
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The part of the gradient that each term gets while all are there."""
+        return {name: weight / sum(self.weights.values()) for name, weight in self.weights.items()}
+
+    def weigh_terms(
+        self, module: GANProtocol, player: Player, outputs: GANOutputs, terms: Terms
+    ) -> dict[str, float | Tensor]:
+        """Factors of the weighed terms in the generator's turn."""
+        if player == "d":
+            return {}
+        self._check_names(module, terms)
+        weights = {name: weight for name, weight in self.weights.items() if name in terms}
+        if not sum(weights.values()):
+            return {}
+        samples = tree_leaves(outputs.fake)
+        norms = torch.stack([self._norm(module, name, terms[name], samples) for name in weights])
+        self._factors = {}
+        for name, norm in zip(weights, mean_over_ranks(norms) / world_size(), strict=True):
+            self.sums[name] = self.decay * self.sums.get(name, 0.0) + norm
+            self.counts[name] = self.decay * self.counts.get(name, 0.0) + 1
+            share = self.total_norm * weights[name] / sum(weights.values())
+            self._factors[name] = share / (self.sums[name] / self.counts[name] + 1e-12)
+        return {**self._factors}
+
+    def _norm(self, module: GANProtocol, name: str, term: Tensor, samples: list[Tensor]) -> Tensor:
+        """The mean over samples of the norm of a term's gradient."""
+        gradients = [g for g in module.gradients_of(term, samples) if g is not None]
+        if not gradients:
+            raise ValueError(
+                f"LossBalancer weighs the term {name!r} by its gradient at the samples, but it does not depend on "
+                "them: leave it out of `weights`."
+            )
+        precise = (g.to(torch.promote_types(g.dtype, torch.float32)).reshape(len(g), -1) for g in gradients)
+        squares: Any = sum(g.square().sum(1) for g in precise)
+        norm: Tensor = squares.sqrt().mean()
+        return norm
+
+    def _check_names(self, module: GANProtocol, terms: Terms) -> None:
+        """Refuse a name that no term can have; lazy ones and those of the adversarial game may come later."""
+        callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
+        later = {c.name for c in callbacks if isinstance(c, Regularizer) and c.player == "g"} | {"adversarial"}
+        unknown = [name for name in self.weights if name not in terms and name not in later]
+        if unknown:
+            raise ValueError(
+                f"LossBalancer weighs the term {unknown[0]!r}, but the generator's loss has {', '.join(terms)}."
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the factors."""
+        module = as_gan(pl_module)
+        if module.last_step.visible:
+            module.log_dict({f"balance/{name}": factor for name, factor in self._factors.items()})

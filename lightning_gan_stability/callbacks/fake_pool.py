@@ -1,0 +1,123 @@
+"""A memory of generated samples, from which the discriminator sees older ones too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_gan_stability._checks import check_bool, check_integer, check_share
+from lightning_gan_stability.callback import GANCallback, UpdateRule, as_gan
+from lightning_gan_stability.distributed import gather_rows, is_distributed
+from lightning_gan_stability.noise import generator
+from lightning_gan_stability.outputs import GANOutputs, Player, detach, tree_leaves, tree_map
+from lightning_gan_stability.protocols import GANProtocol
+
+
+class FakePool(GANCallback):
+    """Shows the discriminator some generated samples of earlier batches in the place of new ones, one by one.
+
+    Until the pool is full, each new sample is kept and shown. Then, with ``probability``, a random one of the pool is
+    shown and the new one takes its place; otherwise the new one is shown and not kept. "Learning from Simulated and
+    Unsupervised Images through Adversarial Training", https://arxiv.org/abs/1612.07828, as in the code of CycleGAN,
+    https://arxiv.org/abs/1703.10593. A sample keeps its condition. The pool is that of all processes together, is in
+    checkpoints, and lies on the device: it takes the memory of ``size`` samples. Its draws are functions of the
+    module's noise seed and of the number of samples seen, the same on one process and on many.
+
+    Args:
+        size: samples in the pool.
+        probability: that an older sample is shown once the pool is full, in [0, 1].
+        independent: of a tree of samples, each leaf has a pool and draws of its own, as the two domains of CycleGAN do;
+            conditions then stay those of the batch. False: the leaves of a sample stay together.
+
+    Raises:
+        ValueError: if an argument has a bad value.
+        MisconfigurationException: with an update rule that needs both players to see the same samples.
+
+    Example:
+        >>> FakePool().size
+        50
+    """
+
+    pools: list[list[Tensor]]
+    seen: int
+
+    def __init__(self, size: int = 50, probability: float = 0.5, independent: bool = False) -> None:
+        super().__init__()
+        self.size = check_integer("size", size)
+        self.probability = check_share("probability", probability)
+        self.independent = check_bool("independent", independent)
+        self.add_state("pools", [])  # leaves that stay together, each (size, ...); rows beyond `seen` mean nothing
+        self.add_state("seen", 0)  # samples of all processes so far
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse rules whose players look at one batch together, or several times."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for rule in callbacks:
+            if isinstance(rule, UpdateRule) and (rule.joint or rule.whole_batch):
+                name = type(rule).__name__
+                raise MisconfigurationException(
+                    f"FakePool shows the discriminator other samples than the generator's last ones, which {name} "
+                    f"needs: remove {name} or FakePool."
+                )
+        if as_gan(pl_module).packing > 1:
+            raise MisconfigurationException(
+                "FakePool mixes samples of several batches one by one, and Packed judges several together: remove "
+                "one of them."
+            )
+
+    @torch.no_grad()
+    def change_samples(self, module: GANProtocol, player: Player, outputs: GANOutputs) -> GANOutputs:
+        """What the discriminator sees of the generated samples."""
+        if player == "g":
+            return outputs
+        shown: Any = {"fake": outputs.fake}
+        if not self.independent:
+            shown["condition"] = outputs.condition
+        leaves = [detach(leaf) for leaf in tree_leaves(shown)]
+        groups = [[leaf] for leaf in leaves] if self.independent else [leaves]
+        changed, total = [], 0
+        for i, group in enumerate(groups):
+            rows, total = self._exchange(module, i, group)
+            changed += rows
+        self.seen += total
+        found = iter(changed)
+        shown = tree_map(lambda leaf: next(found).requires_grad_(leaf.requires_grad), shown)
+        condition = shown.get("condition", outputs.fake_condition)
+        return outputs.replace(fake=shown["fake"], fake_condition=condition, latents=None)
+
+    def _exchange(self, module: GANProtocol, number: int, leaves: list[Tensor]) -> tuple[list[Tensor], int]:
+        """The rows of leaves that stay together, after a look into their pool; and those of all processes."""
+        gathered = [gather_rows(leaf) for leaf in leaves]
+        rows = [torch.cat(parts) for parts in gathered]
+        if len(self.pools) == number:
+            self.pools.append([_empty(row, self.size) for row in rows])
+        pool = self.pools[number]
+        shown = [row.clone() for row in rows]
+        for i in range(len(rows[0])):
+            index = self.seen + i
+            if index < self.size:
+                for kept, row in zip(pool, rows, strict=True):
+                    kept[index] = row[i]
+                continue
+            coin, place = torch.rand(
+                2, generator=generator(module.noise.seed, "pool", number, index), dtype=torch.float64
+            )
+            if coin < self.probability:
+                slot = int(place * self.size)
+                for kept, row, old in zip(pool, rows, shown, strict=True):
+                    old[i] = kept[slot]
+                    kept[slot] = row[i]
+        sizes = [len(part) for part in gathered[0]]
+        start = sum(sizes[: dist.get_rank()]) if is_distributed() else 0
+        return [row[start : start + len(leaf)] for row, leaf in zip(shown, leaves, strict=True)], len(rows[0])
+
+
+def _empty(rows: Tensor, size: int) -> Tensor:
+    """Room for rows; under autocast they come in half precision at some steps alone."""
+    dtype = torch.promote_types(rows.dtype, torch.float32) if rows.is_floating_point() else rows.dtype
+    return rows.new_zeros(size, *rows.shape[1:], dtype=dtype)

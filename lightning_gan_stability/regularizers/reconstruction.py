@@ -1,0 +1,131 @@
+"""The generator's samples keep to targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_gan_stability._checks import check, check_type, describe
+from lightning_gan_stability.callback import Regularizer
+from lightning_gan_stability.layers import parameter_dtype
+from lightning_gan_stability.outputs import GANOutputs, same_structure, shapes, tree_leaves
+from lightning_gan_stability.protocols import GANProtocol
+
+DistanceName = Literal["l1", "l2"]
+Distance: TypeAlias = DistanceName | nn.Module | Callable[[Tensor, Tensor], Tensor]
+
+_DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l1": lambda sample, target: (sample - target).abs().mean(),
+    "l2": lambda sample, target: (sample - target).square().mean(),
+}
+
+
+class Reconstruction(Regularizer):
+    """Adds weight · E d(G(x), x) to the generator's loss: by default the mean absolute difference of `fake` and `real`.
+
+    "Image-to-Image Translation with Conditional Adversarial Networks", https://arxiv.org/abs/1611.07004, with 100.
+    Several of them, under names, make the terms of a codec or a translation: a distance of spectrograms, a cycle from
+    ``extras``, an identity. The distances of a tree's leaves are summed. Validation logs it as ``val/g/<name>``.
+
+    Args:
+        weight: not negative.
+        distance: ``"l1"``, ``"l2"`` (mean squared), or a module or function of (sample, target) whose values are
+            averaged. A module (a perceptual distance, a distance of spectrograms) is kept in eval mode and frozen, and
+            moves to the device; it is no part of checkpoints.
+        target: where the target is among what the player sees: ``"real"``, ``"condition"``, ``"extras.<key>"``; further
+            keys, numbers or attributes behind dots.
+        sample: the same for what is compared with it; ``"fake"``, ``"extras.cycle"``.
+        name: of the term in the log, ``g/<name>``.
+        every: due on every so many steps, and scaled by as much.
+
+    Raises:
+        ValueError: if an argument has a bad value, if there is nothing at a path, or if the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> outputs = GANOutputs(real=torch.zeros(4, 2), fake=torch.full((4, 2), 0.5))
+        >>> Reconstruction(weight=10.0).penalty(None, outputs)
+        tensor(0.5000)
+    """
+
+    player = "g"
+    differentiates = ()
+    second_order = False
+    validated = True
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        distance: Distance = "l1",
+        target: str = "real",
+        sample: str = "fake",
+        name: str = "reconstruction",
+        every: int = 1,
+    ) -> None:
+        super().__init__(weight, every)
+        known = callable(distance) or (isinstance(distance, str) and distance in get_args(DistanceName))
+        check(known, "distance", "'l1', 'l2', or a module or function of sample and target", distance)
+        self.distance = distance
+        self.target, self.sample = check_type("target", target, str), check_type("sample", sample, str)
+        self.term = check_type("name", name, str)
+
+    @property
+    def name(self) -> str:
+        """The name of the term in the log."""
+        return self.term
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Freeze a distance that is a module, and bring it to the device and the type of the networks."""
+        super().on_fit_start(trainer, pl_module)
+        self._place(pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same where nothing is fitted."""
+        self._place(pl_module)
+
+    def _place(self, module: LightningModule) -> None:
+        if isinstance(self.distance, nn.Module):
+            dtype = parameter_dtype(module, torch.get_default_dtype())
+            self.distance.eval().requires_grad_(False).to(module.device, dtype)
+
+    def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
+        """The distance of samples and targets, a scalar."""
+        sample, target = (_at(outputs, path, self.name) for path in (self.sample, self.target))
+        fits = same_structure(sample, target)
+        if not fits or (isinstance(self.distance, str) and shapes(sample, 0) != shapes(target, 0)):
+            raise ValueError(
+                f"Reconstruction {self.name!r} compares `{self.sample}` of shape {shapes(sample, 0)} with "
+                f"`{self.target}` of shape {shapes(target, 0)}: they must be the same."
+            )
+        distance = _DISTANCES[self.distance] if isinstance(self.distance, str) else self.distance
+        total: Any = 0.0
+        for x, y in zip(tree_leaves(sample), tree_leaves(target), strict=True):
+            value = distance(x, y.detach())
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"The distance of Reconstruction {self.name!r} must return a tensor, got {describe(value)}."
+                )
+            total = total + value.mean()
+        return total  # type: ignore[no-any-return]
+
+
+def _at(outputs: GANOutputs, path: str, name: str) -> Any:
+    """What is at a dotted path."""
+    found: Any = outputs
+    for key in path.split("."):
+        if isinstance(found, Mapping) and key in found:
+            found = found[key]
+        elif isinstance(found, Sequence) and key.isdigit() and int(key) < len(found):
+            found = found[int(key)]
+        else:
+            found = getattr(found, key, None)
+        if found is None:
+            raise ValueError(
+                f"Reconstruction {name!r} compares `{path}`, but there is no {key!r}: a path leads from what the "
+                "player sees, such as 'fake', 'real', 'condition' or 'extras.<key>'."
+            )
+    return found
