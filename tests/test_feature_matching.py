@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
 from torch import nn
 from torch.nn.functional import softplus
 from toys import fit, points, sgd, small, trainer, weights
@@ -69,6 +70,7 @@ def test_real_features_carry_no_gradient():
         (([ONES], [TWOS]), {"layer_weights": {"q": 1}}, "`layer_weights` has a weight for 'q', but there are 0"),
         (([ONES], [TWOS]), {"discriminator_weights": [1, 2]}, "`discriminator_weights` has 2 numbers"),
         ((["a"], ["b"]), {}, "features must be tensors, got"),
+        (([], []), {}, "compares features, but those that `discriminate` returns are none"),
     ],
 )
 def test_bad_features(features, options, sentence):
@@ -211,6 +213,19 @@ def test_nobody_watches_after_a_run():
         fit(module, points(1), callbacks=[FeatureMatching(layers=["layers.0"])])
         assert not module.discriminator.layers[0]._forward_hooks
     assert module.judge(GANOutputs(torch.zeros(1, 2), torch.zeros(1, 2))).fake_activations == {}
+
+
+def test_nobody_watches_after_an_error():
+    class Fails(Callback):
+        def on_train_batch_end(self, *_):
+            raise RuntimeError("stop")
+
+    first, second, matching = small(), small(seed=1), FeatureMatching(layers=["layers.0"])
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(first, points(1), callbacks=[matching, Fails()])
+    assert not first.discriminator.layers[0]._forward_hooks
+    fit(second, points(1), callbacks=[matching])
+    assert second.last_step.values["g/feature_matching"] > 0
 
 
 def test_two_watch_the_same_layer():

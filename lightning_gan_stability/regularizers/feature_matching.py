@@ -78,11 +78,19 @@ class FeatureMatching(Regularizer):
         """Watch the layers, before they are compiled."""
         super().setup(trainer, pl_module, stage)
         self._shapes = None
-        if self.layers is not None and self._stop is None:
+        self._leave_alone()
+        if self.layers is not None:
             self._stop = as_gan(pl_module).watch_layers(self.layers)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the layers alone again."""
+        self._leave_alone()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the layers alone again; Lightning tears nothing down after an error."""
+        self._leave_alone()
+
+    def _leave_alone(self) -> None:
         if self._stop is not None:
             self._stop()
             self._stop = None
@@ -98,6 +106,8 @@ class FeatureMatching(Regularizer):
                 "FeatureMatching: `discriminate` returned other features for real samples than for generated ones, or "
                 "than before: it must return the same ones each time."
             )
+        if not any(fake.values()):
+            raise ValueError("FeatureMatching compares features, but those that `discriminate` returns are none.")
         of_discriminators = _factors("discriminator_weights", self.discriminator_weights, [*fake])
         total: Any = 0.0
         for (discriminator, features), factor in zip(fake.items(), of_discriminators, strict=True):
