@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast, get_args
 
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from lightning_gan_stability.protocols import GANProtocol
 
 
+C = TypeVar("C", bound=Callback)
+
 RealBatches = Literal["same", "split"]
 
 
@@ -38,9 +40,37 @@ def as_gan(pl_module: LightningModule) -> GANProtocol:
     return cast("GANProtocol", pl_module)
 
 
+def callbacks_of(trainer: Trainer, kind: type[C]) -> list[C]:
+    """A run's callbacks of one kind, in their order.
+
+    Example:
+        >>> [type(callback).__name__ for callback in callbacks_of(Trainer(callbacks=[Alternating()]), UpdateRule)]
+        ['Alternating']
+    """
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
+
+
+def find_rule(trainer: Trainer) -> UpdateRule:
+    """A run's update rule: the one that it names, or `Alternating`.
+
+    Raises:
+        MisconfigurationException: if it names several.
+    """
+    rules = callbacks_of(trainer, UpdateRule)  # type: ignore[type-abstract]
+    if len(rules) > 1:
+        names = " and ".join(type(rule).__name__ for rule in rules)
+        raise MisconfigurationException(f"{names} are update rules, and a run has one: remove all but one.")
+    return rules[0] if rules else _ALTERNATING
+
+
+def gradient_scaler(trainer: Trainer) -> Any:
+    """What scales the gradients of a run in float16, or None."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
 def refuse_after_weight_averaging(callback: Callback, trainer: Trainer) -> None:
     """Refuse Lightning's average of a whole module before a callback that adds to the module: it would lack that."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer, Callback)
     before = callbacks[: callbacks.index(callback)]
     averaging = next((c for c in before if isinstance(c, WeightAveraging)), None)
     if averaging is not None:
@@ -267,7 +297,7 @@ class Regularizer(GANCallback, abc.ABC):
     separate: bool = False
     final_weight: float | None = None
     steps: int | None = None
-    #: For a separate step the batch is shrunk to one n-th of its samples.
+    #: The penalty takes one n-th of the batch: of itself, or in a separate step, whose batch is made smaller for it.
     shrink: int = 1
     #: What must require grad before the forward pass because the penalty differentiates by it: ``"real"``, ``"fake"``,
     #: ``"latents"``. Such a forward pass runs in full precision and uncompiled: second derivatives need both.
@@ -304,6 +334,10 @@ class Regularizer(GANCallback, abc.ABC):
         check_schedule("weight", final_weight, steps)
         self.final_weight, self.steps = final_weight, steps
 
+    def rows_of(self, n: int) -> int:
+        """How many of a batch's samples the penalty takes, at least one."""
+        return max(n // self.shrink, 1)
+
     def weight_at(self, step: int) -> float:
         """The weight at a step: w(t) = w₀ + ½ (1 − cos(π t/steps)) (final_weight − w₀), and constant from ``steps`` on.
 
@@ -336,14 +370,13 @@ class Regularizer(GANCallback, abc.ABC):
 
 
 def _refuse_other_rules(regularizer: Regularizer, trainer: Trainer) -> None:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for rule in callbacks:
-        if isinstance(rule, UpdateRule) and not rule.separate_steps:
-            name, other = type(regularizer).__name__, type(rule).__name__
-            raise MisconfigurationException(
-                f"{name}(separate=True) takes a step of its own, for which {other} has no room: use separate=False, or "
-                f"remove {other}."
-            )
+    rule = find_rule(trainer)
+    if not rule.separate_steps:
+        name, other = type(regularizer).__name__, type(rule).__name__
+        raise MisconfigurationException(
+            f"{name}(separate=True) takes a step of its own, for which {other} has no room: use separate=False, or "
+            f"remove {other}."
+        )
 
 
 def _refuse_batch_norm(regularizer: Regularizer, network: str, module: nn.Module) -> None:
@@ -391,7 +424,7 @@ class UpdateRule(GANCallback, abc.ABC):
         module = as_gan(pl_module)
         name = type(self).__name__
         self.check_plan(module)
-        if self.holds_gradients and getattr(trainer.precision_plugin, "scaler", None) is not None:
+        if self.holds_gradients and gradient_scaler(trainer) is not None:
             raise MisconfigurationException(
                 f"{name} takes both gradients before either step, but precision='16-mixed' changes its "
                 "gradient scale at each step: use precision='bf16-mixed' or '32-true', or remove the rule."
@@ -437,7 +470,6 @@ def _refuse_layers(rule: str, module: GANProtocol) -> None:
             f"{rule} differentiates gradients, which an embedding with sparse=True cannot: use sparse=False, or remove "
             f"{rule}."
         )
-
     for network in (module.generator, module.discriminator):
         for name, p in network.named_parameters():
             if p.is_complex() and p.requires_grad:
@@ -529,3 +561,6 @@ class Alternating(UpdateRule):
                 "samples for both: use a larger batch size, and drop_last=True in the loader."
             )
         return {"d": halves[0], "g": halves[1]}
+
+
+_ALTERNATING = Alternating()

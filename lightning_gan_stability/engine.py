@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_gan_stability._checks import describe, is_number
 from lightning_gan_stability._compat import is_compiled
-from lightning_gan_stability.callback import Alternating, GANCallback, Regularizer, UpdateRule
+from lightning_gan_stability.callback import GANCallback, Regularizer, UpdateRule, callbacks_of, gradient_scaler
 from lightning_gan_stability.layers import parameter_dtype
 from lightning_gan_stability.losses import AdversarialLoss
 from lightning_gan_stability.outputs import (
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 
 #: Of a (micro-)batch: what the player sees, its total loss, and the terms of the loss for the log.
 Objective: TypeAlias = Callable[[Any], tuple[GANOutputs, Tensor, Terms]]
-
-_ALTERNATING = Alternating()
 
 # what the log has of a player besides the terms of its loss
 _TAKEN = {"adversarial", "grad_norm", "real_logit", "fake_logit", "accuracy"}
@@ -99,15 +97,7 @@ class Engine:
         """The run's callbacks that act on a GANModule."""
         if self._callbacks is not None:
             return self._callbacks
-        return [c for c in self.module.trainer.callbacks if isinstance(c, GANCallback)]  # type: ignore[attr-defined]
-
-    def rule(self) -> UpdateRule:
-        """The run's update rule."""
-        rules = [callback for callback in self.callbacks() if isinstance(callback, UpdateRule)]
-        if len(rules) > 1:
-            names = " and ".join(type(rule).__name__ for rule in rules)
-            raise MisconfigurationException(f"{names} are update rules, and a run has one: remove all but one.")
-        return rules[0] if rules else _ALTERNATING
+        return callbacks_of(self.module.trainer, GANCallback)
 
     @contextmanager
     def adjusted_for_batch(self, rule: UpdateRule) -> Iterator[None]:
@@ -415,11 +405,12 @@ class Engine:
         """Gradients of one term of a loss, whose graph stays."""
         if not term.requires_grad:
             return [None] * len(inputs)
-        scaler = getattr(self.module.trainer.precision_plugin, "scaler", None)
-        scale = 1.0 if scaler is None else scaler.get_scale()  # float16 has no room for small gradients
+        scaler = gradient_scaler(self.module.trainer)
+        scale = None if scaler is None else scaler.get_scale()  # float16 has no room for small gradients
         with torch.autocast(self.module.device.type, enabled=False):
-            found = torch.autograd.grad(term * scale, inputs, retain_graph=True, allow_unused=True)
-        return [None if gradient is None else gradient / scale for gradient in found]
+            scaled = term if scale is None else scale * term
+            found = torch.autograd.grad(scaled, inputs, retain_graph=True, allow_unused=True)
+        return [g if g is None or scale is None else g / scale for g in found]
 
     # ---------- steps
 
@@ -444,9 +435,9 @@ class Engine:
         """What a penalty reads of a (micro-)batch, and no more."""
         module, player = self.module, regularizer.player
         unpacked = module.unpacked(part)
-        rows = batch_size(unpacked.real) // regularizer.shrink
-        if rows != batch_size(unpacked.real):
-            unpacked = Unpacked(*(take_rows(tree, 0, max(rows, 1)) for tree in unpacked))
+        if regularizer.shrink > 1:
+            rows = regularizer.rows_of(batch_size(unpacked.real))
+            unpacked = Unpacked(*(take_rows(tree, 0, rows) for tree in unpacked))
         real = "real" in regularizer.reads and (player == "d" or regularizer.needs_real)
         fake = "fake" in regularizer.reads
         with self.full_precision() if regularizer.differentiates else nullcontext():
@@ -512,8 +503,7 @@ class Engine:
         else:
             record.values[f"{player}/grad_norm/{self._separate}"] = norm
         # a gradient scaler skips the steps whose gradient overflows, and is right to
-        scaled = getattr(module.trainer.precision_plugin, "scaler", None) is not None
-        values = record.terms[player] | ({} if scaled else {"grad_norm": norm})
+        values = record.terms[player] | ({"grad_norm": norm} if gradient_scaler(module.trainer) is None else {})
         self._unchecked.append((module.iteration, player, values))
         if record.visible or module.device.type == "cpu" or self._may_be_rescued():
             # elsewhere a look costs a synchronization: values wait until they are logged or saved

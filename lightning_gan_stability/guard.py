@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_gan_stability._compat import is_wrapped_by_compile, saves_by_time
+from lightning_gan_stability.callback import GANCallback, callbacks_of, find_rule
 from lightning_gan_stability.distributed import any_rank, is_distributed
 from lightning_gan_stability.layers import parameter_dtype
 from lightning_gan_stability.outputs import NETWORKS, StepRecord
@@ -27,7 +28,6 @@ from lightning_gan_stability.sharding import check_equal_batches, check_strategy
 from lightning_gan_stability.signals import SignalHold
 
 if TYPE_CHECKING:
-    from lightning_gan_stability.callback import GANCallback
     from lightning_gan_stability.module import GANModule
 
 
@@ -80,11 +80,11 @@ class Guard(Callback):
             self._check_settings(trainer)
             # Lightning asks for the state before the step; resuming exactly needs the one after it, which it saves
             warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
-            module.engine.rule()
+            find_rule(trainer)
 
     def _check_settings(self, trainer: Trainer) -> None:
         module = self.module
-        if any(saves_by_time(callback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        if any(saves_by_time(callback) for callback in callbacks_of(trainer, Callback)):
             raise MisconfigurationException(
                 "ModelCheckpoint(train_time_interval=...) saves nothing under manual optimization, which GANModule "
                 "uses: set every_n_train_steps instead."
@@ -201,7 +201,7 @@ class Guard(Callback):
         module.engine.start()
         module.sharding.note_shards()
         self._first_step, self._reached = trainer.global_step, False
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer, Callback)
         shown = [f"{{{getattr(c, 'monitor', '')}}}{getattr(c, 'filename', '')}" for c in callbacks]
         self._monitored = any(key in text for key in ("{d/", "{g/", "{balance/") for text in shown)
         self._running = True
@@ -235,7 +235,8 @@ class Guard(Callback):
         callbacks = self.module.engine.callbacks()
         if not self._reached:
             self._reached = self.module.last_step is not self._seen
-            self._refuse_other_steps(callbacks)
+            if not self._reached:
+                self._refuse_other_steps(callbacks)
         for callback in callbacks:
             callback.iteration = self.module.iteration
         self._release_signals()
@@ -243,13 +244,10 @@ class Guard(Callback):
     def _refuse_other_steps(self, callbacks: list[GANCallback]) -> None:
         """Refuse a training step that does not reach the package's on its first batch, if something is lost by that."""
         module = self.module
-        settings = {"accumulate": module.accumulate > 1}
-        settings |= {f"{player}_scheduler": make is not None for player, make in module.make_scheduler.items()}
-        lost = [
-            *(type(callback).__name__ for callback in callbacks),
-            *(name for name, is_set in settings.items() if is_set),
-        ]
-        if lost and not self._reached:
+        lost = [type(callback).__name__ for callback in callbacks]
+        lost += ["accumulate"] if module.accumulate > 1 else []
+        lost += [f"{player}_scheduler" for player, make in module.make_scheduler.items() if make is not None]
+        if lost:
             names = ", ".join(dict.fromkeys(lost))
             raise MisconfigurationException(
                 f"`training_step` of {type(module).__name__} never calls `super().training_step(batch, batch_idx)`, "
@@ -311,11 +309,11 @@ class Guard(Callback):
                     "A checkpoint is saved inside of a step, on which one player may have moved and the other has not: "
                     "a run that goes on from it differs from an uninterrupted one. Go on from the one before."
                 )
-            if self.module.device_mesh is None and "_extra_state" in checkpoint.get("state_dict", {}):
-                # Lightning's averages save a copy of the module, whose clock stands still
-                checkpoint["state_dict"]["_extra_state"] = self.module.get_extra_state()
             if self.module.device_mesh is not None:  # strategies load shards one by one, and no extra state
                 checkpoint["gan"] = self.module.get_extra_state()
+            elif "_extra_state" in checkpoint.get("state_dict", {}):
+                # Lightning's averages save a copy of the module, whose clock stands still
+                checkpoint["state_dict"]["_extra_state"] = self.module.get_extra_state()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the extra state that came beside shards."""

@@ -31,7 +31,7 @@ from lightning_gan_stability._checks import (
     is_plain,
 )
 from lightning_gan_stability._compat import given_hyperparameters, is_compiled, original_module
-from lightning_gan_stability.callback import Regularizer
+from lightning_gan_stability.callback import Regularizer, find_rule
 from lightning_gan_stability.engine import Engine, Objective
 from lightning_gan_stability.guard import Guard, check_run, find_guard
 from lightning_gan_stability.layers import Packed, copy_network, parameter_dtype, restore_parametrizations
@@ -717,7 +717,7 @@ class GANModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One GAN step on one batch by the run's update rule; ``iteration`` and ``global_step`` rise by one."""
         guard, trainer = find_guard(self), self.trainer
-        rule, rescued, visible, values = self.engine.rule(), False, guard.is_visible(trainer), self.last_step.values
+        rule, rescued, visible, values = find_rule(trainer), False, guard.is_visible(trainer), self.last_step.values
         try:
             with self.engine.adjusted_for_batch(rule), self.noise.of_step():
                 self.last_step = step = StepRecord(self.iteration, visible, finished=False, values=values)

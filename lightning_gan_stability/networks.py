@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_gan_stability._checks import describe
 from lightning_gan_stability._compat import is_compiled, mark_dynamic
@@ -114,7 +116,8 @@ class NetworkRunner:
     def __init__(self, module: GANProtocol) -> None:
         self.module = module
         self._entries: Any = ()  # the names of the discriminators whose logits there were; None: one tensor
-        self._watched: dict[str, int] = {}  # layers of the discriminator, and how many callbacks watch each
+        self._watched: Counter[str] = Counter()  # layers of the discriminator, and how many callbacks watch each
+        self._hooks: dict[str, RemovableHandle] = {}  # of these layers
         self._seen: dict[str, list[Any]] = {}  # what they returned in the last pass
 
     def generate(self, n: int, condition: Condition, latents: Tensor | None) -> tuple[Sample, Extras]:
@@ -168,16 +171,19 @@ class NetworkRunner:
             raise
         if module.loss.judges_reconstructions:
             logits = self._reconstruction_errors(logits, augmented)
-        activations = self._activations() if self._watched else {}
-        n = batch_size(augmented) // module.packing
+        activations = self._activations() if self._hooks else {}
+        return self._checked_logits(logits, batch_size(augmented) // module.packing), features, activations
+
+    def _checked_logits(self, logits: Logits, n: int) -> Logits:
+        """The logits of n samples or packs, of the same discriminators as before."""
         if isinstance(logits, Tensor):
             self._check_entries(None)
-            return self._rows(logits, n), features, activations
+            return self._rows(logits, n)
         if isinstance(logits, Mapping):
             self._check_entries([*map(str, logits)])
-            return {name: self._rows(entry, n) for name, entry in logits.items()}, features, activations
+            return {name: self._rows(entry, n) for name, entry in logits.items()}
         self._check_entries([*map(str, range(len(logits)))])
-        return [self._rows(entry, n) for entry in logits], features, activations
+        return [self._rows(entry, n) for entry in logits]
 
     def watch(self, layers: Sequence[str]) -> Callable[[], None]:
         """Keep what layers of the discriminator return; see :meth:`GANModule.watch_layers`."""
@@ -191,16 +197,16 @@ class NetworkRunner:
                     f"The discriminator has no layer {pattern!r}; it has {', '.join(name for name in found if name)}."
                 )
             names += [name for name in matching if name not in names]
-        handles = [found[name].register_forward_hook(self._note(name)) for name in names]
         for name in names:
-            self._watched[name] = self._watched.get(name, 0) + 1
+            if not self._watched[name]:
+                self._hooks[name] = found[name].register_forward_hook(self._note(name))
+        self._watched.update(names)
 
         def remove() -> None:
-            for handle in handles:
-                handle.remove()
+            self._watched.subtract(names)
             for name in names:
-                self._watched[name] -= 1
-            self._watched = {name: watchers for name, watchers in self._watched.items() if watchers}
+                if not self._watched[name]:
+                    self._hooks.pop(name).remove()
 
         return remove
 
@@ -213,8 +219,8 @@ class NetworkRunner:
     def _activations(self) -> dict[str, Any]:
         seen, self._seen = self._seen, {}
         found: dict[str, Any] = {}
-        for name, watchers in self._watched.items():
-            outputs = seen.get(name, [])[::watchers]  # each watcher has noted it
+        for name in self._hooks:
+            outputs = seen.get(name)
             if not outputs:
                 raise ValueError(f"The layer {name!r} of the discriminator is watched, but it did not run.")
             found[name] = outputs[0] if len(outputs) == 1 else outputs

@@ -6,13 +6,13 @@ import math
 from typing import Any, Literal, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_gan_stability._checks import check, check_choice, check_integer, check_share, check_type
-from lightning_gan_stability.callback import GANCallback, Regularizer, UpdateRule, as_gan
+from lightning_gan_stability.callback import GANCallback, Regularizer, as_gan, callbacks_of, find_rule
 from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.outputs import GANOutputs, Player, Terms
 from lightning_gan_stability.protocols import GANProtocol
@@ -22,11 +22,9 @@ When = Literal["step", "plateau"]
 
 def refuse_without_other_terms(callback: GANCallback, trainer: Trainer, module: LightningModule) -> None:
     """Refuse to let the adversarial terms of the generator rest where its loss has no others."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    terms = (c for c in callbacks if isinstance(c, Regularizer) and c.player == "g")
-    if not any(not c.needs_real and c.every == 1 for c in terms) and not is_overridden(
-        "auxiliary_losses", module, GANModule
-    ):
+    terms = callbacks_of(trainer, Regularizer)  # type: ignore[type-abstract]
+    has_others = any(c.player == "g" and not c.needs_real and c.every == 1 for c in terms)
+    if not has_others and not is_overridden("auxiliary_losses", module, GANModule):
         name = type(callback).__name__
         raise MisconfigurationException(
             f"{name} lets the adversarial loss of the generator rest, which has nothing else to learn from then: add "
@@ -93,10 +91,9 @@ class AdversarialStart(GANCallback):
         self.step = None if step is None else check_integer("step", step, least=0)
         self.monitor = None if monitor is None else check_type("monitor", monitor, str)
         self.ramp = check_integer("ramp", ramp, least=0)
-        whole = isinstance(discriminator_first, bool)
-        self.discriminator_first = (
-            discriminator_first if whole else check_integer("discriminator_first", discriminator_first, least=0)
-        )
+        if not isinstance(discriminator_first, bool):
+            check_integer("discriminator_first", discriminator_first, least=0)
+        self.discriminator_first = discriminator_first
         self.window = check_integer("window", window)
         self.patience = check_integer("patience", patience)
         self.threshold = check_share("threshold", threshold, open_end=True)
@@ -119,8 +116,8 @@ class AdversarialStart(GANCallback):
 
     def trains_discriminator_at(self, iteration: int) -> bool:
         """Whether the discriminator trains on a batch."""
-        if isinstance(self.discriminator_first, bool):
-            return self.discriminator_first or (self.start is not None and iteration >= self.start)
+        if self.discriminator_first is True:
+            return True
         return self.start is not None and iteration >= self.start - self.discriminator_first
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -131,14 +128,13 @@ class AdversarialStart(GANCallback):
                 f"AdversarialStart lets the discriminator join the generator, but `module.plan` is {module.plan}: give "
                 "it both players, or remove AdversarialStart."
             )
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for rule in callbacks:
-            if isinstance(rule, UpdateRule) and (rule.joint or rule.whole_batch):
-                name = type(rule).__name__
-                raise MisconfigurationException(
-                    f"{name} lets the generator look at the discriminator on every batch, and AdversarialStart keeps "
-                    f"it away at first: remove {name} or AdversarialStart."
-                )
+        rule = find_rule(trainer)
+        if rule.joint or rule.whole_batch:
+            name = type(rule).__name__
+            raise MisconfigurationException(
+                f"{name} lets the generator look at the discriminator on every batch, and AdversarialStart keeps it "
+                f"away at first: remove {name} or AdversarialStart."
+            )
         if self.step is not None and 0 < trainer.max_steps <= self.step:
             rank_zero_warn(
                 f"AdversarialStart(step={self.step}) lies behind the end of this run, max_steps={trainer.max_steps}: "
@@ -206,14 +202,12 @@ class AdversarialStart(GANCallback):
 
     def _look(self, module: GANProtocol, value: float) -> None:
         """Start if the value has not improved for long enough."""
-        margin = self.threshold * abs(self.best) if math.isfinite(self.best) else 0.0
-        if value < self.best - margin or not math.isfinite(self.best):
+        if not math.isfinite(self.best) or value < self.best - self.threshold * abs(self.best):
             self.best, self.waited = value, 0
             return
         self.waited += 1
         if self.waited == self.patience:
-            first = 0 if isinstance(self.discriminator_first, bool) else self.discriminator_first
-            self.found = module.iteration + first
+            self.found = module.iteration + (0 if self.discriminator_first is True else self.discriminator_first)
             rank_zero_info(
                 f"AdversarialStart: {self.monitor} has stopped improving at {self.best:.4g}; the adversarial loss "
                 f"starts at step {self.found}."

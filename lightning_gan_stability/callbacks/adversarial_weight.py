@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_gan_stability._checks import check, check_number, check_share, check_type
-from lightning_gan_stability.callback import GANCallback, Regularizer, as_gan
+from lightning_gan_stability.callback import GANCallback, Regularizer, as_gan, callbacks_of
 from lightning_gan_stability.distributed import mean_over_ranks, world_size
 from lightning_gan_stability.outputs import GANOutputs, Player, Terms, tree_leaves
 from lightning_gan_stability.protocols import GANProtocol
@@ -52,6 +52,7 @@ class AdaptiveAdversarialWeight(GANCallback):
         self.weight = check_number("weight", weight)
         self.max = check_number("max", max)
         self.terms = None if terms is None else [*check_type("terms", terms, list)]
+        self._parameters: list[nn.Parameter] = []  # of the layer, without biases
         self._weight: Tensor | None = None  # of the batch at hand
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,17 +63,19 @@ class AdaptiveAdversarialWeight(GANCallback):
                 "AdaptiveAdversarialWeight takes gradients by a layer's whole parameters, which ModelParallelStrategy "
                 "shards: use strategy='ddp', or LossBalancer."
             )
-        self._parameters(module.generator)
-
-    def _parameters(self, generator: nn.Module) -> list[nn.Parameter]:
-        layers = dict(generator.named_modules())
+        layers = dict(module.generator.named_modules())
         if self.layer not in layers:
             names = ", ".join(name for name in layers if name)
             raise MisconfigurationException(
                 f"AdaptiveAdversarialWeight: the generator has no layer {self.layer!r}; it has {names}."
             )
         named = layers[self.layer].named_parameters()
-        found = [p for name, p in named if p.requires_grad and name.rpartition(".")[2] != "bias"]
+        self._parameters = [p for name, p in named if name.rpartition(".")[2] != "bias"]
+        self._moving()
+
+    def _moving(self) -> list[nn.Parameter]:
+        """The layer's parameters that train, which may freeze in the middle of a run."""
+        found = [p for p in self._parameters if p.requires_grad]
         if not found:
             raise MisconfigurationException(
                 f"AdaptiveAdversarialWeight: the generator's layer {self.layer!r} has no weight that trains."
@@ -94,7 +97,7 @@ class AdaptiveAdversarialWeight(GANCallback):
                     f"{', '.join(others) or 'no other term'}."
                 )
             others = {name: others[name] for name in self.terms}
-        parameters = self._parameters(module.generator)
+        parameters = self._moving()
         other: Any = sum(others.values())
         if not others:
             raise ValueError(
@@ -180,7 +183,8 @@ class LossBalancer(GANCallback):
             return {}
         self._check_names(module, terms)
         weights = {name: weight for name, weight in self.weights.items() if name in terms}
-        if not sum(weights.values()):
+        weight_sum = sum(weights.values())
+        if not weight_sum:
             return {}
         samples = tree_leaves(outputs.fake)
         norms = torch.stack([self._norm(module, name, terms[name], samples) for name in weights])
@@ -188,7 +192,7 @@ class LossBalancer(GANCallback):
         for name, norm in zip(weights, mean_over_ranks(norms) / world_size(), strict=True):
             self.sums[name] = self.decay * self.sums.get(name, 0.0) + norm
             self.counts[name] = self.decay * self.counts.get(name, 0.0) + 1
-            share = self.total_norm * weights[name] / sum(weights.values())
+            share = self.total_norm * weights[name] / weight_sum
             self._factors[name] = share / (self.sums[name] / self.counts[name] + 1e-12)
         return {**self._factors}
 
@@ -207,9 +211,12 @@ class LossBalancer(GANCallback):
 
     def _check_names(self, module: GANProtocol, terms: Terms) -> None:
         """Refuse a name that no term can have; lazy ones and those of the adversarial game may come later."""
-        callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
-        later = {c.name for c in callbacks if isinstance(c, Regularizer) and c.player == "g"} | {"adversarial"}
-        unknown = [name for name in self.weights if name not in terms and name not in later]
+        missing = [name for name in self.weights if name not in terms]
+        if not missing:
+            return
+        regularizers = callbacks_of(module.trainer, Regularizer)  # type: ignore[type-abstract]
+        later = {"adversarial", *(c.name for c in regularizers if c.player == "g")}
+        unknown = [name for name in missing if name not in later]
         if unknown:
             raise ValueError(
                 f"LossBalancer weighs the term {unknown[0]!r}, but the generator's loss has {', '.join(terms)}."

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_gan_stability._checks import check, check_bool, check_integer, check_number, check_share, is_number
 from lightning_gan_stability._compat import is_spectral_norm, lerp_, register_like
-from lightning_gan_stability.callback import GANCallback, as_gan, refuse_after_weight_averaging
+from lightning_gan_stability.callback import GANCallback, as_gan, callbacks_of, refuse_after_weight_averaging
 from lightning_gan_stability.layers import clone, copy_network, follow_spectrum
 from lightning_gan_stability.outputs import PLAYERS
 from lightning_gan_stability.protocols import GANProtocol
@@ -86,8 +86,7 @@ class GeneratorEMA(GANCallback):
         """Make room for the average, before the checkpoint is read."""
         super().setup(trainer, pl_module, stage)
         module = as_gan(pl_module)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if sum(isinstance(callback, GeneratorEMA) for callback in callbacks) > 1:
+        if len(callbacks_of(trainer, GeneratorEMA)) > 1:
             raise MisconfigurationException("A module has room for one GeneratorEMA: remove all but one.")
         if stage == "fit":
             refuse_after_weight_averaging(self, trainer)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_gan_stability._checks import check_bool, check_integer, check_share
-from lightning_gan_stability.callback import GANCallback, UpdateRule, as_gan
+from lightning_gan_stability.callback import GANCallback, as_gan, find_rule
 from lightning_gan_stability.distributed import gather_rows, is_distributed
 from lightning_gan_stability.noise import generator
 from lightning_gan_stability.outputs import GANOutputs, Player, detach, tree_leaves, tree_map
@@ -56,14 +56,13 @@ class FakePool(GANCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse rules whose players look at one batch together, or several times."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for rule in callbacks:
-            if isinstance(rule, UpdateRule) and (rule.joint or rule.whole_batch):
-                name = type(rule).__name__
-                raise MisconfigurationException(
-                    f"FakePool shows the discriminator other samples than the generator's last ones, which {name} "
-                    f"needs: remove {name} or FakePool."
-                )
+        rule = find_rule(trainer)
+        if rule.joint or rule.whole_batch:
+            name = type(rule).__name__
+            raise MisconfigurationException(
+                f"FakePool shows the discriminator other samples than the generator's last ones, which {name} needs: "
+                f"remove {name} or FakePool."
+            )
         if as_gan(pl_module).packing > 1:
             raise MisconfigurationException(
                 "FakePool mixes samples of several batches one by one, and Packed judges several together: remove "

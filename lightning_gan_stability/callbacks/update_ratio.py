@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_gan_stability._checks import check_bool, check_choice, check_finite, check_integer, check_number
-from lightning_gan_stability.callback import GANCallback, UpdateRule, as_gan
+from lightning_gan_stability.callback import GANCallback, as_gan, callbacks_of, find_rule
 from lightning_gan_stability.callbacks.adversarial_start import refuse_without_other_terms
 from lightning_gan_stability.engine import adversarial_losses
 from lightning_gan_stability.outputs import PLAYERS, GANOutputs, Pair, Player
@@ -34,8 +34,7 @@ class PlanCallback(GANCallback):
         """Refuse another owner of the plan, and rules that need every player on every batch."""
         module = as_gan(pl_module)
         name = type(self).__name__
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        owners = [type(callback).__name__ for callback in callbacks if isinstance(callback, PlanCallback)]
+        owners = [type(callback).__name__ for callback in callbacks_of(trainer, PlanCallback)]
         if len(owners) > 1:
             raise MisconfigurationException(f"{' and '.join(owners)} both say who moves: remove all but one.")
         if sorted(module.plan) != ["d", "g"]:
@@ -43,12 +42,12 @@ class PlanCallback(GANCallback):
                 f"{name} says who of the plan moves, and `module.plan` is {module.plan}, without both players once: "
                 f"leave it alone, or remove {name}."
             )
-        for rule in (callback for callback in callbacks if isinstance(callback, UpdateRule)):
-            if rule.joint or (self.moves_twice and rule.holds_gradients):
-                raise MisconfigurationException(
-                    f"{type(rule).__name__} moves both players once on every batch, which {name} would change: remove "
-                    "one of them."
-                )
+        rule = find_rule(trainer)
+        if rule.joint or (self.moves_twice and rule.holds_gradients):
+            raise MisconfigurationException(
+                f"{type(rule).__name__} moves both players once on every batch, which {name} would change: remove "
+                "one of them."
+            )
         self._found = module.plan
 
     def moving(self, players: Collection[Player], times: int = 1) -> tuple[Player, ...]:

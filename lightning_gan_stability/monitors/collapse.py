@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_gan_stability._checks import check, check_integer
-from lightning_gan_stability.callback import GANCallback
+from lightning_gan_stability.callback import GANCallback, callbacks_of
 from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.monitors.files import save_atomically
 from lightning_gan_stability.monitors.quality import QualityMonitor, Values
@@ -317,14 +317,13 @@ class CollapseDetector(GANCallback):
                 logger.experiment.alert(verdict, text, "WARN", self.alert_every)
 
     def _monitor(self, trainer: Trainer) -> QualityMonitor:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        monitor = next((callback for callback in callbacks if isinstance(callback, QualityMonitor)), None)
-        if monitor is None:
+        monitors = callbacks_of(trainer, QualityMonitor)
+        if not monitors:
             raise MisconfigurationException(
                 "CollapseDetector decides from what a QualityMonitor measures, but the run has none: add one, or "
                 "remove CollapseDetector."
             )
-        return monitor
+        return monitors[0]
 
     # ---------- rolling back
 

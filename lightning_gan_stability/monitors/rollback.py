@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_gan_stability._checks import check_choice, check_number
 from lightning_gan_stability._compat import scheduler_parts
-from lightning_gan_stability.callback import GANCallback, Regularizer
+from lightning_gan_stability.callback import GANCallback, Regularizer, callbacks_of
 from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.outputs import PLAYERS, Player
 
@@ -66,8 +66,7 @@ def give_weights(trainer: Trainer, weights: Weights) -> None:
 
 def _rolled_back(trainer: Trainer) -> list[GANCallback]:
     """The callbacks whose state is part of the training; monitors remember what was, whatever is put back."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, GANCallback) and callback.rolled_back]
+    return [callback for callback in callbacks_of(trainer, GANCallback) if callback.rolled_back]
 
 
 class Remedy(abc.ABC):
@@ -155,4 +154,4 @@ class ScalePenalty(Remedy):
 
 
 def _penalties(trainer: Trainer) -> list[Regularizer]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, Regularizer)]  # type: ignore[attr-defined]
+    return callbacks_of(trainer, Regularizer)  # type: ignore[type-abstract]

@@ -72,12 +72,12 @@ class FeatureMatching(Regularizer):
         self.layer_weights = _checked_weights("layer_weights", layer_weights)
         self.discriminator_weights = _checked_weights("discriminator_weights", discriminator_weights)
         self._stop: Callable[[], None] | None = None
-        self._shapes: dict[str, list[str]] | None = None  # the names of the features there were
+        self._names: dict[str, list[str]] | None = None  # of the features that there were, by discriminator
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Watch the layers, before they are compiled."""
         super().setup(trainer, pl_module, stage)
-        self._shapes = None
+        self._names = None
         self._leave_alone()
         if self.layers is not None:
             self._stop = as_gan(pl_module).watch_layers(self.layers)
@@ -98,10 +98,10 @@ class FeatureMatching(Regularizer):
     def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
         """The weighed sum of mean absolute differences, a scalar."""
         real, fake = (self._features(outputs, side) for side in ("real", "fake"))
-        names = {discriminator: [*features] for discriminator, features in fake.items()}
-        if self._shapes is None:
-            self._shapes = names
-        if not {discriminator: [*features] for discriminator, features in real.items()} == names == self._shapes:
+        of_real, of_fake = ({name: [*features] for name, features in side.items()} for side in (real, fake))
+        if self._names is None:
+            self._names = of_fake
+        if not of_real == of_fake == self._names:
             raise ValueError(
                 "FeatureMatching: `discriminate` returned other features for real samples than for generated ones, or "
                 "than before: it must return the same ones each time."
@@ -156,13 +156,12 @@ def _by_name(name: str, value: Any) -> dict[str, Tensor]:
     """The tensors of a tree by their names or numbers, behind that of the tree."""
     if isinstance(value, Tensor):
         return {name or "0": value}
-    if isinstance(value, Mapping) and all(isinstance(part, Tensor) for part in value.values()):
-        return {".".join(filter(None, (name, str(key)))): part for key, part in value.items()}
-    leaves = tree_leaves(value)
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor):
-            raise ValueError(f"FeatureMatching: features must be tensors, got {describe(leaf)}.")
-    return {".".join(filter(None, (name, str(i)))): leaf for i, leaf in enumerate(leaves)}
+    keyed = isinstance(value, Mapping) and all(isinstance(part, Tensor) for part in value.values())
+    parts = value if keyed else dict(enumerate(tree_leaves(value)))
+    for part in parts.values():
+        if not isinstance(part, Tensor):
+            raise ValueError(f"FeatureMatching: features must be tensors, got {describe(part)}.")
+    return {".".join(filter(None, (name, str(key)))): part for key, part in parts.items()}
 
 
 def _checked_weights(name: str, weights: Any) -> Weights | None:

@@ -86,7 +86,7 @@ class PathLengthPenalty(RunningMeanRegularizer):
     def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
         """(‖J_zᵀ y‖ − a)² of each sample, (n,)."""
         if self.shrink > 1 and not self.separate:
-            rows = max(batch_size(outputs.fake) // self.shrink, 1)
+            rows = self.rows_of(batch_size(outputs.fake))
             condition, latents = (take_rows(tree, 0, rows) for tree in (outputs.condition, outputs.latents))
             fewer = outputs.replace(real=None, condition=condition, fake=take_rows(outputs.fake, 0, rows))
             outputs = module.resample(fewer, latents)

@@ -100,7 +100,27 @@ class R2Penalty(_ZeroCentered):
         return penalties.zero_centered(outputs.fake, outputs.fake_logits, self.patches)
 
 
-class GradientPenalty(Regularizer):
+class _Centered(Regularizer):
+    """What penalties share on the gradient's distance from a norm, at points that they make themselves."""
+
+    differentiates = ()
+    per_sample = True
+    weight = 10.0
+
+    def __init__(
+        self,
+        weight: float = 10.0,
+        target: float = 1.0,
+        every: int = 1,
+        patches: Patches = "sum",
+        separate: bool = False,
+    ) -> None:
+        super().__init__(weight, every, separate=separate)
+        self.target = check_number("target", target)
+        self.patches: Patches = check_choice("patches", patches, get_args(Patches))
+
+
+class GradientPenalty(_Centered):
     """Adds weight · E(‖∇ₓD(x̂)‖ − target)² over points x̂ between real and fake samples to the discriminator's loss.
 
     x̂ = αx + (1 − α)G(z), one α ~ U[0, 1] for each sample. "Improved Training of Wasserstein GANs",
@@ -127,10 +147,6 @@ class GradientPenalty(Regularizer):
         1.0
     """
 
-    differentiates = ()
-    per_sample = True
-    weight = 10.0
-
     def __init__(
         self,
         weight: float = 10.0,
@@ -140,10 +156,8 @@ class GradientPenalty(Regularizer):
         patches: Patches = "sum",
         separate: bool = False,
     ) -> None:
-        super().__init__(weight, every, separate=separate)
-        self.target = check_number("target", target)
+        super().__init__(weight, target, every, patches, separate)
         self.one_sided = check_bool("one_sided", one_sided)
-        self.patches: Patches = check_choice("patches", patches, get_args(Patches))
 
     @property
     def name(self) -> str:
@@ -157,7 +171,7 @@ class GradientPenalty(Regularizer):
         return penalties.centered(points, logits, self.target, self.one_sided, self.patches)
 
 
-class DRAGANPenalty(Regularizer):
+class DRAGANPenalty(_Centered):
     """Adds weight · E(‖∇ₓD(x̂)‖ − target)² over points x̂ around the data to the discriminator's loss.
 
     x̂ = x + ½·α·std(x)·u with α ~ U[0, 1] for each sample and u ~ U[0, 1) for each value. "On Convergence and Stability
@@ -181,22 +195,6 @@ class DRAGANPenalty(Regularizer):
         >>> DRAGANPenalty().weight
         10.0
     """
-
-    differentiates = ()
-    per_sample = True
-    weight = 10.0
-
-    def __init__(
-        self,
-        weight: float = 10.0,
-        target: float = 1.0,
-        every: int = 1,
-        patches: Patches = "sum",
-        separate: bool = False,
-    ) -> None:
-        super().__init__(weight, every, separate=separate)
-        self.target = check_number("target", target)
-        self.patches: Patches = check_choice("patches", patches, get_args(Patches))
 
     def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
         """(‖∇ₓD(x̂)‖ − target)² of each real sample, (n,)."""
