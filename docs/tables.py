@@ -243,6 +243,76 @@ METHODS: dict[str, list[Method]] = {
             ["test_reconstruction.py::test_distances", "test_recipes.py::test_recipe_equals_its_reference"],
         ),
     ],
+    "Recipes": [
+        Method(
+            ["Tokenizer"],
+            [Paper("2012.09841")],
+            "L_D = ½ (E_r max(0, 1 − l) + E_f max(0, 1 + l)), L_G = −E_f l + codebook; reads what it reconstructs",
+            ["test_recipes.py::test_recipe_equals_its_reference"],
+        ),
+        Method(
+            ["Codec"],
+            [Paper("2306.06546")],
+            "L_D = Σ (E_r (1 − l)² + E_f l²), L_G = Σ E_f (1 − l)² + ¼ commitment + codebook; discriminators see "
+            "waveforms without mean, at a peak of 0.8",
+            ["test_recipes.py::test_recipe_equals_its_reference"],
+        ),
+        Method(
+            ["Vocoder"],
+            [Paper("2010.05646")],
+            "L_D = Σ (E_r (1 − l)² + E_f l²), L_G = Σ E_f (1 − l)², of waveforms made from spectrograms",
+            ["test_recipes.py::test_recipe_equals_its_reference"],
+        ),
+        Method(
+            ["SuperResolution"],
+            [Paper("2107.10833")],
+            "L_G = 0.1 E_f sp(−l), before L_D = E_r sp(−l) + E_f sp(l)",
+            ["test_recipes.py::test_recipe_equals_its_reference"],
+        ),
+        Method(
+            ["PairedTranslation"],
+            [Paper("1611.07004")],
+            "L_D = ½ (E_r sp(−l) + E_f sp(l)), L_G = E_f sp(−l), of source and image together",
+            ["test_recipes.py::test_recipe_equals_its_reference"],
+        ),
+        Method(
+            ["UnpairedTranslation"],
+            [Paper("1703.10593")],
+            "L_G = Σ E_f (1 − l)², before L_D = ½ Σ (E_r (1 − l)² + E_f l²), over two domains; cycles and identities "
+            "are extras",
+            ["test_recipes.py::test_recipe_equals_its_reference"],
+        ),
+        Method(
+            ["TableSynthesis"],
+            [Paper("1907.00503"), Paper("1712.04086", "packs")],
+            "L_D = E_f l − E_r l, L_G = −E_f l + cross entropy of the category that was asked for; Gumbel-softmax at "
+            "0.2",
+            ["test_recipes.py::test_recipe_equals_its_reference"],
+        ),
+        Method(
+            ["LogMelSpectrogram"],
+            [Paper("2010.05646")],
+            "log max(M abs(STFT x), floor), with Slaney's filters of equal areas; magnitudes √(re² + im² + 10⁻⁹), or "
+            "plain ones if `center`",
+            ["test_audio.py::test_the_spectrogram_is_that_of_hifi_gan"],
+        ),
+        Method(
+            ["MelDistance"],
+            [Paper("2306.06546"), Paper("2010.05646", "one window")],
+            "Σ over windows of the mean absolute difference of logarithmic mel spectrograms",
+            [
+                "test_audio.py::test_the_mel_distance_is_that_of_dac",
+                "test_audio.py::test_the_mel_distance_is_that_of_hifi_gan",
+            ],
+        ),
+        Method(
+            ["STFTDistance"],
+            [Paper("1910.11480")],
+            "mean over windows of ‖Y − X‖ / ‖Y‖ + E abs(log Y − log X), of magnitudes X of the sample and Y of the "
+            "target",
+            ["test_audio.py::test_the_stft_distance_is_that_of_numpy"],
+        ),
+    ],
     "Update rules": [
         Method(
             ["Alternating"],
@@ -479,6 +549,45 @@ METHODS: dict[str, list[Method]] = {
             ],
         ),
         Method(
+            ["LogMelDistance"],
+            [],
+            "`MelDistance`, averaged over samples",
+            ["test_paired_metrics.py::test_the_distance_is_the_mean_over_samples_of_unequal_batches"],
+        ),
+        Method(
+            ["CodebookUsage"],
+            [],
+            "share of codes that were used, averaged over codebooks",
+            ["test_paired_metrics.py::test_several_books_are_averaged"],
+        ),
+        Method(
+            ["CodebookPerplexity"],
+            [Paper("1711.00937")],
+            "exp(−Σ p log p) of the shares of codes, averaged over codebooks",
+            ["test_paired_metrics.py::test_the_perplexity_is_that_of_scipy"],
+        ),
+        Method(
+            ["marginal_distances"],
+            [],
+            "each column's Kolmogorov–Smirnov statistic, or total variation if it is discrete",
+            ["test_table_metrics.py::test_marginals_by_hand"],
+        ),
+        Method(
+            ["correlation_difference"],
+            [],
+            "mean absolute difference of the associations of pairs: Pearson's r, Cramér's V, correlation ratio η",
+            [
+                "test_table_metrics.py::test_two_discrete_columns_have_cramers_v",
+                "test_table_metrics.py::test_a_discrete_and_a_continuous_column_have_the_correlation_ratio",
+            ],
+        ),
+        Method(
+            ["efficacy"],
+            [Paper("1907.00503")],
+            "mean score on real rows of three models that learned from synthetic rows, over that after real ones",
+            ["test_table_metrics.py::test_real_rows_are_worth_as_much_as_real_rows"],
+        ),
+        Method(
             ["Inception"],
             [Paper("1706.08500")],
             "extractor: torch-fidelity's network, images rounded to 8 bits",
@@ -531,6 +640,18 @@ METHODS: dict[str, list[Method]] = {
             ],
         ),
         Method(
+            ["PairedMonitor"],
+            [],
+            "metrics of torchmetrics on generated samples and their targets, in every validation",
+            ["test_paired_monitor.py::test_values_are_those_of_samples_by_hand"],
+        ),
+        Method(
+            ["TableMonitor"],
+            [],
+            "marginals, correlations and efficacy of as many synthetic rows as there are real ones, in each validation",
+            ["test_paired_monitor.py::test_tables_are_measured_by_the_functions"],
+        ),
+        Method(
             ["SampleLogger"],
             [],
             "a picture of samples from the same `n` latents every `every` steps",
@@ -580,6 +701,7 @@ STRATEGIES: dict[str, dict[str, str]] = {
     "SampleLogger": {"DDP": "not tried", "shards": "not tried"},
     "HealthMonitor": {},
     "QualityMonitor": {},
+    "PairedMonitor": {"DDP": "not tried", "shards": "not tried"},
     "CollapseDetector": {},
     "R1Penalty, separate": {},
     "AdversarialStart": {},

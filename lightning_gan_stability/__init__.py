@@ -1,5 +1,6 @@
 """Stable GAN training as PyTorch Lightning callbacks."""
 
+from lightning_gan_stability.audio import LogMelSpectrogram, MelDistance, STFTDistance
 from lightning_gan_stability.callback import Alternating, GANCallback, Regularizer, UpdateRule
 from lightning_gan_stability.callbacks.adversarial_start import AdversarialStart
 from lightning_gan_stability.callbacks.adversarial_weight import AdaptiveAdversarialWeight, LossBalancer
@@ -8,7 +9,11 @@ from lightning_gan_stability.callbacks.fake_pool import FakePool
 from lightning_gan_stability.callbacks.spectral_norm import SpectralNorm
 from lightning_gan_stability.callbacks.update_ratio import AdaptiveUpdateRatio, UpdateRatio
 from lightning_gan_stability.callbacks.weight_clipping import WeightClipping
+from lightning_gan_stability.data.audio import Audio, Speech
+from lightning_gan_stability.data.digit_domains import DigitDomains, SmallMNIST
 from lightning_gan_stability.data.modules import Digits, Grid, Images, Ring
+from lightning_gan_stability.data.photographs import Photographs
+from lightning_gan_stability.data.table import Table
 from lightning_gan_stability.losses import (
     AdversarialLoss,
     BoundaryEquilibrium,
@@ -22,13 +27,16 @@ from lightning_gan_stability.losses import (
     Wasserstein,
 )
 from lightning_gan_stability.metrics.extractors import DigitClassifier, Inception
+from lightning_gan_stability.metrics.paired import CodebookPerplexity, CodebookUsage, LogMelDistance
 from lightning_gan_stability.metrics.statistics import DensityCoverage, FrechetDistance, KernelDistance, PrecisionRecall
 from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.monitors.collapse import CollapseDetector
 from lightning_gan_stability.monitors.health import HealthMonitor
+from lightning_gan_stability.monitors.paired import PairedMonitor
 from lightning_gan_stability.monitors.quality import QualityMonitor
 from lightning_gan_stability.monitors.rollback import Remedy, ScaleLearningRate, ScalePenalty
 from lightning_gan_stability.monitors.samples import SampleLogger
+from lightning_gan_stability.monitors.table import TableMonitor
 from lightning_gan_stability.nets import (
     MLP,
     AutoEncoder,
@@ -40,6 +48,13 @@ from lightning_gan_stability.nets import (
 )
 from lightning_gan_stability.optim import NegativeMomentum, OptimisticAdam, OptimisticSGD
 from lightning_gan_stability.outputs import GANOutputs, StepRecord
+from lightning_gan_stability.recipes.base import Recipe
+from lightning_gan_stability.recipes.codec import Codec
+from lightning_gan_stability.recipes.super_resolution import SuperResolution
+from lightning_gan_stability.recipes.table import TableSynthesis
+from lightning_gan_stability.recipes.tokenizer import Tokenizer
+from lightning_gan_stability.recipes.translation import PairedTranslation, UnpairedTranslation
+from lightning_gan_stability.recipes.vocoder import Vocoder
 from lightning_gan_stability.regularizers.consistency import ConsistencyPenalty
 from lightning_gan_stability.regularizers.feature_matching import FeatureMatching
 from lightning_gan_stability.regularizers.finite_difference import ApproximateR1Penalty, ApproximateR2Penalty
@@ -65,8 +80,12 @@ __all__ = [
     "Alternating",
     "ApproximateR1Penalty",
     "ApproximateR2Penalty",
+    "Audio",
     "AutoEncoder",
     "BoundaryEquilibrium",
+    "CodebookPerplexity",
+    "CodebookUsage",
+    "Codec",
     "CollapseDetector",
     "CompetitiveGradientDescent",
     "ConsensusOptimization",
@@ -76,6 +95,7 @@ __all__ = [
     "DRAGANPenalty",
     "DensityCoverage",
     "DigitClassifier",
+    "DigitDomains",
     "Digits",
     "Extragradient",
     "FDivergence",
@@ -95,9 +115,12 @@ __all__ = [
     "KernelDistance",
     "LeCam",
     "LeastSquares",
+    "LogMelDistance",
+    "LogMelSpectrogram",
     "LogitDrift",
     "Lookahead",
     "LossBalancer",
+    "MelDistance",
     "Minimax",
     "ModeSeeking",
     "NegativeMomentum",
@@ -106,11 +129,15 @@ __all__ = [
     "OptimisticSGD",
     "OrthogonalPenalty",
     "Packed",
+    "PairedMonitor",
+    "PairedTranslation",
     "PathLengthPenalty",
+    "Photographs",
     "PrecisionRecall",
     "QualityMonitor",
     "R1Penalty",
     "R2Penalty",
+    "Recipe",
     "Reconstruction",
     "Regularizer",
     "Relativistic",
@@ -119,15 +146,25 @@ __all__ = [
     "ResNetDiscriminator",
     "ResNetGenerator",
     "Ring",
+    "STFTDistance",
     "SampleLogger",
     "ScaleLearningRate",
     "ScalePenalty",
     "Simultaneous",
+    "SmallMNIST",
     "SpectralNorm",
+    "Speech",
     "StepRecord",
+    "SuperResolution",
+    "Table",
+    "TableMonitor",
+    "TableSynthesis",
+    "Tokenizer",
+    "UnpairedTranslation",
     "Unrolling",
     "UpdateRatio",
     "UpdateRule",
+    "Vocoder",
     "Wasserstein",
     "WeightClipping",
 ]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -147,6 +148,32 @@ def check_schedule(name: str, final: object, steps: object) -> None:
         check_integer("steps", steps)
 
 
+# what the log has of a player besides the terms of its loss
+_LOGGED = ("adversarial", "grad_norm", "real_logit", "fake_logit", "accuracy")
+
+
+def is_term_name(name: object) -> bool:
+    """Whether a term of a loss may have a name: one that the log has not for something else.
+
+    Example:
+        >>> is_term_name("mel"), is_term_name("grad_norm"), is_term_name("adversarial/a"), is_term_name("")
+        (True, False, False, False)
+    """
+    return isinstance(name, str) and name.partition("/")[0] not in ("", *_LOGGED)
+
+
+def check_term_name(name: Any) -> str:
+    """Return the name of a term of a loss.
+
+    Example:
+        >>> check_term_name("grad_norm")
+        Traceback (most recent call last):
+        ValueError: `name` must be a key that the log has for nothing else, got 'grad_norm'.
+    """
+    check_type("name", name, str)
+    return check(is_term_name(name), "name", "a key that the log has for nothing else", name)  # type: ignore[no-any-return]
+
+
 def is_plain(value: object) -> bool:
     """Whether a value is numbers, strings, lists and dicts all the way down, which any checkpoint can hold.
 
@@ -177,3 +204,24 @@ def describe(value: object) -> str:
         items = [*map(describe, value[:3]), *["..."] * (len(value) > 3)]
         return f"a {type(value).__name__} of " + (", ".join(items) or "nothing")
     return f"a {type(value).__name__}"
+
+
+def require(module: str, extra: str) -> Any:
+    """Import an optional package, which comes with an extra of this one.
+
+    Raises:
+        ModuleNotFoundError: if it is not installed, with the line that installs it.
+
+    Example:
+        >>> require("no_such_package", "audio")
+        Traceback (most recent call last):
+        ModuleNotFoundError: This needs no_such_package: pip install 'lightning-gan-stability[audio]'
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        missing = module.partition(".")[0]
+        if str(error.name).partition(".")[0] != missing:  # the package is there, but not what it needs itself
+            raise
+        line = f"This needs {missing}: pip install 'lightning-gan-stability[{extra}]'"
+        raise ModuleNotFoundError(line, name=missing) from error

@@ -22,6 +22,7 @@ from lightning_gan_stability._checks import (
     check_number,
     check_schedule,
     describe,
+    is_term_name,
 )
 from lightning_gan_stability.layers import has_batch_norm
 from lightning_gan_stability.outputs import NETWORKS, PLAYERS, GANOutputs, Player, Terms, micro_batches
@@ -217,6 +218,9 @@ class GANCallback(Callback):
     def change_samples(self, module: GANProtocol, player: Player, outputs: GANOutputs) -> GANOutputs:
         """What a player sees, before the discriminator has judged it; in a training step alone.
 
+        Outputs with other generated samples than those of the latents have ``latents=None``: under autocast, samples
+        are made again from the latents that are there.
+
         Args:
             module: whose samples.
             player: whose turn it is.
@@ -233,8 +237,8 @@ class GANCallback(Callback):
             module: whose loss.
             player: whose turn it is.
             outputs: what the player sees.
-            terms: the terms by their names, with graphs: ``"adversarial"``, what ``auxiliary_losses`` returns, and
-                penalties with their weight.
+            terms: the terms by their names, with graphs: ``"adversarial"`` without ``adversarial_weight``, what
+                ``auxiliary_losses`` returns, and penalties with their weight and, if they are lazy, times ``every``.
 
         Returns:
             Factors of some of the terms.
@@ -316,7 +320,7 @@ class Regularizer(GANCallback, abc.ABC):
     #: The penalty is differentiated twice, which compiled networks cannot be: they run uncompiled meanwhile.
     second_order: ClassVar[bool] = True
     #: The penalty compares samples or logits with others that it makes itself: under mixed precision it gets outputs in
-    #: full precision.
+    #: full precision, for which samples are made from their latents again, if they have any, and all are judged again.
     compares: ClassVar[bool] = False
 
     def __init__(
@@ -350,7 +354,10 @@ class Regularizer(GANCallback, abc.ABC):
 
     @property
     def name(self) -> str:
-        """The key ``<player>/<name>`` in the log: the class name in snake case, without "penalty"."""
+        """The key ``<player>/<name>`` in the log: the class name in snake case, without "penalty".
+
+        :meth:`GANModule.term_name` has the key in a run with several of one name.
+        """
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower().removesuffix("penalty").strip("_")
 
     @abc.abstractmethod
@@ -362,6 +369,11 @@ class Regularizer(GANCallback, abc.ABC):
         if self.player not in PLAYERS:
             name = type(self).__name__
             raise MisconfigurationException(f"`player` of {name} must be 'd' or 'g', got {self.player!r}.")
+        if not is_term_name(self.name):
+            raise MisconfigurationException(
+                f"The name {self.name!r} of {type(self).__name__} is one that the log has for something else: rename "
+                "it, by the property `name`."
+            )
         if self.separate:
             _refuse_other_rules(self, trainer)
         if self.per_sample:

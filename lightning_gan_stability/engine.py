@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-from lightning_gan_stability._checks import describe, is_number
+from lightning_gan_stability._checks import describe, is_number, is_term_name
 from lightning_gan_stability._compat import is_compiled
 from lightning_gan_stability.callback import GANCallback, Regularizer, UpdateRule, callbacks_of, gradient_scaler
 from lightning_gan_stability.layers import parameter_dtype
@@ -45,12 +46,10 @@ if TYPE_CHECKING:
 #: Of a (micro-)batch: what the player sees, its total loss, and the terms of the loss for the log.
 Objective: TypeAlias = Callable[[Any], tuple[GANOutputs, Tensor, Terms]]
 
-# what the log has of a player besides the terms of its loss
-_TAKEN = {"adversarial", "grad_norm", "real_logit", "fake_logit", "accuracy"}
-
 # what networks that run in half precision return
-_HALVED = tuple(
-    f"{side}{suffix}" for side in ("real", "fake") for suffix in ("", "_logits", "_features", "_activations")
+_HALVED = (
+    "extras",
+    *(f"{side}{suffix}" for side in ("real", "fake") for suffix in ("", "_logits", "_features", "_activations")),
 )
 
 
@@ -81,6 +80,7 @@ class Engine:
     def __init__(self, module: GANProtocol) -> None:
         self.module = module
         self.compiled: bool | None = None  # whether a network is; None: nobody has looked yet
+        self._looked = False  # at what the discriminator returns beside its logits
         self._separate: str | None = None  # the penalty whose own step is being taken
         self._callbacks: list[GANCallback] | None = None  # of the batch at hand, which asks for them often
         self._stateful: tuple[AdversarialLoss, bool] | None = None  # the loss, and whether it has buffers
@@ -89,7 +89,7 @@ class Engine:
 
     def start(self) -> None:
         """Begin a fit, without a trace of the one before."""
-        self.compiled, self._unchecked = None, []
+        self.compiled, self._unchecked, self._looked = None, [], False
 
     # ---------- the run
 
@@ -135,6 +135,14 @@ class Engine:
             and not (rests and c.needs_real)
         ]
 
+    def term_names(self, player: Player) -> dict[Regularizer, str]:
+        """The names of the terms that a player's regularizers add, in the order of the run's callbacks."""
+        names: dict[Regularizer, str] = {}
+        for callback in self.callbacks():
+            if isinstance(callback, Regularizer) and callback.player == player:
+                names[callback] = _unused(callback.name, names.values())
+        return names
+
     def optimizer(self, player: Player) -> LightningOptimizer:
         """A player's optimizer."""
         optimizers: Any = self.module.optimizers()
@@ -162,7 +170,25 @@ class Engine:
                 shares.append(share)
         whole = parts[0] if len(parts) == 1 else concatenate(parts, shares)
         self.module.last_step.add(player, whole, terms)
+        if player == "d" and self._separate is None and not self._looked:
+            self._looked = True
+            self._warn_of_idle_logits(whole)
         return whole
+
+    def _warn_of_idle_logits(self, outputs: GANOutputs) -> None:
+        """Warn of a discriminator of which nothing trains, because its logits are taken for features."""
+        logits, features = outputs.fake_logits, outputs.fake_features
+        if not (isinstance(logits, Tensor) and isinstance(features, Tensor) and features.shape[:1] == logits.shape[:1]):
+            return
+        mine = {id(p) for p in self.trainable_parameters("d")}
+        parameters = self.module.discriminator.named_parameters()
+        idle = [name for name, p in parameters if id(p) in mine and p.grad is None]
+        if idle:
+            rank_zero_warn(
+                "`discriminate` returned two tensors, which are (logits, features), and the discriminator's loss does "
+                f"not depend on `{idle[0]}`: if the second one is the logits of another discriminator, return them in "
+                "a list or a dict."
+            )
 
     def _parts(self, batch: Any) -> Iterator[tuple[Any, float]]:
         """The micro-batches of a batch and their shares of it; gradients are exchanged on the last one alone."""
@@ -279,9 +305,9 @@ class Engine:
             weight = module.adversarial_weight(player, outputs)
             factors["adversarial"] = _checked_factor("`adversarial_weight`", "adversarial", weight)
         terms |= self.auxiliary_losses(player, outputs)
-        for name, every, term in self._penalties(player, outputs, terms, self.due(player)):
-            terms[name], factors[name] = term, every
-        values |= {name: term.detach() for name, term in terms.items() if name not in values}
+        for name, every, term in self._penalties(player, outputs, self.due(player)):
+            terms[name], values[name] = term if every == 1 else every * term, term.detach()
+        values = {name: values.get(name, term.detach()) for name, term in terms.items()} | values
         for callback in self.callbacks():
             found = callback.weigh_terms(module, player, outputs, terms)
             if found:
@@ -298,27 +324,28 @@ class Engine:
         terms = self.module.auxiliary_losses(player, outputs)
         if not isinstance(terms, Mapping):
             raise ValueError(f"`auxiliary_losses` must return a dict of scalar tensors, got {describe(terms)}.")
+        names = {*self.term_names(player).values()}
         for name, term in terms.items():
             if not isinstance(term, Tensor) or term.numel() != 1 or term.is_complex():
                 raise ValueError(
                     f"`auxiliary_losses` must return a dict of scalar tensors, got {describe(term)} as {name!r}."
                 )
-            if name in _TAKEN:
+            if not is_term_name(name) or name in names:
                 raise ValueError(
                     f"`auxiliary_losses` returned {name!r}, which the log has for something else: rename it."
                 )
         return {name: term.reshape(()) for name, term in terms.items()}
 
-    def validated_terms(self, player: Player, outputs: GANOutputs, terms: Terms) -> Terms:
+    def validated_terms(self, player: Player, outputs: GANOutputs) -> Terms:
         """The regularizers whose terms validation logs too, times their weight."""
         found = [c for c in self.callbacks() if isinstance(c, Regularizer) and c.player == player and c.validated]
-        return {name: term for name, _, term in self._penalties(player, outputs, terms, found)}
+        return {name: term for name, _, term in self._penalties(player, outputs, found)}
 
     def _penalties(
-        self, player: Player, outputs: GANOutputs, terms: Terms, due: Sequence[Regularizer]
+        self, player: Player, outputs: GANOutputs, due: Sequence[Regularizer]
     ) -> Iterator[tuple[str, int, Tensor]]:
         """Penalties times their weight, with their names and intervals."""
-        full = outputs
+        full, names = outputs, self.term_names(player)
         if due and torch.is_autocast_enabled(self.module.device.type):
             outputs = self.widened(outputs)
             if any(regularizer.compares for regularizer in due):
@@ -330,7 +357,7 @@ class Engine:
                     name = type(regularizer).__name__
                     raise ValueError(f"`penalty` of {name} must return a tensor, got {describe(penalty)}.")
                 penalty = regularizer.weight_at(self.module.steps[player]) * penalty.mean()
-            yield _unused(regularizer.name, terms), regularizer.every, penalty
+            yield names[regularizer], regularizer.every, penalty
 
     def widened(self, outputs: GANOutputs) -> GANOutputs:
         """The outputs in the type of the discriminator: under autocast networks run in half precision."""
@@ -343,8 +370,11 @@ class Engine:
 
     def _again(self, outputs: GANOutputs) -> GANOutputs:
         """The outputs in full precision: differences to others would be those between half and full precision."""
+        module = self.module
         with self.full_precision(eager=False):
-            return self.module.judge(self.module.resample(outputs, outputs.latents))
+            # samples without latents may be those of a pool, which nothing makes again
+            again = outputs if outputs.latents is None else module.resample(outputs, outputs.latents)
+            return module.judge(again)
 
     def joint_losses(self, batch: Any) -> tuple[dict[Player, Tensor], dict[Player, Tensor]]:
         """Both players' losses on the same outputs, in total and adversarial alone, with graphs to both networks."""
@@ -420,11 +450,11 @@ class Engine:
 
             def objective(part: Any, regularizer: Regularizer = regularizer) -> tuple[GANOutputs, Tensor, Terms]:
                 outputs = self._outputs_of(regularizer, part)
-                ((name, every, term),) = self._penalties(player, outputs, {}, [regularizer])
+                ((name, every, term),) = self._penalties(player, outputs, [regularizer])
                 unjudged = outputs.replace(real_logits=None, fake_logits=None)
                 return unjudged, term if every == 1 else every * term, {name: term.detach()}
 
-            self._separate = regularizer.name
+            self._separate = self.module.term_name(regularizer)
             try:
                 self.compute_gradients(player, batch, objective)
                 self.step(player, schedule=False)

@@ -501,13 +501,14 @@ class GANModule(LightningModule):
         """Keep what layers of the discriminator return, as ``real_activations`` and ``fake_activations`` of outputs.
 
         Args:
-            layers: their names, as in ``discriminator.named_modules()``, or patterns such as ``"convs.*"``.
+            layers: their names, as in ``discriminator.named_modules()``, or patterns such as ``"convs.*"``, which leave
+                out what only holds layers, such as a ``ModuleList``.
 
         Returns:
             A function that ends it.
 
         Raises:
-            MisconfigurationException: if the discriminator has no such layer.
+            MisconfigurationException: if the discriminator has no such layer, or if it only holds others.
 
         Example:
             >>> from lightning_gan_stability import MLP
@@ -571,6 +572,13 @@ class GANModule(LightningModule):
     def due(self, player: Player) -> list[Regularizer]:
         """The regularizers that add to a player's loss on this batch."""
         return self.engine.due(player)
+
+    def term_name(self, regularizer: Regularizer) -> str:
+        """The name of a regularizer's term in the loss and the log, which no other one of the run has.
+
+        The first one of a name has that name, the next one ``<name>_2``, in the order of ``trainer.callbacks``.
+        """
+        return self.engine.term_names(regularizer.player).get(regularizer, regularizer.name)
 
     def gradients_of(self, term: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
         """Gradients of one term of a loss before the backward pass, in :meth:`GANCallback.weigh_terms`.
@@ -758,7 +766,7 @@ class GANModule(LightningModule):
         for player in PLAYERS:
             _, terms = self.adversarial_loss(player, outputs)
             terms |= self.engine.auxiliary_losses(player, outputs)
-            terms |= self.engine.validated_terms(player, outputs, terms)
+            terms |= self.engine.validated_terms(player, outputs)
             values |= {f"val/{player}/{name}": value for name, value in terms.items()}
         accuracies = [self.loss.accuracy(real, fake) for _, real, fake in outputs.pairs()]
         values["val/d/accuracy"] = torch.stack(accuracies).mean()

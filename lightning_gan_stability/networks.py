@@ -188,13 +188,19 @@ class NetworkRunner:
     def watch(self, layers: Sequence[str]) -> Callable[[], None]:
         """Keep what layers of the discriminator return; see :meth:`GANModule.watch_layers`."""
         discriminator = self.module.discriminator
-        found = dict(discriminator.named_modules())
+        found = {name: layer for name, layer in discriminator.named_modules() if name}
+        running = [name for name, layer in found.items() if _runs(layer)]
         names: list[str] = []
         for pattern in layers:
-            matching = [name for name in found if name and fnmatch.fnmatchcase(name, pattern)]
+            if pattern in found and pattern not in running:
+                raise MisconfigurationException(
+                    f"The layer {pattern!r} of the discriminator is a {type(found[pattern]).__name__}, which holds "
+                    f"layers and returns nothing: name those in it, such as {pattern + '.*'!r}."
+                )
+            matching = [name for name in running if fnmatch.fnmatchcase(name, pattern)]
             if not matching:
                 raise MisconfigurationException(
-                    f"The discriminator has no layer {pattern!r}; it has {', '.join(name for name in found if name)}."
+                    f"The discriminator has no layer {pattern!r}; it has {', '.join(running)}."
                 )
             names += [name for name in matching if name not in names]
         for name in names:
@@ -283,6 +289,11 @@ class NetworkRunner:
 def _is_pair(found: Any) -> bool:
     """Whether what `generate` or `discriminate` returned is a plain tuple of two; named tuples are trees."""
     return type(found) is tuple and len(found) == 2
+
+
+def _runs(layer: nn.Module) -> bool:
+    """Whether a layer has a forward pass: a ``ModuleList`` or ``ModuleDict`` has none."""
+    return getattr(layer.forward, "__func__", layer.forward) is not nn.Module.forward
 
 
 def _are_entries(logits: Any) -> bool:

@@ -155,7 +155,8 @@ def entries(logits: Logits) -> dict[str, Tensor]:
     """
     if isinstance(logits, Tensor):
         return {"": logits}
-    return dict(logits) if isinstance(logits, Mapping) else {str(i): entry for i, entry in enumerate(logits)}
+    named = logits.items() if isinstance(logits, Mapping) else enumerate(logits)
+    return {str(name): entry for name, entry in named}
 
 
 class Pair(NamedTuple):
@@ -235,6 +236,44 @@ class GANOutputs:
                 "return the same ones each time."
             )
         return [Pair(name, real[name], fake[name]) for name in real]
+
+
+def at_path(outputs: GANOutputs, path: str, asker: str) -> Any:
+    """The tensor, or tree of tensors, at a dotted path of attributes, keys and numbers.
+
+    Args:
+        outputs: where to look.
+        path: ``"fake"``, ``"real"``, ``"condition"``, ``"extras.<key>"``, and further keys behind dots.
+        asker: who asks, for the message.
+
+    Raises:
+        ValueError: if there is nothing, or something that is no tensor.
+
+    Example:
+        >>> at_path(GANOutputs(None, None, extras={"cycle": {"a": torch.ones(1)}}), "extras.cycle.a", "An example")
+        tensor([1.])
+    """
+    found: Any = outputs
+    for key in path.split("."):
+        if isinstance(found, Mapping):
+            found = found.get(key)
+        elif isinstance(found, Sequence) and key.isdigit():
+            found = found[int(key)] if int(key) < len(found) else None
+        else:
+            found = getattr(found, key, None)
+        if found is None:
+            raise ValueError(
+                f"{asker} compares `{path}`, but there is no {key!r}: a path leads from what the player sees, such as "
+                "'fake', 'real', 'condition' or 'extras.<key>'."
+            )
+    leaves = tree_leaves(found)
+    other = next((leaf for leaf in leaves if not isinstance(leaf, Tensor)), None)
+    if other is not None or not leaves:
+        raise ValueError(
+            f"{asker} compares `{path}`, where there is {describe(found if other is None else other)}: a path ends in "
+            "a tensor, or in a dict, list or other tree of tensors."
+        )
+    return found
 
 
 def detached(outputs: GANOutputs) -> GANOutputs:

@@ -19,6 +19,7 @@ from lightning_gan_stability import (
     Extragradient,
     FeatureMatching,
     GANModule,
+    LossBalancer,
     Reconstruction,
     Unrolling,
     UpdateRatio,
@@ -45,6 +46,7 @@ def calls_of(network):
     return calls
 
 
+@pytest.mark.filterwarnings("ignore:AdversarialStart.* lies behind the end of this run")
 def test_the_discriminator_is_left_alone_before_the_start():
     module = norm_gan()
     calls = calls_of(module.discriminator)
@@ -104,6 +106,7 @@ def test_the_discriminator_may_train_first(first, steps):
     assert "adversarial" in module.last_step.terms["g"]
 
 
+@pytest.mark.filterwarnings("ignore:AdversarialStart.* lies behind the end of this run")
 def test_while_the_discriminator_trains_first_the_generator_waits():
     module = small()
     fit(module, points(2), callbacks=[AdversarialStart(9, discriminator_first=True), Reconstruction()])
@@ -263,6 +266,7 @@ def test_rules_that_need_both(rule):
         fit(small(), points(1), callbacks=[AdversarialStart(1), rule])
 
 
+@pytest.mark.filterwarnings("ignore:AdversarialStart.* lies behind the end of this run")
 def test_a_generator_whose_other_terms_are_none_has_nothing_to_learn():
     class Nothing(GANModule):
         def auxiliary_losses(self, player, outputs):
@@ -272,11 +276,48 @@ def test_a_generator_whose_other_terms_are_none_has_nothing_to_learn():
         fit(Nothing(MLP([4, 2]), MLP([2, 1]), 4), points(1), callbacks=[AdversarialStart(1)])
 
 
-def test_a_start_behind_the_end():
-    with pytest.warns(UserWarning, match=r"AdversarialStart\(step=9\) lies behind the end of this run, max_steps=2"):
-        trainer(callbacks=[AdversarialStart(9), Reconstruction()], max_steps=2).fit(
-            small(), DataLoader(points(3), batch_size=None)
-        )
+BEHIND = r"AdversarialStart\(step=9\) lies behind the end of this run, which has"
+
+
+@pytest.mark.parametrize(
+    ("options", "batches"),
+    [
+        ({"max_steps": 2}, 2),
+        ({"max_epochs": 3}, 9),
+        ({"max_epochs": 9, "max_steps": 5}, 5),
+        ({"max_epochs": 5, "limit_train_batches": 1}, 5),
+    ],
+)
+def test_a_start_behind_the_end(options, batches):
+    with pytest.warns(UserWarning, match=f"{BEHIND} {batches} batches"):
+        fit(small(), points(3), callbacks=[AdversarialStart(9), Reconstruction()], **options)
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 10}, {"max_epochs": 4}])
+def test_a_start_that_the_run_reaches(options, tmp_path):
+    make = lambda: [AdversarialStart(9), Reconstruction()]  # noqa: E731
+    fit(small(), points(3), callbacks=make(), **{"max_epochs": -1} | options)
+    with pytest.warns(UserWarning, match=f"{BEHIND} 6 batches"):
+        fit(small(), points(3), callbacks=make(), max_epochs=2).save_checkpoint(tmp_path / "a.ckpt")
+    module = small()
+    fit(module, points(3), ckpt_path=tmp_path / "a.ckpt", callbacks=make(), **{"max_epochs": -1} | options)
+    assert module.steps["d"] > 0
+
+
+def test_a_plateau_of_validation_that_a_run_has_not():
+    start = AdversarialStart(when="plateau", monitor="val/g/reconstruction")
+    data = DataLoader(points(2), batch_size=None)
+    for kwargs, loaders in (({}, [data]), ({"limit_val_batches": 0}, [data, data])):
+        with pytest.raises(MisconfigurationException, match=r"`val/g/reconstruction` to .* run has no validation"):
+            trainer(callbacks=[start, Reconstruction()], **kwargs).fit(small(), *loaders)
+
+
+def test_a_start_at_once_needs_no_other_terms():
+    module = small()
+    fit(module, points(2), callbacks=[AdversarialStart(0, ramp=4)])
+    assert module.steps == {"d": 2, "g": 2}
+    with pytest.raises(MisconfigurationException, match="AdversarialStart lets the adversarial loss of the generator"):
+        fit(small(), points(2), callbacks=[AdversarialStart(1)])
 
 
 # ---------- the ratio that lets the adversarial part rest alone
@@ -299,3 +340,39 @@ def test_reconstruction_goes_on_while_the_adversarial_part_rests():
     assert of_generator == [{"adversarial", "reconstruction", "feature_matching"}, *[{"reconstruction"}] * 2]
     assert module.steps == {"d": 3, "g": 3}
     assert adaptive.moves == {"d": 3, "g": 1}
+
+
+# ---------- several terms of one name
+
+
+def two_of_a_name(**lazy):
+    return [FeatureMatching(layers=["layers.0"], **lazy), FeatureMatching(layers=["layers.2"])]
+
+
+@pytest.mark.parametrize("lazy", [{}, {"every": 2}])
+def test_the_ramp_weighs_all_terms_of_one_name(lazy):
+    start = AdversarialStart(2, ramp=4)
+    found = []
+    weigh = start.weigh_terms
+
+    def spy(module, player, outputs, terms):
+        factors = weigh(module, player, outputs, terms)
+        if "adversarial" in terms and factors:
+            found.append(({*terms} - {"reconstruction"}, factors))
+        return factors
+
+    start.weigh_terms = spy
+    module = small()
+    fit(module, points(5), callbacks=[start, *two_of_a_name(**lazy), Reconstruction()])
+    assert len(found) == 3
+    for (names, factors), ramp in zip(found, (0.25, 0.5, 0.75), strict=True):
+        assert factors == dict.fromkeys(names, ramp)
+        assert "feature_matching_2" in names  # the second one keeps its name on batches without the first
+
+
+def test_the_balancer_knows_all_terms_of_one_name_before_they_come():
+    weighed = dict.fromkeys(("reconstruction", "feature_matching", "feature_matching_2"), 1.0)
+    balancer = LossBalancer(weighed)
+    module = small()
+    fit(module, points(3), callbacks=[AdversarialStart(2), *two_of_a_name(), Reconstruction(), balancer])
+    assert {*balancer.sums} == {*weighed}

@@ -10,6 +10,7 @@ from toys import fit, points, sgd, small, weights
 from lightning_gan_stability import (
     MLP,
     AdaptiveAdversarialWeight,
+    AdversarialStart,
     GANModule,
     LossBalancer,
     Reconstruction,
@@ -95,6 +96,48 @@ def test_terms_that_it_is_weighed_against():
     assert len({both, one, other}) == 3
     with pytest.raises(ValueError, match="weighs against the term 'mel', but the generator's loss has square, reconst"):
         fit(two(), batch(), callbacks=[AdaptiveAdversarialWeight("layers.2", terms=["mel"]), Reconstruction()])
+
+
+def of_batches(callback, module, *callbacks, n=4):
+    """The adversarial term's factor on each batch, and the factors by the terms' gradients, taken apart."""
+    found = []
+    weigh = callback.weigh_terms
+
+    def spy(gan, player, outputs, terms):
+        factors = weigh(gan, player, outputs, terms)
+        if player == "g":
+            found.append(float(factors["adversarial"]))
+        return factors
+
+    callback.weigh_terms = spy
+    fit(module, points(n, dtype=torch.float64), callbacks=[callback, *callbacks])
+    return found
+
+
+def still():
+    """A generator and a discriminator that do not move, so that batches differ by their data alone."""
+    module = two()
+    module.make_optimizer = {"d": sgd(0.0), "g": sgd(0.0)}
+    return module
+
+
+def test_a_lazy_term_counts_with_its_interval():
+    every, eager = (
+        of_batches(AdaptiveAdversarialWeight("layers.2"), still(), Reconstruction(**options))
+        for options in ({"every": 3}, {"weight": 3.0})
+    )
+    assert every[0] == pytest.approx(eager[0], rel=1e-12)
+    assert every[3] == pytest.approx(eager[3], rel=1e-12)
+    alone = of_batches(AdaptiveAdversarialWeight("layers.2", terms=["square"]), still(), Reconstruction())
+    assert every[1:3] == pytest.approx(alone[1:3], rel=1e-12)
+
+
+@pytest.mark.parametrize("terms", [None, ["reconstruction"]])
+def test_batches_on_which_no_other_term_is_due(terms):
+    module = small(g_optimizer=sgd(0.0), d_optimizer=sgd(0.0)).double() if terms is None else still()
+    lazy = of_batches(AdaptiveAdversarialWeight("layers.2", terms=terms), module, Reconstruction(every=2))
+    assert lazy[1] == lazy[3] == 0
+    assert min(lazy[0], lazy[2]) > 0
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed")
@@ -257,6 +300,52 @@ def test_the_weights_of_terms_cancel():
         fit(module, points(3, dtype=torch.float64), callbacks=[_balancer(), Reconstruction(weight)])
         runs.append(weights(module))
     torch.testing.assert_close(*runs, rtol=0, atol=1e-10)
+
+
+class Weighed(Two):
+    """Terms with weights of the module's own."""
+
+    factors = (1.0, 1.0)
+
+    def auxiliary_losses(self, player, outputs):
+        found = super().auxiliary_losses(player, outputs)
+        return {name: self.factors[0] * term for name, term in found.items()}
+
+    def adversarial_weight(self, player, outputs):
+        return self.factors[1] if player == "g" else 1.0
+
+
+@pytest.mark.parametrize(
+    ("factors", "options", "cancels"),
+    [
+        ((1.0, 1.0), {"weight": 50.0}, True),
+        ((1.0, 1.0), {"every": 7}, True),  # due on the first batch
+        ((1.0, 1.0), {"weight": 3.0, "every": 5}, True),
+        ((9.0, 1.0), {}, True),
+        ((1.0, 9.0), {}, False),
+    ],
+)
+def test_what_the_balancer_cancels(factors, options, cancels):
+    runs = []
+    for own, kwargs in (((1.0, 1.0), {}), (factors, options)):
+        torch.manual_seed(0)
+        module = Weighed(MLP([4, 16, 2]), MLP([2, 16, 1]), 4, g_optimizer=sgd(0.1), d_optimizer=sgd(0.1)).double()
+        module.factors = own
+        balancer = LossBalancer({"adversarial": 1.0, "reconstruction": 2.0, "square": 1.0})
+        fit(module, batch(), callbacks=[balancer, Reconstruction(**kwargs)])
+        runs.append(weights(module))
+    assert torch.allclose(*runs, rtol=0, atol=1e-10) == cancels
+
+
+def test_adversarial_weight_and_ramp_multiply_the_factor_of_the_balancer():
+    runs = []
+    for factor, ramp in ((0.25, []), (1.0, [AdversarialStart(0, ramp=4)])):
+        torch.manual_seed(0)
+        module = Weighed(MLP([4, 16, 2]), MLP([2, 16, 1]), 4, g_optimizer=sgd(0.1), d_optimizer=sgd(0.1)).double()
+        module.factors = (1.0, factor)
+        fit(module, batch(), callbacks=[_balancer(), Reconstruction(), *ramp])
+        runs.append(weights(module))
+    torch.testing.assert_close(*runs, rtol=0, atol=1e-12)
 
 
 def test_terms_that_the_balancer_cannot_weigh():

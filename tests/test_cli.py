@@ -321,6 +321,7 @@ Lookahead: {k: 2, alpha: 0.5}
 LossBalancer: {weights: {adversarial: 1, mse: 2}}
 ModeSeeking: {}
 OrthogonalPenalty: {player: d}
+PairedMonitor: {metrics: {error: {class_path: torchmetrics.MeanSquaredError}}, inputs: {error: [fake, real]}}
 PathLengthPenalty: {every: 1}
 QualityMonitor: {every: 1, n_samples: 50, metrics: [fid, recall]}
 R1Penalty: {gamma: 1, final_gamma: 0.1, steps: 100}
@@ -360,7 +361,7 @@ def test_every_callback_by_its_short_name(names, write, printed, capsys):
 
 
 def test_no_callback_is_left_out():
-    assert ARGUMENTS.keys() == public_callbacks()
+    assert ARGUMENTS.keys() == public_callbacks() - {"TableMonitor"}  # of tables alone; configs/table.yaml has it
 
 
 @pytest.mark.parametrize("name", ["OptimisticAdam", "OptimisticSGD", "NegativeMomentum"])

@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
+from torchmetrics import MeanSquaredError
 from toys import Shift, fit, points, sgd, trainer, weights
 
 import lightning_gan_stability
@@ -47,6 +48,7 @@ from lightning_gan_stability import (
     OptimisticAdam,
     OrthogonalPenalty,
     Packed,
+    PairedMonitor,
     PathLengthPenalty,
     QualityMonitor,
     R1Penalty,
@@ -292,6 +294,7 @@ OTHERS = {
     "SampleLogger": lambda: [SampleLogger()],
     "HealthMonitor": lambda: [HealthMonitor()],
     "QualityMonitor": lambda: [QualityMonitor(n_samples=50, every=1)],
+    "PairedMonitor": lambda: [PairedMonitor({"error": MeanSquaredError()})],
     "CollapseDetector": lambda: [CollapseDetector("rollback"), QualityMonitor(n_samples=50, every=2)],
     "R1Penalty, separate": lambda: [R1Penalty(0.1, every=2, separate=True)],
     "AdversarialStart": lambda: [AdversarialStart(1, ramp=2), Reconstruction()],

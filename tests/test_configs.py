@@ -11,6 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
+import lightning_gan_stability
 from lightning_gan_stability import GANModule
 from lightning_gan_stability.cli import main
 
@@ -37,6 +38,16 @@ SAMPLES = {
     "wgan": (1, 8, 8),
     "wgan_gp": (2,),
 }
+# beside a reconstruction, or of tables: what a config makes of a condition of two samples
+APPLIED = {
+    "codec": ((2, 1, 4096), (1, 4096)),
+    "paired_translation": ((2, 1, 32, 32), (3, 32, 32)),
+    "super_resolution": ((2, 3, 8, 8), (3, 32, 32)),
+    "table": (None, None),
+    "tokenizer": ((2, 3, 32, 32), (3, 32, 32)),
+    "unpaired_translation": ((2, 1, 16, 16), (1, 16, 16)),
+    "vocoder": ((2, 40, 32), (1, 4096)),
+}
 SHORT = ["--trainer.max_steps=3", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 SMALL = {"dcgan": ["--data.batch_size=4", "--data.num_workers=0", "--model.generator.width=8"]}
 
@@ -61,6 +72,12 @@ def command(name, *more):
     return ["fit", "--config", str(CONFIGS / f"{name}.yaml"), *SHORT, *SMALL.get(name, []), *more]
 
 
+@pytest.fixture(autouse=True)
+def _examples(monkeypatch):
+    """The networks of recipes lie in `examples`, beside `configs`, where a user starts the command."""
+    monkeypatch.syspath_prepend(CONFIGS.parent)
+
+
 def printed(capsys, *args):
     with pytest.raises(SystemExit) as stopped:
         main([*args, "--print_config"])
@@ -68,12 +85,16 @@ def printed(capsys, *args):
     return capsys.readouterr().out
 
 
+def locate(name):
+    return getattr(lightning_gan_stability, name)
+
+
 def load(name):
     return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
 
 
 def test_every_config_is_tested():
-    assert sorted(path.name for path in CONFIGS.iterdir()) == sorted(f"{name}.yaml" for name in SAMPLES)
+    assert sorted(path.name for path in CONFIGS.iterdir()) == sorted(f"{name}.yaml" for name in SAMPLES | APPLIED)
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLES.keys() - {"digits_wandb"}))
@@ -85,7 +106,40 @@ def test_config_runs_and_its_checkpoint_loads(name):
     assert gan.sample(2).shape == (2, *SAMPLES[name])
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore:AdversarialStart.* lies behind the end of this run")
+@pytest.mark.parametrize("name", APPLIED)
+def test_config_of_a_recipe_runs_and_its_checkpoint_loads(name):
+    """With its metrics, which a checkpoint may be chosen by."""
+    limits = ["--trainer.limit_val_batches=2"]
+    main(command(name, *limits, "--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=3"))
+    (checkpoint,) = Path("runs", name, "version_0").rglob("last.ckpt")
+    recipe = locate(load(name)["model"]["class_path"])
+    gan = recipe.load_from_checkpoint(checkpoint, weights_only=True).eval()
+    assert gan.iteration == 3
+    shape, made = APPLIED[name]
+    if name == "table":
+        assert {"mean radius", "target"} < gan.synthesize(2).keys()
+    elif name == "unpaired_translation":
+        assert gan.translate(torch.zeros(shape), "b").shape == (2, *made)
+    else:
+        assert gan(torch.zeros(shape)).shape == (2, *made)
+    values = Path("runs", name, "version_0", "metrics.csv").read_text().splitlines()[0]
+    assert "quality/" in values
+
+
+@pytest.mark.parametrize("name", APPLIED)
+def test_config_of_a_recipe_has_the_values_of_its_paper(name):
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    assert f"gan-stability fit --config configs/{name}.yaml" in text
+    assert "https://arxiv.org/abs/" in text
+    assert text.count("paper") >= 5
+    names = [callback["class_path"] for callback in load(name)["trainer"]["callbacks"]]
+    assert {"ModelCheckpoint", "Alternating"} <= set(names)
+    assert {"PairedMonitor", "TableMonitor"} & set(names)
+
+
+@pytest.mark.parametrize("name", SAMPLES | APPLIED)
 def test_config_survives_print_config(name, capsys):
     text = printed(capsys, *command(name))
     Path("printed.yaml").write_text(text)

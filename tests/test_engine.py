@@ -21,6 +21,7 @@ from lightning_gan_stability import (
     LeastSquares,
     R1Penalty,
     R2Penalty,
+    Reconstruction,
     Relativistic,
     RelativisticAverage,
     Simultaneous,
@@ -622,3 +623,93 @@ def test_a_third_optimizer_is_the_subclass_s_own():
     assert [run.global_step for run in runs] == [4, 4]
     assert torch.equal(weights(plain.generator), weights(encoded.generator))
     assert not torch.equal(encoded.encoder.weight, start)
+
+
+def test_names_that_the_log_has_for_something_else():
+    class Taken(Reconstruction):
+        name = "grad_norm"
+
+    with pytest.raises(MisconfigurationException, match="name 'grad_norm' of Taken is one that the log has for"):
+        fit(small(), points(1), callbacks=[Taken()])
+
+    class Returns(GANModule):
+        returned = ""
+
+        def auxiliary_losses(self, player, outputs):
+            return {self.returned: outputs.fake.mean()} if player == "g" else {}
+
+    for name in ("", "adversarial/a", "reconstruction"):
+        module = Returns(MLP([4, 2]), MLP([2, 1]), 4)
+        module.returned = name
+        with pytest.raises(ValueError, match=f"`auxiliary_losses` returned '{name}', which the log has for something"):
+            fit(module, points(1), callbacks=[Reconstruction()])
+
+
+def test_terms_of_one_name_keep_theirs_whatever_is_due():
+    module, seen = small(), []
+    first, second = R1Penalty(1.0, every=3), R1Penalty(2.0)
+    player_loss = module.player_loss
+
+    def spy(player, outputs, adversarial=None):
+        found = player_loss(player, outputs, adversarial)
+        seen.append({*found[1]} - {"adversarial"})
+        return found
+
+    module.player_loss = spy
+    fit(module, points(4), callbacks=[first, second])
+    assert seen[::2] == [{"r1", "r1_2"}, {"r1_2"}, {"r1_2"}, {"r1", "r1_2"}]
+    assert [module.term_name(c) for c in (first, second)] == ["r1", "r1_2"]
+
+
+class TwoJudges(GANModule):
+    """Two discriminators, or one with features, whose outputs come in several forms."""
+
+    form = staticmethod(lambda d, x: None)
+
+    def discriminate(self, network, sample, condition):
+        return type(self).form(network, sample)
+
+
+def two_judges(form):
+    torch.manual_seed(0)
+    module = type("Judges", (TwoJudges,), {"form": staticmethod(form)})
+    return module(MLP([4, 2]), nn.ModuleDict({"a": MLP([2, 8, 1]), "b": MLP([2, 8, 3])}), 4)
+
+
+IDLE = r"does not depend on `b\.layers\.0\.weight`: .* return them in a list or a dict"
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("rule", [None, Simultaneous()])
+def test_logits_that_are_taken_for_features(rule, accumulate):
+    module = two_judges(lambda d, x: (d["a"](x), d["b"](x)))
+    module.accumulate = accumulate
+    with pytest.warns(UserWarning, match=IDLE) as found:
+        fit(module, points(3), callbacks=[rule] if rule else [])
+    assert len([w for w in found if "list or a dict" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda d, x: [d["a"](x), d["b"](x)],
+        lambda d, x: {"a": d["a"](x), "b": d["b"](x)},
+        lambda d, x: (d["a"](x) + d["b"](x).sum(1, keepdim=True), d["b"](x)),  # features of what judges
+        lambda d, x: (d["a"](x), [d["b"](x)]),  # nobody takes a list for logits
+    ],
+)
+def test_logits_and_features_that_are_what_they_are(form):
+    fit(two_judges(form), points(2))  # warnings are errors
+
+
+def test_features_with_frozen_weights():
+    module = two_judges(lambda d, x: (d["a"](x), d["b"](x)))
+    module.discriminator["b"].requires_grad_(False)
+    fit(module, points(2))
+
+
+def test_features_that_a_loss_of_the_discriminator_reads():
+    module = two_judges(lambda d, x: (d["a"](x), d["b"](x)))
+    module.auxiliary_losses = lambda player, outputs: {"b": outputs.real_features.square().mean()}
+    module.plan = ("d",)
+    fit(module, points(2))

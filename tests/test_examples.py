@@ -3,6 +3,7 @@
 import datetime
 import functools
 import importlib
+import logging
 import math
 import os
 import re
@@ -80,6 +81,61 @@ def test_every_scale_is_a_discriminator(run):
     assert (
         "logits of one batch: [(64, 4), (64,), (64,)]" in out
     )  # 2 by 2 patches, and one each of the halves and quarters
+
+
+# what examples/recipes write, and how many lines they print
+RECIPES = {
+    "codec": (["codec.png", "codec_held_out_speech.wav", "codec_with_discriminators.wav"], 2),
+    "paired_translation": (["paired_translation.png"], 2),
+    "super_resolution": (["super_resolution.png"], 2),
+    "table": (["table.png"], 2),
+    "tokenizer": (["tokenizer.png"], 3),
+    "unpaired_translation": (["unpaired_translation.png"], 2),
+    "vocoder": (["vocoder.png", "vocoder_mel_distance_alone.wav"], 2),
+}
+
+
+@pytest.fixture
+def _loud():
+    """The levels of Lightning's loggers, which examples of many runs raise."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("_loud")
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(name, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr(sys, "argv", [name, "--steps", "3"])
+    runpy.run_module(f"examples.recipes.{name}", run_name="__main__")
+    files, lines = RECIPES[name]
+    assert len(capsys.readouterr().out.splitlines()) == lines
+    for file in files:
+        assert Path(file).stat().st_size > 3000
+
+
+def test_every_recipe_has_an_example_a_config_and_a_guide():
+    found = {path.stem for path in (ROOT / "examples" / "recipes").glob("*.py")} - {"shared"}
+    assert found == {*RECIPES}
+    for name in RECIPES:
+        assert (ROOT / "configs" / f"{name}.yaml").exists()
+        assert (ROOT / "docs" / "guides" / f"{name}.md").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("_loud")
+@pytest.mark.timeout(250)
+def test_applied_benchmark_smoke(run, monkeypatch):
+    out = benchmark(run, monkeypatch, "applied")
+    for study in ("tokenizer", "vocoder", "codec", "table", "unpaired"):
+        assert f"\n{study}\n| variant |" in out
+    assert "| discriminator far too strong | stabilized |" in out
+    assert float(out.split(" ms")[2].split("(")[0]) > 0
 
 
 def benchmark(run, monkeypatch, name):
@@ -241,7 +297,7 @@ def test_gathered_sections_are_replaced_and_others_kept(run, monkeypatch, tmp_pa
 def test_gather_refuses_and_keeps(run, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         gather(run, monkeypatch, "gather", "--out", str(tmp_path / "page.md"))
-    assert "no benchmark called gather: choose from cost, detection" in capsys.readouterr().err
+    assert "no benchmark called gather: choose from applied, cost, detection" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="cost failed, and its section stays as it was"):
         gather(run, monkeypatch, "cost", "--out", str(tmp_path / "page.md"), "--", "--no-such-option")
     assert not (tmp_path / "page.md").exists()

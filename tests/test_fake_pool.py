@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from toys import fit, points, small, trainer, weights
+from toys import Shift, fit, points, small, trainer, weights
 
 from lightning_gan_stability import (
     MLP,
@@ -162,3 +162,76 @@ def test_packs_and_near_latents_are_refused():
 def test_bad_arguments(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         FakePool(**options)
+
+
+@pytest.mark.parametrize(("first", "then"), [(10, 30), (30, 10), (4, 30), (30, 50), (30, 30), (50, 4)])
+def test_a_run_goes_on_with_another_size(first, then, tmp_path):
+    """A larger pool is filled further, a smaller one keeps its first samples; then the rule goes on."""
+    module, pool = small(), FakePool(first, 0.9)
+    run = fit(module, points(3), callbacks=[pool])
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    module, wider = small(), FakePool(then, 0.9)
+    reference = Reference(then, 0.9)
+    reference.images, reference.asked = [*pool.pools[0][0][:then]], pool.seen
+    judge, seen, made = module.judge, [], []
+    module.judge = lambda outputs, **kwargs: seen.append(outputs.fake) or judge(outputs, **kwargs)
+    generate = module.generate
+    module.generate = lambda *a: made.append(generate(*a)) or made[-1]
+    fit(module, points(3), callbacks=[wider], max_epochs=3, ckpt_path=tmp_path / "a.ckpt")
+    assert len(seen) == 12
+    for shown, new in zip(seen[::2], made[::2], strict=True):
+        assert torch.equal(shown, reference.query(new))
+    assert torch.equal(wider.pools[0][0], torch.stack(reference.images))
+    assert len(reference.images) == then
+    assert wider.seen == 72
+
+
+@pytest.mark.parametrize("sizes", [(8, 5), (5, 8)])
+def test_samples_of_other_shapes(sizes):
+    module, pool = small(), FakePool(9)
+    long, short = (torch.zeros(4, 1, size) for size in sizes)
+    ask(pool, module, long)
+    with pytest.raises(
+        ValueError, match=rf"the same shapes: it has \(1, {sizes[0]}\), and now there are \(1, {sizes[1]}"
+    ):
+        ask(pool, module, short)
+    with pytest.raises(ValueError, match=r"samples with their conditions .* now there are \(\), \(1, "):
+        ask(pool, module, long, condition=torch.zeros(4))
+
+
+class Source(GANModule):
+    """A generator without latents."""
+
+    def unpack(self, batch):
+        return batch, batch
+
+    def discriminate(self, network, sample, condition):
+        return network(sample)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("kind", ["real", "balanced"])
+@pytest.mark.parametrize("latent_dim", [4, None])
+def test_a_penalty_that_compares_sees_the_samples_of_the_pool(latent_dim, kind, precision):
+    class Looks(ConsistencyPenalty):
+        def penalty(self, gan, outputs):
+            found.append(outputs)
+            return super().penalty(gan, outputs)
+
+    class Pool(FakePool):
+        def change_samples(self, gan, player, outputs):
+            outputs = super().change_samples(gan, player, outputs)
+            if player == "d":
+                shown.append(outputs)
+            return outputs
+
+    torch.manual_seed(0)
+    module = (GANModule if latent_dim else Source)(MLP([latent_dim or 2, 16, 2]), MLP([2, 16, 1]), latent_dim)
+    found, shown = [], []
+    fit(module, points(3), callbacks=[Pool(9), Looks(kind, transform=Shift())], precision=precision)
+    assert len(found) == len(shown) == 3
+    for seen, given in zip(found, shown, strict=True):
+        assert seen.fake_logits.dtype == seen.fake.dtype == torch.float32
+        assert torch.equal(seen.fake, given.fake.float())
+        if latent_dim is None:
+            assert torch.equal(seen.fake_condition, given.fake_condition)

@@ -82,6 +82,64 @@ def test_features_of_other_discriminators_than_the_logits():
     logits = {"x": torch.zeros(4), "y": torch.zeros(4)}
     with pytest.raises(ValueError, match="logits of discriminators x, y, and features of x: `discriminate` must"):
         penalty(({"x": [ONES]}, {"x": [ONES]}), logits)
+    flat = [ONES, ONES, ONES, ONES]
+    with pytest.raises(
+        ValueError, match=r"of discriminators x, y, and features are a list of .*, 4 in all: `discrimin"
+    ):
+        penalty((flat, flat), logits)
+
+
+@pytest.mark.parametrize("logits", [{"x": torch.zeros(2), "y": torch.zeros(2)}, [torch.zeros(2), torch.zeros(2)]])
+@pytest.mark.parametrize("features", [torch.ones(2, 3), (torch.ones(2, 3),), 5])
+def test_several_discriminators_with_features_of_none_of_them(logits, features):
+    """Of two samples, too, one tensor is not one feature for each of two discriminators."""
+    with pytest.raises(
+        ValueError, match=r"of discriminators ., ., and features are a .*must return a dict or list with"
+    ):
+        penalty((features, features), logits)
+
+
+@pytest.mark.parametrize("weights_of", [[1.0, 2.0], {"0": 2.0}])
+def test_weights_of_discriminators_with_other_names_than_the_layers(weights_of):
+    class Renamed(GANModule):
+        def discriminate(self, network, sample, condition):
+            return {i: part(sample) for i, part in enumerate(network.values())}
+
+    make = lambda: Renamed(MLP([4, 2]), nn.ModuleDict({"a": MLP([2, 8, 1]), "b": MLP([2, 8, 1])}), 4)  # noqa: E731
+    fit(make(), points(1), callbacks=[FeatureMatching(layers=["*.layers.0"])])
+    matching = FeatureMatching(layers=["*.layers.0"], discriminator_weights=weights_of)
+    with pytest.raises(ValueError, match=r"discriminators 0, 1, and layer 'a\.layers\.0' is of none of them: return"):
+        fit(make(), points(1), callbacks=[matching])
+
+
+class Listed(GANModule):
+    """Two discriminators that return features."""
+
+    def discriminate(self, network, sample, condition):
+        found = [part(sample) for part in network]
+        return found, [[logits] for logits in found]
+
+
+class Numbered(Listed):
+    """The same with numbers as keys."""
+
+    def discriminate(self, network, sample, condition):
+        return tuple(dict(enumerate(part)) for part in super().discriminate(network, sample, condition))
+
+
+@pytest.mark.parametrize("layers", [None, ["*.layers.0"]])
+def test_discriminators_by_number(layers):
+    values = []
+    for kind in (Listed, Numbered):
+        torch.manual_seed(0)
+        module = kind(MLP([4, 2]), nn.ModuleList([MLP([2, 8, 1]), MLP([2, 8, 1])]), 4)
+        matching = FeatureMatching(layers=layers, discriminator_weights={"0": 2.0, "1": 0.5})
+        fit(module, points(1), callbacks=[matching])
+        values.append({name: float(value) for name, value in module.last_step.values.items()})
+    assert values[0] == values[1]
+    features = ({0: [ONES]}, {0: [ONES]})
+    with pytest.raises(ValueError, match="logits of discriminators 0, 1, and features of 0: `discriminate` must"):
+        penalty(features, {0: torch.zeros(4), 1: torch.zeros(4)})
 
 
 def test_features_that_change():
@@ -205,6 +263,39 @@ def test_layers_that_are_not_there_or_do_not_run():
     module.discriminator.idle = nn.Linear(1, 1)
     with pytest.raises(ValueError, match="layer 'idle' of the discriminator is watched, but it did not run"):
         fit(module, points(1), callbacks=[FeatureMatching(layers=["idle"])])
+
+
+class Held(nn.Module):
+    """Layers in containers that do not run themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Linear(2, 4), nn.Linear(4, 1)])
+        self.heads = nn.ModuleDict({"a": nn.Identity()})
+        self.scales = nn.ParameterList([nn.Parameter(torch.ones(()))])
+
+    def forward(self, x):
+        for layer in self.convs:
+            x = layer(x)
+        return self.heads["a"](x * self.scales[0])
+
+
+def test_patterns_leave_out_what_only_holds_layers():
+    found = []
+    for layers in (["*"], ["c*", "heads.a"], ["convs.0", "convs.1", "heads.a"]):
+        torch.manual_seed(0)
+        module = GANModule(MLP([4, 2]), Held(), 4)
+        fit(module, points(1), callbacks=[FeatureMatching(layers=layers, layer_weights=[1.0, 2.0, 3.0])])
+        found.append(float(module.last_step.values["g/feature_matching"]))
+    assert found[0] == found[1] == found[2] > 0
+    module = GANModule(MLP([4, 2]), Held(), 4)
+    for name, kind in (("convs", "ModuleList"), ("heads", "ModuleDict"), ("scales", "ParameterList")):
+        with pytest.raises(MisconfigurationException, match=rf"layer '{name}' of the .* a {kind}, which holds layers"):
+            fit(module, points(1), callbacks=[FeatureMatching(layers=[name])])
+    with pytest.raises(
+        MisconfigurationException, match=r"has no layer 'scal\*'; it has convs\.0, convs\.1, heads\.a\."
+    ):
+        fit(module, points(1), callbacks=[FeatureMatching(layers=["scal*"])])
 
 
 def test_nobody_watches_after_a_run():

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BatchSizeFinder, EMAWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader
+from torchmetrics import MeanSquaredError
 from toys import fit, points, public_callbacks, sgd, small, trainer, weights
 
 import lightning_gan_stability
@@ -46,13 +47,14 @@ def own_step(**kwargs):
     return OwnStep(MLP([4, 16, 2]), MLP([2, 16, 1]), 4, **kwargs)
 
 
-# what is no GANCallback changes networks and logs, whatever the step is
-ACTING = sorted(public_callbacks() - {"SpectralNorm", "Alternating"})
+# what is no GANCallback changes networks and logs, whatever the step is; TableMonitor refuses other modules before
+ACTING = sorted(public_callbacks() - {"SpectralNorm", "Alternating", "TableMonitor"})
 
 
 @pytest.mark.parametrize("name", ACTING)
 def test_a_step_that_is_not_the_package_s_is_refused_with_its_callbacks(name):
     arguments = {"AdaptiveAdversarialWeight": ["layers.2"], "AdversarialStart": [1], "LossBalancer": [{"mse": 1.0}]}
+    arguments["PairedMonitor"] = [{"error": MeanSquaredError()}]
     callback = getattr(lightning_gan_stability, name)(*arguments.get(name, []))
     others = [lightning_gan_stability.QualityMonitor(n_samples=50)] if name == "CollapseDetector" else []
     others += [lightning_gan_stability.Reconstruction()] if name == "AdversarialStart" else []

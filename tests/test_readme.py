@@ -42,6 +42,12 @@ def base():
     return next(text for kind, text in BLOCKS["README.md"] if kind == "yaml")
 
 
+def base_of(page):
+    """What a page's YAML is laid over: the config of the recipe that a guide is about, or the README's file."""
+    config = ROOT / "configs" / Path(page).name.replace(".md", ".yaml")
+    return config.read_text(encoding="utf-8") if page.startswith("docs/guides/") and config.exists() else base()
+
+
 def fit_file(*texts, options):
     files = []
     for i, text in enumerate(texts):
@@ -90,8 +96,9 @@ def test_python_of_a_page(page, monkeypatch):
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(("page", "text"), own("yaml"))
-def test_yaml(page, text, tmp_path):
-    """A file with a model runs as it is, another one laid over the README's."""
+def test_yaml(page, text, tmp_path, monkeypatch):
+    """A file with a model runs as it is, another one laid over the README's, or over the config of its recipe."""
+    monkeypatch.syspath_prepend(ROOT)  # the networks of examples/recipes
     if page == "README.md":
         fit_file(text, options=[])
         assert list(tmp_path.rglob("samples/000100.png"))
@@ -99,7 +106,7 @@ def test_yaml(page, text, tmp_path):
         with pytest.raises(SystemExit, match="0"):
             fit_file(base(), text, options=["--print_config"])
     else:
-        fit_file(*([] if "model:" in text else [base()]), text, options=SHORT)
+        fit_file(*([] if "model:" in text else [base_of(page)]), text, options=SHORT)
         finish(text)
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import recipe_references as references
+import recipe_references_applied as applied
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -15,16 +16,23 @@ from lightning_gan_stability import (
     AdaptiveAdversarialWeight,
     AdversarialStart,
     Alternating,
+    Codec,
     FakePool,
     FeatureMatching,
     GANModule,
+    GeneratorEMA,
     GradientPenalty,
-    Hinge,
-    LeastSquares,
     LossBalancer,
     Packed,
+    PairedTranslation,
     R1Penalty,
     Reconstruction,
+    RelativisticAverage,
+    SuperResolution,
+    TableSynthesis,
+    Tokenizer,
+    UnpairedTranslation,
+    Vocoder,
     Wasserstein,
 )
 from lightning_gan_stability.noise import generator
@@ -89,17 +97,6 @@ def mel_distance(sample, target):
     return (mel(sample) - mel(target)).abs().mean()
 
 
-class Vocoder(GANModule):
-    """HiFi-GAN: a batch is (spectrogram, waveform)."""
-
-    def unpack(self, batch):
-        condition, waveform = batch
-        return waveform, condition
-
-    def adversarial_weight(self, player, outputs):
-        return 2.0  # `LeastSquares` has the paper's ½, HiFi-GAN has none
-
-
 def vocoder():
     torch.manual_seed(0)
     networks = (
@@ -108,7 +105,8 @@ def vocoder():
     )
     make = adam(2e-3, (0.8, 0.99), torch.optim.AdamW)
     decay = lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.999)  # noqa: E731
-    return Vocoder(*networks, None, LeastSquares(), make, make, decay, decay, "epoch").double()
+    schedules = {"g_scheduler": decay, "d_scheduler": decay, "scheduler_interval": "epoch"}
+    return Vocoder(*networks, g_optimizer=make, d_optimizer=make, **schedules).double()
 
 
 def vocoder_callbacks():
@@ -129,7 +127,7 @@ def vocoder_reference(module):
 
 
 class Quantized(nn.Module):
-    """An autoencoder with a codebook of four vectors; returns reconstruction and codebook loss."""
+    """An autoencoder with a codebook of four vectors."""
 
     def __init__(self):
         super().__init__()
@@ -139,30 +137,25 @@ class Quantized(nn.Module):
         z = self.encoder(x)
         code = self.codes(torch.cdist(z, self.codes.weight).argmin(1))
         loss = (code.detach() - z).square().mean() + 0.25 * (code - z.detach()).square().mean()
-        return self.decoder(z + (code - z).detach()), loss
+        return self.decoder(z + (code - z).detach()), {"codebook": loss}
 
 
-class Tokenizer(GANModule):
-    """VQGAN: the data are their own condition."""
+class AsTuple(nn.Module):
+    """The autoencoder as the reference calls it."""
 
-    def unpack(self, batch):
-        return batch, batch
+    def __init__(self, autoencoder):
+        super().__init__()
+        self.autoencoder = autoencoder
 
-    def generate(self, network, n, condition, latents):
-        reconstruction, codebook = network(condition)
-        return reconstruction, {"codebook": codebook}
-
-    def auxiliary_losses(self, player, outputs):
-        return {"codebook": outputs.extras["codebook"]} if player == "g" else {}
-
-    def adversarial_weight(self, player, outputs):
-        return 0.5 if player == "d" else 1.0
+    def forward(self, x):
+        reconstruction, extras = self.autoencoder(x)
+        return reconstruction, extras["codebook"]
 
 
 def tokenizer(order="dg"):
     torch.manual_seed(0)
     make = adam(3e-3, (0.5, 0.9))
-    module = Tokenizer(Quantized(), MLP([6, 16, 1]), None, Hinge(), make, make).double()
+    module = Tokenizer(Quantized(), MLP([6, 16, 1]), g_optimizer=make, d_optimizer=make).double()
     module.plan = ("d", "g") if order == "dg" else ("g", "d")
     return module
 
@@ -180,32 +173,12 @@ def tokenizer_reference(module, order="dg"):
     last = module.generator.decoder.weight
     judge = module.discriminator
     data = TOKENIZER_DATA * EPOCHS
-    logs = references.tokenizer(module.generator, judge, last, data, 3, 0.8, order, lr=3e-3)
+    logs = references.tokenizer(AsTuple(module.generator), judge, last, data, 3, 0.8, order, lr=3e-3)
     names = {"g/reconstruction": ("nll", 1), "g/codebook": ("codebook", 1), "g/adversarial": ("adversarial", 1)}
     return logs, names | {"d/adversarial": ("loss_d", 2)}
 
 
 # ---------- translation: two generators, two discriminators, cycles, identities, pools
-
-
-class Translation(GANModule):
-    """CycleGAN: a batch is a picture of each domain, and so is a sample."""
-
-    def unpack(self, batch):
-        real = dict(zip("ab", batch, strict=True))
-        return real, real
-
-    def generate(self, network, n, condition, latents):
-        to_a, to_b = network["a"], network["b"]
-        fake = {"a": to_a(condition["b"]), "b": to_b(condition["a"])}
-        cycle = {"a": to_a(fake["b"]), "b": to_b(fake["a"])}
-        return fake, {"cycle": cycle, "identity": {"a": to_a(condition["a"]), "b": to_b(condition["b"])}}
-
-    def discriminate(self, network, sample, condition):
-        return {domain: network[domain](sample[domain]) for domain in network}
-
-    def adversarial_weight(self, player, outputs):
-        return 1.0 if player == "d" else 2.0  # ½ of both terms for D, none for G
 
 
 def pictures():
@@ -220,9 +193,7 @@ def translation():
     torch.manual_seed(0)
     generators, discriminators = (nn.ModuleDict({d: make() for d in "ab"}) for make in (pictures, judge))
     make = adam(2e-3, (0.5, 0.999))
-    module = Translation(generators, discriminators, None, LeastSquares(), make, make).double()
-    module.plan = ("g", "d")
-    return module
+    return UnpairedTranslation(generators, discriminators, g_optimizer=make, d_optimizer=make).double()
 
 
 def translation_callbacks():
@@ -248,6 +219,154 @@ def translation_reference(module):
     names = {f"d/adversarial/{domain}": (f"loss_d_{domain}", 1) for domain in "ab"}
     names |= {f"g/adversarial/{domain}": (f"adversarial_{domain}", 0.5) for domain in "ab"}
     return logs, names | {"g/cycle": ("cycle", 10.0), "g/identity": ("identity", 5.0)}
+
+
+# ---------- a codec: normalized waveforms, a distance over several windows, gradients clipped
+
+
+class Waves(nn.Module):
+    """An autoencoder of waveforms with the losses of a codebook."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Conv1d(1, 4, 8, 4, 2), nn.ConvTranspose1d(4, 1, 8, 4, 2)
+
+    def forward(self, x):
+        z = self.encoder(x)
+        code = z.round()
+        losses = {"commitment": (z - code.detach()).square().mean(), "codebook": (z.sin() - z.detach()).abs().mean()}
+        return self.decoder(z + (code - z).detach()).tanh(), losses
+
+
+class MapsBefore(Maps):
+    """The same discriminator, whose features are without the logits."""
+
+    def forward(self, x):
+        logits, maps = super().forward(x)
+        return logits, maps[:-1]
+
+
+def dac_distance(sample, target):
+    return applied.dac_mel_distance(sample, target, 16000, (16, 32), (4, 8))
+
+
+def codec():
+    torch.manual_seed(0)
+    make = adam(2e-3, (0.8, 0.99), torch.optim.AdamW)
+    decay = lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.99)  # noqa: E731
+    settings = {"g_optimizer": make, "d_optimizer": make, "g_scheduler": decay, "d_scheduler": decay}
+    discriminators = nn.ModuleDict({"p": MapsBefore(2), "s": MapsBefore(5)})
+    return Codec(Waves(), discriminators, clip_norm={"d": 0.5, "g": 2.0}, **settings).double()
+
+
+def codec_callbacks():
+    return [Alternating(share_fake=True), FeatureMatching(2.0), Reconstruction(15.0, dac_distance, name="mel")]
+
+
+CODEC_DATA = [randn(6, 1, 64, seed=i) for i in range(LENGTH)]
+
+
+def codec_reference(module):
+    logs = applied.codec(
+        module.generator, dict(module.discriminator.items()), CODEC_DATA * EPOCHS, dac_distance,
+        lr=2e-3, decay=0.99, clip_d=0.5, clip_g=2.0,
+    )  # fmt: skip
+    assert max(logs["norm_d"]) > 0.5
+    assert max(logs["norm_g"]) > 2.0
+    names = {"g/adversarial": ("adversarial", 0.5), "g/feature_matching": ("features", 2.0), "g/mel": ("mel", 15.0)}
+    names |= {"d/adversarial": ("loss_d", 0.5)}
+    return logs, names | {"g/commitment": ("commitment", 0.25), "g/codebook": ("codebook", 1.0)}
+
+
+# ---------- super-resolution: the generator first, a sharpened target, a perceptual distance
+
+
+def enlarging():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 12, 3, padding=1), nn.PixelShuffle(2))
+
+
+def by_pixel(bias=True):
+    # a relativistic loss has no gradient by the last bias, of which Adam makes steps of rounding errors
+    last = nn.Conv2d(8, 1, 3, padding=1, bias=bias)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.LeakyReLU(0.2), last)
+
+
+def sharpened(image):
+    return (image + 0.5 * (image - nn.functional.avg_pool2d(image, 3, 1, 1))).clamp(-1, 1)
+
+
+def perceptual(sample, target):
+    return (sample.diff(dim=-1) - target.diff(dim=-1)).abs().mean()
+
+
+def against_sharpened(distance):
+    return lambda sample, target: distance(sample, sharpened(target))
+
+
+def super_resolution():
+    torch.manual_seed(0)
+    make = adam(2e-3, (0.9, 0.99))
+    halve = lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [5], 0.5)  # noqa: E731
+    settings = {"g_optimizer": make, "d_optimizer": make, "g_scheduler": halve, "d_scheduler": halve}
+    return SuperResolution(enlarging(), by_pixel(), **settings).double()
+
+
+def super_resolution_callbacks():
+    l1 = against_sharpened(nn.functional.l1_loss)
+    perceived = Reconstruction(1.0, against_sharpened(perceptual), name="perceptual")
+    return [Alternating(share_fake=True), Reconstruction(1.0, l1), perceived, GeneratorEMA(decay=0.9)]
+
+
+SUPER_RESOLUTION_DATA = [(randn(4, 3, 4, 4, seed=i), randn(4, 3, 8, 8, seed=40 + i).tanh()) for i in range(LENGTH)]
+
+
+def super_resolution_reference(module):
+    module.generator_ema = copy.deepcopy(module.generator)
+    logs, averages = applied.super_resolution(
+        module.generator, module.discriminator, SUPER_RESOLUTION_DATA * EPOCHS,
+        lr=2e-3, perceptual=perceptual, sharpen=sharpened, ema_decay=0.9, milestones=(5,),
+    )  # fmt: skip
+    module.generator_ema.load_state_dict(averages)
+    logs["loss_d"] = [a + b for a, b in zip(logs["loss_d_real"], logs["loss_d_fake"], strict=True)]
+    names = {"g/reconstruction": ("pixel", 1), "g/perceptual": ("perceptual", 1), "g/adversarial": ("adversarial", 1)}
+    return logs, names | {"d/adversarial": ("loss_d", 1)}
+
+
+# ---------- ESRGAN: relativistic averages
+
+
+def esrgan():
+    torch.manual_seed(0)
+    make = adam(2e-3, (0.9, 0.99))
+    settings = {"g_optimizer": make, "d_optimizer": make, "g_weight": 5e-3}
+    return SuperResolution(enlarging(), by_pixel(bias=False), loss=RelativisticAverage(), **settings).double()
+
+
+def esrgan_reference(module):
+    logs = applied.esrgan(module.generator, module.discriminator, SUPER_RESOLUTION_DATA * EPOCHS, lr=2e-3)
+    names = {"g/reconstruction": ("pixel", 0.01), "g/adversarial": ("adversarial", 1)}
+    return logs, names | {"d/adversarial": ("loss_d", 1)}
+
+
+# ---------- paired translation: the discriminator sees the source
+
+
+def paired():
+    torch.manual_seed(0)
+    first = nn.Conv2d(1, 4, 3, padding=1, bias=False)  # BatchNorm takes a bias away
+    generator = nn.Sequential(first, nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 3, 1))
+    discriminator = nn.Sequential(nn.Conv2d(4, 4, 4, 2), nn.LeakyReLU(0.2), nn.Conv2d(4, 1, 2))
+    make = adam(2e-3, (0.5, 0.999))
+    return PairedTranslation(generator, discriminator, g_optimizer=make, d_optimizer=make).double()
+
+
+PAIRED_DATA = [(randn(3, 1, 8, 8, seed=i), randn(3, 3, 8, 8, seed=60 + i)) for i in range(LENGTH)]
+
+
+def paired_reference(module):
+    logs = applied.paired_translation(module.generator, module.discriminator, PAIRED_DATA * EPOCHS, lr=2e-3)
+    names = {"g/reconstruction": ("pixel", 100), "g/adversarial": ("adversarial", 1)}
+    return logs, names | {"d/adversarial": ("loss_d", 2)}
 
 
 # ---------- a table: a packed critic, a penalty, a condition
@@ -346,6 +465,73 @@ def table_reference(module, penalise="all", drawn=None):
     return logs, names | {"d/gradient_penalty": ("penalty", 10)}
 
 
+# ---------- CTGAN: conditions in the sample, a Gumbel-softmax, and other conditions in the generator's turn
+
+
+class Synthesis(Draws, TableSynthesis):
+    """Notes what it draws."""
+
+
+class Apart(nn.Module):
+    """A network of latents and condition together, as the reference calls it."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, latents, condition):
+        return self.network(torch.cat([latents, condition], 1))
+
+
+TABLE_COLUMNS = [
+    {"name": "age", "means": [20.0, 60.0], "stds": [5.0, 10.0]},
+    {"name": "smokes", "categories": ["no", "yes"]},
+    {"name": "weight", "means": [70.0], "stds": [12.0]},
+    {"name": "kind", "categories": [1, 2, 3]},
+]
+
+
+def synthesis():
+    torch.manual_seed(0)
+    make = adam(2e-3, (0.5, 0.9), weight_decay=1e-6)
+    makers = [lambda inputs, outputs: MLP([inputs, 16, outputs], nn.Tanh)] * 2
+    return Synthesis(*makers, TABLE_COLUMNS, 4, 2, g_optimizer=make, d_optimizer=make).double()
+
+
+def synthesis_batch(seed):
+    rows = [randn(16, 1, seed=seed).tanh(), randn(16, 1, seed=seed + 9).tanh()]
+    generator = torch.Generator().manual_seed(seed)
+    kinds = [torch.eye(n, dtype=torch.float64)[torch.randint(n, (16,), generator=generator)] for n in (2, 2, 1, 3, 5)]
+    age, smokes, weight, kind, condition = kinds
+    return torch.cat([rows[0], age, smokes, rows[1], weight, kind], 1), condition
+
+
+SYNTHESIS_DATA = [synthesis_batch(i) for i in range(LENGTH)]
+
+
+def synthesis_reference(module, drawn):
+    batches = SYNTHESIS_DATA * EPOCHS
+    data = [(rows[:8], condition[:8]) for rows, condition in batches]
+    conditions = [condition.roll(1, 0).split(8) for _, condition in batches]
+    latents = [*zip(drawn.latents[::2], drawn.latents[1::2], strict=True)]
+    of_d, alphas, of_g = drawn.alphas[::3], [alpha[::2, None] for alpha in drawn.alphas[1::3]], drawn.alphas[2::3]
+    gumbels = [(-(-x.log()).log(), -(-y.log()).log()) for x, y in zip(of_d, of_g, strict=True)]
+    spans = [
+        (0, 1, "tanh"),
+        (1, 3, "softmax"),
+        (3, 5, "softmax"),
+        (5, 6, "tanh"),
+        (6, 7, "softmax"),
+        (7, 10, "softmax"),
+    ]
+    logs = applied.table(
+        Apart(module.generator), module.discriminator.discriminator, data, latents, conditions, alphas, 2, spans,
+        [((3, 5), (0, 2)), ((7, 10), (2, 5))], gumbels, lr=2e-3,
+    )  # fmt: skip
+    names = {"d/adversarial": ("loss_d", 1), "g/adversarial": ("adversarial", 1), "g/condition": ("entropy", 1)}
+    return logs, names | {"d/gradient_penalty": ("penalty", 10)}
+
+
 # ---------- the loss balancer of EnCodec
 
 
@@ -416,6 +602,25 @@ RECIPES = {
         TOKENIZER_DATA,
         lambda module: tokenizer_reference(module, "taming"),
     ),
+    "codec": (codec, codec_callbacks, CODEC_DATA, codec_reference),
+    "super-resolution": (
+        super_resolution,
+        super_resolution_callbacks,
+        SUPER_RESOLUTION_DATA,
+        super_resolution_reference,
+    ),
+    "ESRGAN": (
+        esrgan,
+        lambda: [Alternating(share_fake=True), Reconstruction(0.01)],
+        SUPER_RESOLUTION_DATA,
+        esrgan_reference,
+    ),
+    "paired translation": (
+        paired,
+        lambda: [Alternating(share_fake=True), Reconstruction(100.0)],
+        PAIRED_DATA,
+        paired_reference,
+    ),
     "translation": (translation, translation_callbacks, TRANSLATION_DATA, translation_reference),
     "table": (table, table_callbacks, TABLE_DATA, table_reference),
     "table, penalty by the rows": (
@@ -423,6 +628,12 @@ RECIPES = {
         table_callbacks,
         TABLE_DATA,
         lambda module, drawn: table_reference(module, "data", drawn),
+    ),
+    "CTGAN": (
+        synthesis,
+        lambda: [Alternating(real_batches="split"), GradientPenalty(10.0)],
+        SYNTHESIS_DATA,
+        synthesis_reference,
     ),
     "balancer": (balanced, lambda: [LossBalancer(SHARES, 2.0, 0.9)], BALANCED_DATA, balanced_reference),
     "lazy steps, G first": (

@@ -56,6 +56,34 @@ def test_the_target_carries_no_gradient():
         ({"target": "extras.y"}, None, "compares `extras.y`, but there is no 'y': a path leads from what the player"),
         ({"sample": "made"}, None, "compares `made`, but there is no 'made'"),
         ({"target": "condition"}, None, "there is no 'condition'"),
+        *(
+            (
+                {"sample": path},
+                GANOutputs(REAL, FAKE, extras={"a": FAKE, "n": 3.0, "t": ()}),
+                rf"^Reconstruction.*{end}",
+            )
+            for path, end in {
+                "extras.keys": "`extras.keys`, but there is no 'keys': a path leads",
+                "extras.a.mean": "`extras.a.mean`, where there is a builtin_function_or_method: a path ends in a",
+                "fake.shape": "`fake.shape`, where there is a Size of a int, a int: a path ends in a tensor",
+                "replace": "`replace`, where there is a method: a path ends in a tensor, or in a dict",
+                "extras": "`extras`, where there is a float: a path ends in a tensor, or in a dict",
+                "extras.n": "`extras.n`, where there is a float: a path ends in a tensor, or in a dict",
+                "extras.t": "`extras.t`, where there is a tuple of nothing: a path ends in a tensor",
+                "": "``, but there is no '': a path leads",
+            }.items()
+        ),
+        (
+            {"distance": lambda x: x, "name": "mel"},
+            None,
+            r"Reconstruction 'mel' failed on `fake` of shape \(4, 2\) and `real` of shape \(4, 2\): .*takes 1 pos",
+        ),
+        (
+            {"distance": nn.CosineSimilarity(), "target": "condition"},
+            GANOutputs(REAL, FAKE, condition=torch.zeros(4, 3)),
+            r"failed on `fake` of shape \(4, 2\) and `condition` of shape \(4, 3\): The size of tensor",
+        ),
+        ({"distance": lambda x, y: {}["a"]}, None, r"`real` of shape \(4, 2\): KeyError: 'a'"),
         ({"distance": lambda x, y: 1.0, "name": "mel"}, None, "distance of Reconstruction 'mel' must return a tensor"),
     ],
 )
@@ -70,7 +98,15 @@ def test_what_cannot_be_compared(options, outputs, sentence):
         ({"weight": -1}, "`weight` must"),
         ({"distance": "l3"}, "`distance` must be 'l1', 'l2', or a module or function of sample and target, got 'l3'"),
         ({"target": 3}, "`target` must"),
+        (
+            {"distance": nn.L1Loss},
+            "`distance` must be 'l1', 'l2', or a module or function of sample and target, got <cl",
+        ),
         ({"name": None}, "`name` must"),
+        *(
+            ({"name": name}, "`name` must be a key that the log has for nothing else")
+            for name in ("", "/a", "grad_norm", "grad_norm/r1", "adversarial", "adversarial/p", "accuracy")
+        ),
     ],
 )
 def test_bad_arguments(options, sentence):
@@ -120,3 +156,41 @@ def test_an_autoencoder_learns():
     fit(module, points(150, 64), callbacks=[Reconstruction()], log_every_n_steps=1)
     assert module.last_step.values["g/reconstruction"] < 0.2  # 0.8 at first
     assert "adversarial" not in module.last_step.terms["g"]
+
+
+def test_extras_reach_a_distance_in_full_precision():
+    types = []
+
+    def distance(sample, target):
+        types.append(sample.dtype)
+        return (sample - target).abs()
+
+    class Twice(GANModule):
+        def generate(self, network, n, condition, latents):
+            sample = network(latents)
+            return sample, {"again": sample}
+
+    module = Twice(MLP([4, 16, 2]), MLP([2, 16, 1]), latent_dim=4)
+    callbacks = [Reconstruction(distance=distance, sample="extras.again")]
+    fit(module, points(1), callbacks=callbacks, precision="bf16-mixed")
+    assert types == [torch.float32]
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda weight: Reconstruction(weight, sample="real", target="fake", name="swapped"), "swapped"),
+        (lambda weight: Reconstruction(weight, lambda x, y: (x - y).abs().detach()), "reconstruction"),
+    ],
+)
+def test_a_term_without_gradient(make, name, weight):
+    with pytest.raises(ValueError, match=f"Reconstruction '{name}' has no gradient: it compares nothing"):
+        fit(small(), points(1), callbacks=[make(weight)])
+
+
+def test_validation_needs_no_gradient():
+    data = torch.utils.data.DataLoader(points(2), batch_size=None)
+    term = Reconstruction(sample="real", target="fake")
+    found = trainer(callbacks=[term]).validate(small(), data, verbose=False)
+    assert found[0]["val/g/reconstruction"] > 0

@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from toys import fit, points, small, tensors, weights
 
-from lightning_gan_stability import DCGANDiscriminator, DCGANGenerator, GANModule, SampleLogger
+from lightning_gan_stability import MLP, DCGANDiscriminator, DCGANGenerator, GANModule, SampleLogger
 from lightning_gan_stability.layers import evaluation
 from lightning_gan_stability.monitors.samples import picture
 
@@ -154,3 +154,23 @@ def test_evaluation_restores_every_mode_also_after_an_error():
         fails()
     assert [m.training for m in net] == [True, False, True]
     assert weights(net[2]).requires_grad is False
+
+
+def test_what_cannot_be_drawn_is_refused_at_the_first_batch():
+    """Not when the first picture is due, after hours."""
+    rows = {"a": torch.zeros(4, 2), "b": torch.zeros(4, 2)}
+
+    class Two(GANModule):
+        def generate(self, network, n, condition, latents):
+            return {name: network(latents) for name in rows}
+
+        def discriminate(self, network, sample, condition):
+            return network(sample["a"] + sample["b"])
+
+        def unpack(self, batch):
+            return rows, None
+
+    module = Two(MLP([4, 2]), MLP([2, 1]), latent_dim=4)
+    with pytest.raises(ValueError, match=r"SampleLogger draws images .*, got samples of a dict.*: remove SampleLogger"):
+        fit(module, points(3), callbacks=[SampleLogger(every=500)])
+    assert module.iteration == 1

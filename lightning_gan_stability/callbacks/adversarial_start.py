@@ -32,6 +32,16 @@ def refuse_without_other_terms(callback: GANCallback, trainer: Trainer, module: 
         )
 
 
+def _batches_left(trainer: Trainer) -> float:
+    """How many batches a run has at most, from its beginning or from the checkpoint that it goes on from."""
+    left = math.inf
+    if trainer.max_steps >= 0:
+        left = trainer.max_steps - trainer.global_step
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        left = min(left, (trainer.max_epochs - trainer.current_epoch) * trainer.num_training_batches)
+    return left
+
+
 class AdversarialStart(GANCallback):
     """The generator trains on its other losses alone until the adversarial game begins, at a step or at a plateau.
 
@@ -60,7 +70,8 @@ class AdversarialStart(GANCallback):
     Raises:
         ValueError: if an argument has a bad value, or does not go with ``when``.
         MisconfigurationException: if ``module.plan`` has not both players, with update rules that need both on each
-            batch or look inside of a step, or if ``monitor`` is nothing that is logged.
+            batch or look inside of a step, if ``monitor`` is nothing that is logged, or if it is one of validation in a
+            run without.
 
     Example:
         >>> AdversarialStart(step=1000, ramp=100).factor_at(1049)
@@ -135,12 +146,23 @@ class AdversarialStart(GANCallback):
                 f"{name} lets the generator look at the discriminator on every batch, and AdversarialStart keeps it "
                 f"away at first: remove {name} or AdversarialStart."
             )
-        if self.step is not None and 0 < trainer.max_steps <= self.step:
-            rank_zero_warn(
-                f"AdversarialStart(step={self.step}) lies behind the end of this run, max_steps={trainer.max_steps}: "
-                "the generator will not meet the discriminator."
+        if self.monitor is not None and self.monitor.startswith("val/") and not trainer.enable_validation:
+            raise MisconfigurationException(
+                f"AdversarialStart waits for `{self.monitor}` to stop improving, but this run has no validation: give "
+                "`trainer.fit` a loader for it, or monitor a term of training, such as 'g/reconstruction'."
             )
-        refuse_without_other_terms(self, trainer, pl_module)
+        if self.step != 0:
+            refuse_without_other_terms(self, trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of a start that the run does not reach, as far as its length is known."""
+        super().on_train_start(trainer, pl_module)
+        last = as_gan(pl_module).iteration + _batches_left(trainer)
+        if self.start is not None and self.start >= last:
+            rank_zero_warn(
+                f"AdversarialStart(step={self.start}) lies behind the end of this run, which has {last} batches: the "
+                "generator will not meet the discriminator."
+            )
 
     # ---------- what the module asks
 
@@ -159,7 +181,10 @@ class AdversarialStart(GANCallback):
         factor = self.factor_at(module.iteration)
         if player == "d" or factor == 1:
             return {}
-        names = ["adversarial", *(regularizer.name for regularizer in module.due("g") if regularizer.needs_real)]
+        names = [
+            "adversarial",
+            *(module.term_name(regularizer) for regularizer in module.due("g") if regularizer.needs_real),
+        ]
         return {name: factor for name in names if name in terms}
 
     # ---------- the plateau

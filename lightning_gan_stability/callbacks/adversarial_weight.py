@@ -23,8 +23,10 @@ class AdaptiveAdversarialWeight(GANCallback):
     λ = weight · clamp(‖∇_W L_other‖ / (‖∇_W L_adversarial‖ + 10⁻⁴), 0, max), with W the parameters of one layer, from
     the gradients of every batch, averaged over processes. "Taming Transformers for High-Resolution Image Synthesis",
     https://arxiv.org/abs/2012.09841, eq. 7; the clamp comes before ``weight``, as in its code. Terms on which W has no
-    influence, such as a codebook loss, do not count. The log has ``balance/adversarial_weight``. Costs two partial
-    backward passes, from the losses to the layer. Networks run uncompiled in the generator's turn.
+    influence, such as a codebook loss, do not count. A lazy term counts times its ``every`` where it is due; on a batch
+    with none of the other terms λ is 0. ``adversarial_weight`` of the module and the ramp of ``AdversarialStart`` are
+    further factors. The log has ``balance/adversarial_weight``. Costs two partial backward passes, from the losses to
+    the layer. Networks run uncompiled in the generator's turn.
 
     Args:
         layer: name of the generator's last layer, as in ``generator.named_modules()``, such as ``"decoder.conv_out"``;
@@ -89,16 +91,20 @@ class AdaptiveAdversarialWeight(GANCallback):
         if player == "d" or "adversarial" not in terms:
             return {}
         others = {name: term for name, term in terms.items() if name != "adversarial"}
+        lazy = {*_names_of_regularizers(module)} - {*others}
         if self.terms is not None:
-            lacking = [name for name in self.terms if name not in others]
+            lacking = [name for name in self.terms if name not in others and name not in lazy]
             if lacking:
                 raise ValueError(
                     f"AdaptiveAdversarialWeight weighs against the term {lacking[0]!r}, but the generator's loss has "
                     f"{', '.join(others) or 'no other term'}."
                 )
-            others = {name: others[name] for name in self.terms}
+            others = {name: others[name] for name in self.terms if name in others}
         parameters = self._moving()
         other: Any = sum(others.values())
+        if not others and lazy:
+            self._weight = terms["adversarial"].detach().new_zeros(())
+            return {"adversarial": self._weight}
         if not others:
             raise ValueError(
                 "AdaptiveAdversarialWeight weighs the adversarial loss against the generator's other terms, but there "
@@ -128,12 +134,20 @@ class AdaptiveAdversarialWeight(GANCallback):
         self._weight = None
 
 
+def _names_of_regularizers(module: GANProtocol) -> list[str]:
+    """The names of the terms that the generator's loss may have, of lazy ones too."""
+    regularizers = callbacks_of(module.trainer, Regularizer)  # type: ignore[type-abstract]
+    return [module.term_name(c) for c in regularizers if c.player == "g" and not c.separate]
+
+
 class LossBalancer(GANCallback):
     """Gives each term of the generator's loss a share of the gradient that its samples get, whatever the term's scale.
 
     With g_i the gradient of term i by the samples and n_i the mean over samples of ‖g_i‖, the factor of term i is
     total_norm · w_i / Σ_j w_j / (n̄_i + 10⁻¹²), where n̄ is the running mean of n, without the bias of its start, over
-    all processes. Weights that the terms have themselves cancel. "High Fidelity Neural Audio Compression",
+    all processes. The weight and ``every`` of a regularizer cancel, as do factors within ``auxiliary_losses``;
+    ``adversarial_weight`` of the module and the ramp of ``AdversarialStart`` do not: they multiply the factor. A batch
+    on which a term is not there belongs to the others. "High Fidelity Neural Audio Compression",
     https://arxiv.org/abs/2210.13438, eq. 5 to 7. Terms without a weight here keep theirs, such as a commitment loss,
     which does not depend on the samples. Norms are those of the batch of all processes together. The log has
     ``balance/<term>``, the factors. Costs a partial backward pass for each term, from the loss to the samples. Networks
@@ -214,8 +228,7 @@ class LossBalancer(GANCallback):
         missing = [name for name in self.weights if name not in terms]
         if not missing:
             return
-        regularizers = callbacks_of(module.trainer, Regularizer)  # type: ignore[type-abstract]
-        later = {"adversarial", *(c.name for c in regularizers if c.player == "g")}
+        later = {"adversarial", *_names_of_regularizers(module)}
         unknown = [name for name in missing if name not in later]
         if unknown:
             raise ValueError(

@@ -26,7 +26,8 @@ class FakePool(GANCallback):
     Unsupervised Images through Adversarial Training", https://arxiv.org/abs/1612.07828, as in the code of CycleGAN,
     https://arxiv.org/abs/1703.10593. A sample keeps its condition. The pool is that of all processes together, is in
     checkpoints, and lies on the device: it takes the memory of ``size`` samples. Its draws are functions of the
-    module's noise seed and of the number of samples seen, the same on one process and on many.
+    module's noise seed and of the number of samples seen, the same on one process and on many. A run that goes on with
+    another ``size`` fills a larger pool further, and keeps the first samples of a smaller one.
 
     Args:
         size: samples in the pool.
@@ -35,7 +36,7 @@ class FakePool(GANCallback):
             conditions then stay those of the batch. False: the leaves of a sample stay together.
 
     Raises:
-        ValueError: if an argument has a bad value.
+        ValueError: if an argument has a bad value, or if samples have other shapes than those of the pool.
         MisconfigurationException: with an update rule that needs both players to see the same samples.
 
     Example:
@@ -51,7 +52,9 @@ class FakePool(GANCallback):
         self.size = check_integer("size", size)
         self.probability = check_share("probability", probability)
         self.independent = check_bool("independent", independent)
-        self.add_state("pools", [])  # leaves that stay together, each (size, ...); rows beyond `seen` mean nothing
+        self.add_state(
+            "pools", []
+        )  # leaves that stay together, each with the rows that are kept so far, (<= size, ...)
         self.add_state("seen", 0)  # samples of all processes so far
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,20 +94,23 @@ class FakePool(GANCallback):
 
     def _exchange(self, module: GANProtocol, number: int, leaves: list[Tensor]) -> tuple[list[Tensor], int]:
         """The rows of leaves that stay together, after a look into their pool; and those of all processes."""
+        if number < len(self.pools):
+            self._check_shapes(self.pools[number], leaves)
         gathered = [gather_rows(leaf) for leaf in leaves]
         rows = [torch.cat(parts) for parts in gathered]
         if len(self.pools) == number:
-            self.pools.append([_empty(row, self.size) for row in rows])
+            self.pools.append([_empty(row) for row in rows])
         pool = self.pools[number]
+        room = self.size - len(pool[0])
+        if room > 0:
+            pool = [torch.cat([kept, row[:room].to(kept.dtype)]) for kept, row in zip(pool, rows, strict=True)]
+        elif room < 0:
+            pool = [kept[: self.size].clone() for kept in pool]
+        self.pools[number] = pool
         shown = [row.clone() for row in rows]
-        for i in range(len(rows[0])):
-            index = self.seen + i
-            if index < self.size:
-                for kept, row in zip(pool, rows, strict=True):
-                    kept[index] = row[i]
-                continue
+        for i in range(max(room, 0), len(rows[0])):
             coin, place = torch.rand(
-                2, generator=generator(module.noise.seed, "pool", number, index), dtype=torch.float64
+                2, generator=generator(module.noise.seed, "pool", number, self.seen + i), dtype=torch.float64
             )
             if coin < self.probability:
                 slot = int(place * self.size)
@@ -115,8 +121,19 @@ class FakePool(GANCallback):
         start = sum(sizes[: dist.get_rank()]) if is_distributed() else 0
         return [row[start : start + len(leaf)] for row, leaf in zip(shown, leaves, strict=True)], len(rows[0])
 
+    def _check_shapes(self, pool: list[Tensor], leaves: list[Tensor]) -> None:
+        """Refuse samples (or conditions) that do not fit those of earlier batches."""
+        old, new = ([tuple(leaf.shape[1:]) for leaf in group] for group in (pool, leaves))
+        if old != new:
+            what = "samples" if self.independent else "samples with their conditions"
+            raise ValueError(
+                f"FakePool mixes {what} of several batches, which must have the same shapes: it has "
+                f"{', '.join(map(str, old))}, and now there are {', '.join(map(str, new))}. Crop or pad them in the "
+                "data, or remove FakePool."
+            )
 
-def _empty(rows: Tensor, size: int) -> Tensor:
-    """Room for rows; under autocast they come in half precision at some steps alone."""
+
+def _empty(rows: Tensor) -> Tensor:
+    """A pool without rows yet; under autocast they come in half precision at some steps alone."""
     dtype = torch.promote_types(rows.dtype, torch.float32) if rows.is_floating_point() else rows.dtype
-    return rows.new_zeros(size, *rows.shape[1:], dtype=dtype)
+    return rows[:0].to(dtype)

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
 import lightning_gan_stability as package
@@ -24,23 +24,55 @@ def main(args: ArgsType = None) -> None:
     Example:
         ``gan-stability fit --config configs/ring.yaml --trainer.max_steps=1000``
     """
+    _cli(args, run=True)
+
+
+def build(args: ArgsType) -> LightningCLI:
+    """Make what a config describes and run nothing, for a script that goes on with it.
+
+    Args:
+        args: the command line without a subcommand, such as ``["--config", "configs/ring.yaml"]``.
+
+    Returns:
+        An object with ``model``, ``datamodule`` and ``trainer``.
+
+    Example:
+        ``cli = build(["--config", "configs/ring.yaml"]); cli.trainer.fit(cli.model, cli.datamodule)``
+    """
+    return _cli(args, run=False)
+
+
+def _cli(args: ArgsType, run: bool) -> LightningCLI:
     sys.path.insert(0, os.getcwd())  # so that `class_path: my_project.MyGAN` works, as with `python -m`
     # of no use to a reader: both are about Lightning's inside, and checkpoints are meant to come after the step here
     warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
     set_loader("gan", lambda text: _lengthen(get_loader("yaml")(text)), (yaml.YAMLError,))
-    LightningCLI(
+    return _CLI(
         GANModule,
         LightningDataModule,
         subclass_mode_model=True,  # `model: {generator: ...}`, or `model: {class_path: my.GAN, init_args: ...}`
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,
-        save_config_callback=_SaveConfig,
+        save_config_callback=_SaveConfig if run else None,  # a script's folder is its own
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"parser_mode": "gan"},
         args=args,
+        run=run,
     )
+
+
+class _CLI(LightningCLI):
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Give a module that describes a table the columns of the data, which only these know."""
+        columns = "model.init_args.columns"
+        parser.link_arguments("data", columns, lambda data: getattr(data, "columns", None), apply_on="instantiate")
+
+    def after_instantiate_classes(self) -> None:
+        """Keep the columns out of the checkpoints of a module that has no use for them, and could not be made again."""
+        if self.model.hparams.get("columns", ()) is None:
+            del self.model.hparams["columns"]
 
 
 class _SaveConfig(SaveConfigCallback):

@@ -1,4 +1,4 @@
-"""Data for GAN training: toy mixtures with known modes, real digits without a download, and your own images."""
+"""Data for GAN training: toy mixtures, real images, sounds and tables without a download, and your own."""
 
 import lazy_loader
 

@@ -1,5 +1,11 @@
+from .audio import Audio as Audio
+from .audio import Speech as Speech
+from .digit_domains import DigitDomains as DigitDomains
+from .digit_domains import SmallMNIST as SmallMNIST
 from .modules import Digits as Digits
 from .modules import Grid as Grid
 from .modules import Images as Images
 from .modules import Ring as Ring
+from .photographs import Photographs as Photographs
 from .streams import Stream as Stream
+from .table import Table as Table

@@ -1,4 +1,4 @@
-"""Data for GAN training: toy mixtures with known modes, real digits without a download, and your own images.
+"""Toy mixtures with known modes, real digits without a download, and your own images.
 
 Every training batch is a pure function of (seed, rank, position). So a resumed run sees exactly the batches of an
 uninterrupted one, ranks never share samples, and the global random state is neither read nor changed.
@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from lightning_gan_stability._checks import check_choice, check_integer, check_number
-from lightning_gan_stability.data.streams import Folder, Mixture, Pixels, Rows, Stream
+from lightning_gan_stability.data.base import Source, StreamedDataModule
+from lightning_gan_stability.data.streams import Folder, Mixture, Pixels, Stream
 from lightning_gan_stability.datasets import digits, stratified
 from lightning_gan_stability.noise import generator
 
@@ -23,73 +22,13 @@ __all__ = ["Digits", "Grid", "Images", "Ring", "Stream"]
 
 RingProtocol: TypeAlias = Literal["unrolled", "wgan_gp", "pacgan", "conopt"]
 GridProtocol: TypeAlias = Literal["wgan_gp", "pacgan"]
-_Source: TypeAlias = Mixture | Rows  # batches by position, with the length of an epoch
 
 # (radius or spacing, std). WGAN-GP's script divides the finished samples, hence both numbers.
 _RINGS = {"unrolled": (2, 0.02), "wgan_gp": (2 / 1.414, 0.02 / 1.414), "pacgan": (1, 0.01), "conopt": (1, 0.01)}
 _GRIDS = {"wgan_gp": (2 / 2.828, 0.05 / 2.828), "pacgan": (2, 0.05)}
 
 
-class _Streamed(LightningDataModule):
-    """What the data modules here share: one training stream that resumes, one fixed held-out stream."""
-
-    def __init__(self, batch_size: int, holdout: int, seed: int, num_workers: int = 0) -> None:
-        super().__init__()
-        self.batch_size = check_integer("batch_size", batch_size)
-        self.holdout = holdout
-        self.seed = check_integer("seed", seed, least=0)
-        self.num_workers = check_integer("num_workers", num_workers, least=0)
-        self._streams: tuple[Stream, Stream] | None = None
-        self._built_for = 0  # batch size of these
-
-    def _sources(self, rank: int, world: int) -> tuple[_Source, _Source]:
-        """Return the training batches and the held-out batches of one rank."""
-        raise NotImplementedError
-
-    def setup(self, stage: str | None = None) -> None:
-        """Read the data; a new run starts at its first batch, a further `fit` of the same trainer goes on."""
-        trainer = self.trainer
-        if getattr(trainer, "overfit_batches", 0):
-            raise MisconfigurationException(
-                f"{type(self).__name__} gives other samples in every epoch, so overfit_batches would overfit nothing: "
-                "pass a DataLoader over the samples to learn by heart."
-            )
-        train, held_out = self._sources(*((trainer.global_rank, trainer.world_size) if trainer else (0, 1)))
-        stream = Stream(train, len(train), self.num_workers)
-        if self._streams and trainer and trainer.global_step:
-            stream.load_state_dict(self._streams[0].state_dict())
-        self._streams = stream, Stream(held_out, len(held_out), self.num_workers, repeat=True)
-        self._built_for = self.batch_size
-
-    def train_dataloader(self) -> Stream:
-        """Return the training stream, the same object each time, so that a reload does not rewind it."""
-        return self._prepared()[0]
-
-    def val_dataloader(self) -> Stream | list[Stream]:
-        """Return the held-out batches, the same ones on every pass; nothing if no data are held out."""
-        return self._prepared()[1] if self.holdout else []
-
-    def predict_dataloader(self) -> Stream:
-        """Return the held-out batches, or the training data in order if none are held out."""
-        return self._prepared()[1]
-
-    def _prepared(self) -> tuple[Stream, Stream]:
-        if self._streams is None or self._built_for != self.batch_size:  # which BatchSizeFinder sets
-            self.setup()
-        assert self._streams is not None
-        return self._streams
-
-    # Lightning gives a loader its saved position back only inside an epoch; saved here, it survives the end of one too.
-    def state_dict(self) -> dict[str, int]:
-        """Return the position in the training stream."""
-        return self.train_dataloader().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from the position in `state_dict`."""
-        self.train_dataloader().load_state_dict(state_dict)
-
-
-class _Gaussians(_Streamed):
+class _Gaussians(StreamedDataModule):
     """What `Ring` and `Grid` share."""
 
     centers: Tensor
@@ -100,7 +39,7 @@ class _Gaussians(_Streamed):
         super().__init__(batch_size, check_integer("val_samples", val_samples), seed)
         self.epoch_length = check_integer("epoch_length", epoch_length)
 
-    def _sources(self, rank: int, world: int) -> tuple[_Source, _Source]:
+    def sources(self, rank: int, world: int) -> tuple[Source, Source]:
         mixture = self.centers, self.std, self.balanced, self.batch_size
         train = Mixture(*mixture, self.epoch_length * self.batch_size, (self.seed, "train", rank))
         return train, Mixture(*mixture, math.ceil(self.holdout / world), (self.seed, "val", rank))
@@ -216,27 +155,7 @@ class Grid(_Gaussians):
         self.std = check_number("std", default_std if std is None else std, positive=True)
 
 
-class _Pictures(_Streamed):
-    """What `Digits` and `Images` share."""
-
-    flip = False
-
-    def _samples(self) -> tuple[Any, Tensor]:
-        """Return the samples by index and a random order of them, which begins with the held-out ones."""
-        raise NotImplementedError
-
-    def _sources(self, rank: int, world: int) -> tuple[_Source, _Source]:
-        samples, order = self._samples()
-        held_out, train = order[: self.holdout].sort()[0], order[self.holdout :].sort()[0]
-        if (total := self.batch_size * world) > len(train):
-            sizes = f"{self.batch_size} * {world} = {total} for {len(train)} images"
-            raise ValueError(f"`batch_size` times processes must not exceed the training set, got {sizes}.")
-        place = self.batch_size, rank, world, self.seed
-        shown = held_out if self.holdout else train
-        return Rows(samples, train, *place, shuffle=True, flip=self.flip), Rows(samples, shown, *place)
-
-
-class Digits(_Pictures):
+class Digits(StreamedDataModule):
     """Serve the 1,797 real handwritten digits that come with scikit-learn, so nothing is downloaded.
 
     x = pixel / 8 − 1, pixel = 0 ... 16.
@@ -262,12 +181,13 @@ class Digits(_Pictures):
     def __init__(self, batch_size: int = 64, holdout: int = 300, seed: int = 0) -> None:
         super().__init__(batch_size, check_integer("holdout", holdout, least=0), seed)
 
-    def _samples(self) -> tuple[TensorDataset, Tensor]:
+    def sources(self, rank: int, world: int) -> tuple[Source, Source]:
         images, labels = digits()
-        return TensorDataset(images, labels), stratified(labels, generator(self.seed, "holdout"))
+        order = stratified(labels, generator(self.seed, "holdout"))
+        return self.split(TensorDataset(images, labels), order, rank, world)
 
 
-class Images(_Pictures):
+class Images(StreamedDataModule):
     """Serve your own images: a folder of files, or any map-style data set.
 
     x = pixel / 127.5 − 1, pixel = 0 ... 255.
@@ -328,7 +248,7 @@ class Images(_Pictures):
         self.channels = check_choice("channels", channels, (1, 3))
         self.flip = flip
 
-    def _samples(self) -> tuple[Pixels, Tensor]:
+    def sources(self, rank: int, world: int) -> tuple[Source, Source]:
         source: Any = self.dataset if self.folder is None else Folder(Path(self.folder))
         order = torch.randperm(len(source), generator=generator(self.seed, "holdout"))
-        return Pixels(source, self.size, self.channels), order
+        return self.split(Pixels(source, self.size, self.channels), order, rank, world, flip=self.flip)

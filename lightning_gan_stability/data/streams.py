@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as transforms
 from lightning_gan_stability._checks import check_integer
 from lightning_gan_stability.noise import generator
 
-Batch: TypeAlias = Tensor | tuple[Tensor, ...]
+Batch: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, tuple[Tensor, ...]]
 
 
 class Stream(Dataset[Batch]):
@@ -118,15 +118,16 @@ class Rows:
         batches = len(self.rows) / (self.batch_size * self.world)
         return math.floor(batches) if self.shuffle else math.ceil(batches)
 
-    def __call__(self, position: int) -> Batch:
-        batch = default_collate([self.samples[row] for row in self._share(position).tolist()])
+    def __call__(self, position: int) -> Tensor | tuple[Tensor, ...]:
+        batch = default_collate([self.samples[row] for row in self.share(position).tolist()])
         image, *labels = batch if isinstance(batch, (tuple, list)) else [batch]
         if self.flip:
             coins = torch.rand(self.batch_size * self.world, generator=generator(self.seed, "flip", position)) < 0.5
             image = torch.where(coins[self.rank :: self.world, None, None, None], image.flip(-1), image)
         return (image, *labels) if labels else image
 
-    def _share(self, position: int) -> Tensor:
+    def share(self, position: int) -> Tensor:
+        """Return the rows of one batch of this rank."""
         epoch, step = divmod(position, len(self))
         total = self.batch_size * self.world
         part = slice(step * total, (step + 1) * total)

@@ -1,9 +1,15 @@
 from .extractors import DigitClassifier as DigitClassifier
 from .extractors import Inception as Inception
+from .paired import CodebookPerplexity as CodebookPerplexity
+from .paired import CodebookUsage as CodebookUsage
+from .paired import LogMelDistance as LogMelDistance
 from .statistics import DensityCoverage as DensityCoverage
 from .statistics import FrechetDistance as FrechetDistance
 from .statistics import KernelDistance as KernelDistance
 from .statistics import PrecisionRecall as PrecisionRecall
+from .tables import correlation_difference as correlation_difference
+from .tables import efficacy as efficacy
+from .tables import marginal_distances as marginal_distances
 from .values import bin_difference as bin_difference
 from .values import birthday_support as birthday_support
 from .values import density_coverage as density_coverage

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from lightning_gan_stability._checks import check_integer
+from lightning_gan_stability._checks import check_integer, describe
 from lightning_gan_stability.callback import GANCallback
 from lightning_gan_stability.layers import evaluation
 from lightning_gan_stability.module import GANModule
@@ -48,15 +48,21 @@ class SampleLogger(GANCallback):
         super().__init__()
         self.every = check_integer("every", every)
         self.n = check_integer("n", n)
+        self._checked = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Draw if this step is due."""
         module: GANModule = pl_module  # type: ignore[assignment]
-        if module.iteration % self.every:
+        due = module.iteration % self.every == 0
+        if not due and self._checked:
             return
         real, condition = module.unpack(batch)
+        check_drawable(real)  # as samples are, and long before the first picture
+        self._checked = True
+        if not due:
+            return
         samples = self._sample(module, condition)
         folder = trainer.log_dir  # asks all ranks
         if trainer.is_global_zero:
@@ -91,13 +97,27 @@ def picture(samples: Tensor, real: Tensor) -> Image:
     """
     from PIL import Image  # slow to import, and most runs draw no picture
 
+    check_drawable(samples)
     if samples.dim() == 4:
         return Image.fromarray(_grid(samples).permute(1, 2, 0).numpy())
-    if samples.dim() == 2 and samples.shape[1] == 2:
-        return _scatter(samples, real)
-    raise ValueError(
-        f"SampleLogger draws images (n, c, h, w) and points (n, 2), got samples of shape {tuple(samples.shape)}."
-    )
+    return _scatter(samples, real)
+
+
+def check_drawable(samples: Sample) -> None:
+    """Refuse what is no picture.
+
+    Raises:
+        ValueError: if samples are neither images (n, c, h, w) nor points (n, 2).
+
+    Example:
+        >>> check_drawable(torch.zeros(4, 2))
+    """
+    tensor = isinstance(samples, Tensor)
+    if not tensor or not (samples.dim() == 4 or (samples.dim() == 2 and samples.shape[1] == 2)):
+        got = f"shape {tuple(samples.shape)}" if tensor else f"{describe(samples)}"
+        raise ValueError(
+            f"SampleLogger draws images (n, c, h, w) and points (n, 2), got samples of {got}: remove SampleLogger."
+        )
 
 
 def _grid(images: Tensor) -> Tensor:

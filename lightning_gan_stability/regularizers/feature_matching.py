@@ -133,6 +133,12 @@ class FeatureMatching(Regularizer):
                     continue  # another callback watches it
                 first = name.partition(".")[0]
                 found.setdefault(first if first in logits else "", {}).update(_by_name(name, value))
+            if "" in found and len(logits) > 1 and self.discriminator_weights is not None:
+                raise ValueError(
+                    f"FeatureMatching: `discriminator_weights` are of discriminators {', '.join(logits)}, and layer "
+                    f"{next(iter(found['']))!r} is of none of them: return logits by the names of the discriminators "
+                    "in the network, or use `layer_weights`."
+                )
             return found
         features = getattr(outputs, f"{side}_features")
         if features is None:
@@ -143,11 +149,17 @@ class FeatureMatching(Regularizer):
         names = [*entries(outputs.fake_logits)]
         if names == [""]:
             return {"": _by_name("", features)}
-        parts = features if isinstance(features, Mapping) else dict(zip(names, features, strict=False))
-        if len(features) != len(names) or {*parts} != {*names}:
+        if isinstance(features, Mapping):
+            parts = {str(name): part for name, part in features.items()}
+            got = f"features of {', '.join(parts)}"
+        else:
+            listed = features if isinstance(features, list | tuple) else []
+            parts = dict(zip(names, listed, strict=True)) if len(listed) == len(names) else {}
+            got = f"features are {describe(features)}" + (f", {len(listed)} in all" if listed else "")
+        if {*parts} != {*names}:
             raise ValueError(
-                f"FeatureMatching: there are logits of discriminators {', '.join(names)}, and features of "
-                f"{', '.join(map(str, parts))}: `discriminate` must return features for each of them."
+                f"FeatureMatching: there are logits of discriminators {', '.join(names)}, and {got}: `discriminate` "
+                "must return a dict or list with features for each of them."
             )
         return {name: _by_name("", parts[name]) for name in names}
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_gan_stability._checks import check, check_type, describe
+from lightning_gan_stability._checks import check, check_term_name, check_type, describe
 from lightning_gan_stability.callback import Regularizer
 from lightning_gan_stability.layers import parameter_dtype
-from lightning_gan_stability.outputs import GANOutputs, same_structure, shapes, tree_leaves
+from lightning_gan_stability.outputs import GANOutputs, at_path, same_structure, shapes, tree_leaves
 from lightning_gan_stability.protocols import GANProtocol
 
 DistanceName = Literal["l1", "l2"]
@@ -43,7 +43,8 @@ class Reconstruction(Regularizer):
         every: due on every so many steps, and scaled by as much.
 
     Raises:
-        ValueError: if an argument has a bad value, if there is nothing at a path, or if the shapes differ.
+        ValueError: if an argument has a bad value, if there is no tensor at a path, if the shapes differ, or if the
+            distance fails on them.
 
     Example:
         >>> import torch
@@ -67,11 +68,12 @@ class Reconstruction(Regularizer):
         every: int = 1,
     ) -> None:
         super().__init__(weight, every)
-        known = callable(distance) or (isinstance(distance, str) and distance in get_args(DistanceName))
+        named = isinstance(distance, str) and distance in get_args(DistanceName)
+        known = named or (callable(distance) and not isinstance(distance, type))
         check(known, "distance", "'l1', 'l2', or a module or function of sample and target", distance)
         self.distance = distance
         self.target, self.sample = check_type("target", target, str), check_type("sample", sample, str)
-        self.term = check_type("name", name, str)
+        self.term = check_term_name(name)
 
     @property
     def name(self) -> str:
@@ -94,38 +96,40 @@ class Reconstruction(Regularizer):
 
     def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
         """The distance of samples and targets, a scalar."""
-        sample, target = (_at(outputs, path, self.name) for path in (self.sample, self.target))
+        asker = f"Reconstruction {self.name!r}"
+        sample, target = (at_path(outputs, path, asker) for path in (self.sample, self.target))
         fits = same_structure(sample, target)
         if not fits or (isinstance(self.distance, str) and shapes(sample, 0) != shapes(target, 0)):
             raise ValueError(
-                f"Reconstruction {self.name!r} compares `{self.sample}` of shape {shapes(sample, 0)} with "
+                f"{asker} compares `{self.sample}` of shape {shapes(sample, 0)} with "
                 f"`{self.target}` of shape {shapes(target, 0)}: they must be the same."
             )
-        distance = _DISTANCES[self.distance] if isinstance(self.distance, str) else self.distance
         total: Any = 0.0
         for x, y in zip(tree_leaves(sample), tree_leaves(target), strict=True):
-            value = distance(x, y.detach())
+            value = self._distance(x, y.detach())
             if not isinstance(value, Tensor):
-                raise ValueError(
-                    f"The distance of Reconstruction {self.name!r} must return a tensor, got {describe(value)}."
-                )
+                raise ValueError(f"The distance of {asker} must return a tensor, got {describe(value)}.")
             total = total + value.mean()
+        trains = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tree_leaves(outputs.fake))
+        if trains and not total.requires_grad:
+            raise ValueError(
+                f"{asker} has no gradient: it compares nothing that the generator makes (targets have none: is "
+                "`sample` what it makes?), or its distance has none (`detach`, `no_grad`, or rounding)."
+            )
         return total  # type: ignore[no-any-return]
 
-
-def _at(outputs: GANOutputs, path: str, name: str) -> Any:
-    """What is at a dotted path."""
-    found: Any = outputs
-    for key in path.split("."):
-        if isinstance(found, Mapping) and key in found:
-            found = found[key]
-        elif isinstance(found, Sequence) and key.isdigit() and int(key) < len(found):
-            found = found[int(key)]
-        else:
-            found = getattr(found, key, None)
-        if found is None:
+    def _distance(self, sample: Tensor, target: Tensor) -> Any:
+        """What the distance returns, or an error that says what it failed on."""
+        if isinstance(self.distance, str):
+            return _DISTANCES[self.distance](sample, target)
+        try:
+            return self.distance(sample, target)
+        except (torch.OutOfMemoryError, FloatingPointError):
+            raise
+        except Exception as error:
+            named = isinstance(error, LookupError) or not str(error)  # a missing key says nothing by itself
+            cause = f"{type(error).__name__}: {error}".rstrip(": ") if named else str(error)
             raise ValueError(
-                f"Reconstruction {name!r} compares `{path}`, but there is no {key!r}: a path leads from what the "
-                "player sees, such as 'fake', 'real', 'condition' or 'extras.<key>'."
-            )
-    return found
+                f"The distance of Reconstruction {self.name!r} failed on `{self.sample}` of shape "
+                f"{tuple(sample.shape)} and `{self.target}` of shape {tuple(target.shape)}: {cause}"
+            ) from error

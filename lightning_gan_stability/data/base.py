@@ -1,0 +1,118 @@
+"""What all data modules here share: one training stream that resumes, and one fixed held-out stream."""
+
+from typing import Any, Protocol
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from lightning_gan_stability._checks import check_integer
+from lightning_gan_stability.data.streams import Batch, Rows, Stream
+
+
+class Source(Protocol):
+    """Batches by position, with the number of batches in an epoch."""
+
+    def __len__(self) -> int: ...
+
+    def __call__(self, position: int) -> Batch: ...
+
+
+class StreamedDataModule(LightningDataModule):
+    """What the data modules here share: one training stream that resumes, one fixed held-out stream.
+
+    A subclass has :meth:`sources`.
+
+    Args:
+        batch_size: Samples per batch and process.
+        holdout: Held-out samples; 0: no validation.
+        seed: Of everything that is random.
+        num_workers: Processes that prepare batches ahead.
+    """
+
+    def __init__(self, batch_size: int, holdout: int, seed: int, num_workers: int = 0) -> None:
+        super().__init__()
+        self.batch_size = check_integer("batch_size", batch_size)
+        self.holdout = holdout
+        self.seed = check_integer("seed", seed, least=0)
+        self.num_workers = check_integer("num_workers", num_workers, least=0)
+        self._streams: tuple[Stream, Stream] | None = None
+        self._built_for = 0  # batch size of these
+
+    def __str__(self) -> str:  # Lightning's own wants DataLoaders, and would read the data
+        return f"{type(self).__name__}(batch_size={self.batch_size}, holdout={self.holdout}, seed={self.seed})"
+
+    def sources(self, rank: int, world: int) -> tuple[Source, Source]:
+        """Return the training batches and the held-out batches of one rank.
+
+        Args:
+            rank: Of this process.
+            world: Number of processes.
+        """
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the data; a new run starts at its first batch, a further `fit` of the same trainer goes on."""
+        trainer = self.trainer
+        if getattr(trainer, "overfit_batches", 0):
+            raise MisconfigurationException(
+                f"{type(self).__name__} gives other samples in every epoch, so overfit_batches would overfit nothing: "
+                "pass a DataLoader over the samples to learn by heart."
+            )
+        train, held_out = self.sources(*((trainer.global_rank, trainer.world_size) if trainer else (0, 1)))
+        stream = Stream(train, len(train), self.num_workers)
+        if self._streams and trainer and trainer.global_step:
+            stream.load_state_dict(self._streams[0].state_dict())
+        self._streams = stream, Stream(held_out, len(held_out), self.num_workers, repeat=True)
+        self._built_for = self.batch_size
+
+    def train_dataloader(self) -> Stream:
+        """Return the training stream, the same object each time, so that a reload does not rewind it."""
+        return self._prepared()[0]
+
+    def val_dataloader(self) -> Stream | list[Stream]:
+        """Return the held-out batches, the same ones on every pass; nothing if no data are held out."""
+        return self._prepared()[1] if self.holdout else []
+
+    def predict_dataloader(self) -> Stream:
+        """Return the held-out batches, or the training data in order if none are held out."""
+        return self._prepared()[1]
+
+    def split(
+        self, samples: Any, order: Tensor, rank: int, world: int, unit: str = "images", **options: Any
+    ) -> tuple[Rows, Rows]:
+        """Return training batches of the last samples of an order, and batches of the held-out ones before them.
+
+        Args:
+            samples: By index: an image, or a tuple that starts with one.
+            order: Random order of the samples.
+            rank: Of this process.
+            world: Number of processes.
+            unit: What the samples are, for messages.
+            **options: For the training :class:`Rows` (`flip`), or for both (`seed`).
+
+        Raises:
+            ValueError: If one batch of all processes exceeds the training set.
+        """
+        held_out, train = order[: self.holdout].sort()[0], order[self.holdout :].sort()[0]
+        if (total := self.batch_size * world) > len(train):
+            sizes = f"{self.batch_size} * {world} = {total} for {len(train)} {unit}"
+            raise ValueError(f"`batch_size` times processes must not exceed the training set, got {sizes}.")
+        place = self.batch_size, rank, world, options.pop("seed", self.seed)
+        shown = held_out if self.holdout else train
+        return Rows(samples, train, *place, shuffle=True, **options), Rows(samples, shown, *place)
+
+    def _prepared(self) -> tuple[Stream, Stream]:
+        if self._streams is None or self._built_for != self.batch_size:  # which BatchSizeFinder sets
+            self.setup()
+        assert self._streams is not None
+        return self._streams
+
+    # Lightning gives a loader its saved position back only inside an epoch; saved here, it survives the end of one too.
+    def state_dict(self) -> dict[str, int]:
+        """Return the position in the training stream."""
+        return self.train_dataloader().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from the position in `state_dict`."""
+        self.train_dataloader().load_state_dict(state_dict)

@@ -1,0 +1,119 @@
+"""What generated samples are worth beside their targets, and what codebooks hold: measured in validation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_gan_stability._checks import check, check_type, describe
+from lightning_gan_stability.callback import GANCallback, as_gan
+from lightning_gan_stability.outputs import at_path
+
+Inputs = Mapping[str, Sequence[str]]
+
+
+class PairedMonitor(GANCallback):
+    """Measures generated samples against their targets in every validation, with any metric of torchmetrics.
+
+    For vocoders, codecs, tokenizers, super-resolution and translation, where each sample has a target, unlike those of
+    :class:`~lightning_gan_stability.QualityMonitor`. Samples are made by the average of the generator when there is
+    one, and from the same noise each time. Values go to the loggers and to ``trainer.callback_metrics`` as
+    ``quality/<metric>``, so that ``ModelCheckpoint(monitor="quality/psnr", mode="max")`` and ``EarlyStopping`` work. A
+    metric is updated with (sample, target) of each validation batch, or with what ``inputs`` names:
+
+    * ``PeakSignalNoiseRatio(data_range=(-1.0, 1.0))`` and ``StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))``
+      of ``torchmetrics.image``; ``LearnedPerceptualImagePatchSimilarity``, which downloads its weights.
+    * ``ScaleInvariantSignalDistortionRatio()`` of ``torchmetrics.audio``, and
+      :class:`~lightning_gan_stability.metrics.LogMelDistance`.
+    * :class:`~lightning_gan_stability.metrics.CodebookUsage` and
+      :class:`~lightning_gan_stability.metrics.CodebookPerplexity`, with ``inputs={"perplexity": ["extras.codes"]}``.
+
+    Args:
+        metrics: by the names under which they are logged.
+        inputs: by the name of a metric, the paths of what it is updated with: ``"fake"``, ``"real"``, ``"condition"``,
+            ``"extras.<key>"``, and further keys behind dots, such as ``["extras.cycle.a", "real.a"]``. None, or a
+            metric that is not named: ``["fake", "real"]``.
+        name: what the log's keys begin with.
+
+    Raises:
+        ValueError: if an argument has a bad value; in validation, if there is nothing at a path, or if a metric does
+            not take what is there.
+
+    Example:
+        >>> from torchmetrics.image import PeakSignalNoiseRatio
+        >>> monitor = PairedMonitor({"psnr": PeakSignalNoiseRatio(data_range=(-1.0, 1.0))})
+        >>> monitor.inputs
+        {'psnr': ['fake', 'real']}
+    """
+
+    rolled_back = False
+
+    def __init__(self, metrics: dict[str, Metric], inputs: Inputs | None = None, name: str = "quality") -> None:
+        super().__init__()
+        known = isinstance(metrics, Mapping) and bool(metrics) and all(isinstance(m, Metric) for m in metrics.values())
+        self.metrics = dict(check(known, "metrics", "a dict of names and metrics of torchmetrics", metrics))
+        known = not {*(inputs or {})} - {*self.metrics}
+        check(known, "inputs", f"paths by the names of metrics, which are {', '.join(self.metrics)}", inputs)
+        lists = all(_are_paths(paths) for paths in (inputs or {}).values())
+        check(lists, "inputs", "lists of paths by the names of metrics", inputs)
+        self.inputs = {metric: [*(inputs or {}).get(metric, ("fake", "real"))] for metric in self.metrics}
+        self.name = check_type("name", name, str)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so when nothing will be measured."""
+        super().on_fit_start(trainer, pl_module)
+        if not trainer.enable_validation:
+            rank_zero_warn(
+                "PairedMonitor measures in validation, and this run has none: give it a validation loader, or remove "
+                "PairedMonitor."
+            )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew."""
+        for metric in self.metrics.values():
+            metric.to(pl_module.device)
+            metric.reset()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Make samples for a batch, and update the metrics."""
+        module: Any = as_gan(pl_module)
+        with torch.no_grad(), module.noise.of("paired", dataloader_idx, batch_idx):
+            seen = module.compute_samples("d", batch, ())
+            for name, metric in self.metrics.items():
+                given = [_float(at_path(seen, path, f"PairedMonitor's {name!r}")) for path in self.inputs[name]]
+                try:
+                    metric.update(*given)
+                except (ValueError, RuntimeError, TypeError, AssertionError) as error:
+                    got = ", ".join(f"`{p}` {describe(x)}" for p, x in zip(self.inputs[name], given, strict=True))
+                    raise ValueError(
+                        f"PairedMonitor: {type(metric).__name__} under the name {name!r} does not take {got}: {error}"
+                    ) from error
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the metrics."""
+        if not trainer.sanity_checking:
+            for name, metric in self.metrics.items():
+                pl_module.log(f"{self.name}/{name}", metric.compute().float())
+
+
+def _are_paths(paths: Any) -> bool:
+    return isinstance(paths, list | tuple) and len(paths) > 0 and all(isinstance(path, str) for path in paths)
+
+
+def _float(value: Any) -> Any:
+    """What metrics compute with: tensors in a full type."""
+    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value

@@ -1,0 +1,100 @@
+"""What synthetic rows are worth: measured in validation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_gan_stability._checks import check_type
+from lightning_gan_stability.callback import GANCallback
+from lightning_gan_stability.metrics.tables import correlation_difference, efficacy, marginal_distances
+from lightning_gan_stability.recipes.table import TableSynthesis
+
+
+class TableMonitor(GANCallback):
+    """Measures a synthetic table after every validation: marginals, correlations, and what can be learned from it.
+
+    As many rows are made as there are real ones to train on. Values go to the loggers and to
+    ``trainer.callback_metrics``:
+
+    * ``quality/marginals``: the mean over columns of the Kolmogorov–Smirnov statistic, or the total variation of a
+      discrete column; in [0, 1], 0 is best.
+    * ``quality/correlations``: the mean absolute difference of the associations of two columns; in [0, 2], 0 is best.
+    * ``quality/efficacy``: the score on held-out rows of classifiers (or regressors) that learned from synthetic rows,
+      divided by that of those that learned from real ones; 1 is as good.
+
+    ``ModelCheckpoint(monitor="quality/efficacy", mode="max")`` keeps the best.
+
+    Args:
+        target: the column that is to be predicted; None: no efficacy.
+        train: real rows; None: ``train_table`` of the data module, as of :class:`~lightning_gan_stability.Table`.
+        test: held-out rows; None: ``test_table`` of the data module.
+        name: what the log's keys begin with.
+
+    Raises:
+        MisconfigurationException: if the run trains no :class:`~lightning_gan_stability.TableSynthesis`, or if there
+            are no tables to compare with.
+
+    Example:
+        >>> TableMonitor("target").target
+        'target'
+    """
+
+    rolled_back = False
+
+    def __init__(
+        self,
+        target: str | None = None,
+        train: Mapping[str, Any] | None = None,
+        test: Mapping[str, Any] | None = None,
+        name: str = "quality",
+    ) -> None:
+        super().__init__()
+        self.target = None if target is None else check_type("target", target, str)
+        self.train, self.test = train, test
+        self.name = check_type("name", name, str)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a run without tables."""
+        super().on_fit_start(trainer, pl_module)
+        self._tables(trainer, pl_module)
+
+    def _tables(self, trainer: Trainer, module: LightningModule) -> tuple[Any, Any]:
+        if not isinstance(module, TableSynthesis):
+            raise MisconfigurationException(
+                f"TableMonitor measures tables, but the run trains {type(module).__name__}: remove TableMonitor."
+            )
+        data = getattr(trainer, "datamodule", None)
+        train = getattr(data, "train_table", None) if self.train is None else self.train
+        test = getattr(data, "test_table", None) if self.test is None else self.test
+        if train is None or (self.target is not None and test is None):
+            raise MisconfigurationException(
+                "TableMonitor compares with real rows: give it `train` and `test`, or fit with a data module that has "
+                "`train_table` and `test_table`, such as Table."
+            )
+        if self.target is not None and self.target not in train:
+            raise MisconfigurationException(
+                f"TableMonitor: there is no column {self.target!r}; the table has {', '.join(map(str, train))}."
+            )
+        return train, test
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make a table, measure it, and log what was measured."""
+        if trainer.sanity_checking:
+            return
+        train, test = self._tables(trainer, pl_module)
+        module: Any = pl_module
+        discrete = [column["name"] for column in module.encoder.columns if "categories" in column]
+        with module.noise.of("table"):
+            fake = module.synthesize(len(train[next(iter(train))]))
+        marginals = marginal_distances(train, fake, discrete)
+        values = {"marginals": sum(marginals.values()) / len(marginals)}
+        if len(marginals) > 1:
+            values["correlations"] = correlation_difference(train, fake, discrete)
+        if self.target is not None:
+            values["efficacy"] = efficacy(train, test, fake, self.target, discrete).ratio
+        for name, value in values.items():
+            module.log(f"{self.name}/{name}", value, rank_zero_only=False, sync_dist=True)

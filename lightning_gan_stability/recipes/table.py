@@ -1,0 +1,167 @@
+"""Tables: rows of continuous and discrete columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gan_stability._checks import check, check_integer, check_number, describe
+from lightning_gan_stability.layers import Packed, evaluation
+from lightning_gan_stability.losses import AdversarialLoss, Wasserstein
+from lightning_gan_stability.outputs import Condition, Extras, GANOutputs, Player, Sample, Terms
+from lightning_gan_stability.recipes.base import Recipe
+from lightning_gan_stability.tables import TableEncoder
+
+NetworkMaker: TypeAlias = Callable[[int, int], nn.Module]
+
+
+class TableSynthesis(Recipe):
+    """CTGAN: rows of a table under the condition that one discrete column has a given category.
+
+    L_D = E D(x̂, c) − E D(x, c), of packs of rows; L_G = −E D(x̂, c) + E H(c, p), with the cross entropy H of the
+    category that the condition asks for and of the generator's logits p for its column. Scalars of the generator go
+    through tanh, categories through a Gumbel-softmax at a temperature of 0.2. To it belong ``GradientPenalty(10.0)``,
+    and ``Alternating(real_batches="split")``, since the generator's turn has conditions of its own in the paper.
+
+    "Modeling Tabular Data using Conditional GAN", https://arxiv.org/abs/1907.00503; the condition is a part of what the
+    penalty differentiates by, and real rows are compared with generated ones under other conditions, as in the authors'
+    code. Samples are rows and their conditions, (n, width + condition_width); :meth:`synthesize` gives a table.
+
+    A batch is (rows, conditions) of :class:`~lightning_gan_stability.Table`.
+
+    Args:
+        generator: a module that maps latents and condition (n, latent_dim + condition_width) to (n, width); or what
+            makes one from these two widths, since they depend on the data.
+        discriminator: a module that maps ``pac`` rows with their conditions (n, pac · (width + condition_width)) to
+            (n, 1); or what makes one from these two widths.
+        columns: the description of the table, ``Table(...).columns``; under LightningCLI taken from the data.
+        latent_dim: length of the standard normal vector that a row is made from.
+        pac: how many rows the discriminator judges together (PacGAN, https://arxiv.org/abs/1712.04086).
+        temperature: of the Gumbel-softmax.
+        loss: None: :class:`~lightning_gan_stability.Wasserstein`.
+        d_weight: factor of the discriminator's loss.
+        g_weight: factor of the generator's adversarial loss.
+        condition_weight: factor of the cross entropy.
+        losses: names of what the generator returns beside rows and their weights; None: none.
+        **kwargs: further arguments of :class:`~lightning_gan_stability.GANModule`.
+
+    Attributes:
+        encoder: the :class:`~lightning_gan_stability.tables.TableEncoder` of the columns.
+
+    Raises:
+        ValueError: if an argument has a bad value, or if a batch has another form.
+
+    Example:
+        >>> columns = [{"name": "age", "means": [40.0], "stds": [9.0]}, {"name": "smokes", "categories": ["no", "yes"]}]
+        >>> table = TableSynthesis(nn.Linear, nn.Linear, columns, latent_dim=4, pac=2)
+        >>> sorted(table.synthesize(5))
+        ['age', 'smokes']
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module | NetworkMaker,
+        discriminator: nn.Module | NetworkMaker,
+        columns: Sequence[Mapping[str, Any]],
+        latent_dim: int = 128,
+        pac: int = 10,
+        temperature: float = 0.2,
+        loss: AdversarialLoss | None = None,
+        d_weight: float = 1.0,
+        g_weight: float = 1.0,
+        condition_weight: float = 1.0,
+        losses: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        encoder = TableEncoder(columns)
+        condition_width = encoder.condition_width
+        generator = _made(
+            "generator", generator, check_integer("latent_dim", latent_dim) + condition_width, encoder.width
+        )
+        packed = check_integer("pac", pac) * (encoder.width + condition_width)
+        judge = Packed(_made("discriminator", discriminator, packed, 1), pac)
+        super().__init__(
+            generator, judge, loss or Wasserstein(), d_weight, g_weight, losses, latent_dim=latent_dim, **kwargs
+        )
+        self.encoder = encoder
+        self.temperature = check_number("temperature", temperature, positive=True)
+        self.condition_weight = check_number("condition_weight", condition_weight)
+
+    def unpack(self, batch: Any) -> tuple[Sample, Condition]:
+        """Rows with their conditions, and the conditions of generated rows: those of the rows before."""
+        encoder = self.encoder
+        widths = (encoder.width, encoder.condition_width)
+        parts = [*batch] if isinstance(batch, list | tuple) else [batch]
+        if [part.shape[1:] if isinstance(part, Tensor) else None for part in parts] != [(width,) for width in widths]:
+            raise ValueError(
+                f"A batch of TableSynthesis must be encoded rows (n, {widths[0]}) and conditions (n, {widths[1]}), got "
+                f"{', '.join(map(describe, parts))}: `Table` makes such batches, and its `columns` are those of the "
+                "module."
+            )
+        rows, condition = parts
+        return torch.cat([rows, condition], 1), condition.roll(1, 0)
+
+    def generate(
+        self, network: nn.Module, n: int, condition: Condition, latents: Tensor | None
+    ) -> tuple[Sample, Extras]:
+        """Rows, with the logits that they are made from."""
+        assert latents is not None
+        out = network(torch.cat([latents, condition], 1))
+        logits, extras = out if isinstance(out, tuple) else (out, {})
+        return torch.cat([self.activate(logits), condition], 1), {"logits": logits, **extras}
+
+    def activate(self, logits: Tensor) -> Tensor:
+        """Encoded rows (n, width) from what the generator returns: tanh of scalars, Gumbel-softmax of categories."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a shorter type rounds 1 - ε to 1
+        uniform = self.noise.rand(*logits.shape, dtype=logits.dtype).clamp_min(torch.finfo(logits.dtype).tiny)
+        noisy = (logits - (-uniform.log()).log()) / self.temperature
+        spans = self.encoder.spans
+        parts = [(logits if s.kind == "scalar" else noisy)[:, s.start : s.end] for s in spans]
+        made = [x.tanh() if s.kind == "scalar" else x.softmax(1) for x, s in zip(parts, spans, strict=True)]
+        return torch.cat(made, 1)
+
+    def auxiliary_losses(self, player: Player, outputs: GANOutputs) -> Terms:
+        """The cross entropy of the categories that conditions ask for."""
+        terms = super().auxiliary_losses(player, outputs)
+        if player == "d" or not self.encoder.condition_width:
+            return terms
+        logits, condition, total = outputs.extras["logits"], outputs.condition, outputs.condition.new_zeros(())
+        discrete = [span for span in self.encoder.spans if span.discrete]
+        for span, part in zip(discrete, self.encoder.condition_spans, strict=True):
+            wanted = condition[:, part.start : part.end]
+            losses = nn.functional.cross_entropy(logits[:, span.start : span.end], wanted.argmax(1), reduction="none")
+            total = total + (wanted.sum(1) * losses).sum()
+        return terms | {"condition": self.condition_weight * total / len(condition)}
+
+    @torch.no_grad()
+    def synthesize(self, n: int, condition: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """A table of generated rows, by the average of the generator when there is one, in eval mode.
+
+        Args:
+            n: number of rows.
+            condition: ``{column: category}`` that all rows are asked to have; None: for each row a discrete column, and
+                one of its categories by its frequency in the data.
+
+        Returns:
+            A NumPy array (n,) for each column, in the units of the data; ``pandas.DataFrame(table)`` makes a frame.
+
+        Raises:
+            ValueError: if there is no such column or category.
+        """
+        if condition is None:
+            given = self.encoder.draw_conditions(self.noise.rand(n, 2, dtype=torch.float64).cpu())
+        else:
+            given = self.encoder.condition(n, condition)
+        with evaluation(self):
+            rows = self.sample(n, given)
+        return self.encoder.decode(rows[:, : self.encoder.width].float().cpu())
+
+
+def _made(name: str, network: Any, inputs: int, outputs: int) -> nn.Module:
+    """A network, or what makes one makes."""
+    made = network if isinstance(network, nn.Module) or not callable(network) else network(inputs, outputs)
+    check(isinstance(made, nn.Module), name, "a module, or what makes one from two widths", made)
+    return made  # type: ignore[no-any-return]

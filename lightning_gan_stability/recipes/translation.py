@@ -1,0 +1,184 @@
+"""Image-to-image translation, with pairs of images and without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gan_stability._checks import check_bool, check_choice, describe
+from lightning_gan_stability.losses import AdversarialLoss, LeastSquares
+from lightning_gan_stability.networks import logits_and_features
+from lightning_gan_stability.outputs import Condition, Extras, Features, Logits, Sample
+from lightning_gan_stability.recipes.base import Recipe, source_and_target
+
+DOMAINS = ("a", "b")
+
+
+class PairedTranslation(Recipe):
+    """pix2pix: the generator maps a source image to its target, and the discriminator sees both.
+
+    L_D = ½ (E sp(−D(s, x)) + E sp(D(s, x̂))), L_G = E sp(−D(s, x̂)), x̂ = G(s), sp(t) = log(1 + eᵗ).
+    To it belong ``Reconstruction(100.0)`` and ``Alternating(share_fake=True)``.
+
+    "Image-to-Image Translation with Conditional Adversarial Networks", https://arxiv.org/abs/1611.07004.
+
+    A batch is (source, target) or ``{"source": ..., "target": ...}``, images of one height and width.
+
+    Args:
+        generator: maps source images (n, c, h, w) to images like the targets.
+        discriminator: maps sources and images, concatenated along the channels in this order, to logits (n, ...).
+        loss: None: :class:`~lightning_gan_stability.NonSaturating`.
+        d_weight: factor of the discriminator's loss; the paper's ½.
+        g_weight: factor of the generator's adversarial loss.
+        losses: names of what the generator returns beside images and their weights; None: none.
+        **kwargs: further arguments of :class:`~lightning_gan_stability.GANModule`.
+
+    Raises:
+        ValueError: if an argument has a bad value, or if a batch has another form.
+
+    Example:
+        >>> model = PairedTranslation(nn.Conv2d(1, 3, 1), nn.Conv2d(4, 1, 4, 2))
+        >>> real, source = model.unpack((torch.zeros(2, 1, 8, 8), torch.zeros(2, 3, 8, 8)))
+        >>> model.logits(real, source).shape
+        torch.Size([2, 9])
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        loss: AdversarialLoss | None = None,
+        d_weight: float = 0.5,
+        g_weight: float = 1.0,
+        losses: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(generator, discriminator, loss, d_weight, g_weight, losses, **kwargs)
+
+    def unpack(self, batch: Any) -> tuple[Sample, Condition]:
+        """The target, and the source that it is to be made from."""
+        source, target = source_and_target(batch, "PairedTranslation")
+        for name, image in (("source", source), ("target", target)):
+            if not isinstance(image, Tensor) or image.dim() != 4 or image.shape[2:] != source.shape[2:]:
+                raise ValueError(
+                    f"PairedTranslation needs sources and targets (n, c, h, w) of one height and width, got a {name} "
+                    f"{describe(image)} beside a source {describe(source)}."
+                )
+        return target, source
+
+    def discriminate(
+        self, network: nn.Module, sample: Sample, condition: Condition
+    ) -> Logits | tuple[Logits, Features]:
+        """Judge pairs."""
+        return super().discriminate(network, torch.cat([condition, sample], 1), None)
+
+
+class UnpairedTranslation(Recipe):
+    """CycleGAN: two generators between the domains a and b, which bring each other's images back.
+
+    x̂_b = G_b(x_a), x̂_a = G_a(x_b); L_D = Σ_i ½ (E (D_i(x_i) − 1)² + E D_i(x̂_i)²), L_G = Σ_i E (D_i(x̂_i) − 1)².
+    The generator's turn is first. Images that were translated there and back are ``extras.cycle``, images that were
+    translated to their own domain ``extras.identity``. To it belong
+    ``Reconstruction(10.0, sample="extras.cycle", name="cycle")``,
+    ``Reconstruction(5.0, sample="extras.identity", name="identity")``, ``FakePool(50, independent=True)`` and
+    ``Alternating(share_fake=True)``.
+
+    "Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks",
+    https://arxiv.org/abs/1703.10593.
+
+    A batch is ``{"a": images, "b": images}`` or a tuple of both, such as of Lightning's ``CombinedLoader``; of a tuple
+    (images, labels) in their place the labels are left out. Both have one batch size.
+
+    Args:
+        generator: a ``ModuleDict``: ``"a"`` maps images of b to a, ``"b"`` images of a to b.
+        discriminator: a ``ModuleDict`` of ``"a"`` and ``"b"``, which map images of their domain to logits (n, ...).
+        identity: make ``extras.identity``, which needs as many channels in both domains.
+        loss: None: :class:`~lightning_gan_stability.LeastSquares`.
+        d_weight: factor of the discriminators' losses; 1, since ``LeastSquares`` has the ½ itself.
+        g_weight: factor of the generators' adversarial losses; 2, since they have no ½ in the paper.
+        losses: names of further extras and their weights; None: none.
+        **kwargs: further arguments of :class:`~lightning_gan_stability.GANModule`.
+
+    Raises:
+        ValueError: if an argument has a bad value, or if a batch has another form.
+
+    Example:
+        >>> networks = [nn.ModuleDict({d: nn.Conv2d(1, 1, 3, padding=p) for d in "ab"}) for p in (1, 0)]
+        >>> model = UnpairedTranslation(*networks)
+        >>> model.translate(torch.zeros(2, 1, 8, 8), "b").shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        generator: nn.ModuleDict,
+        discriminator: nn.ModuleDict,
+        identity: bool = True,
+        loss: AdversarialLoss | None = None,
+        d_weight: float = 1.0,
+        g_weight: float = 2.0,
+        losses: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name, network in (("generator", generator), ("discriminator", discriminator)):
+            if not isinstance(network, nn.ModuleDict) or {*network} != {*DOMAINS}:
+                raise ValueError(f"`{name}` must be a ModuleDict of 'a' and 'b', got {describe(network)}.")
+        super().__init__(generator, discriminator, loss or LeastSquares(), d_weight, g_weight, losses, **kwargs)
+        self.identity = check_bool("identity", identity)
+        self.plan = ("g", "d")
+
+    def unpack(self, batch: Any) -> tuple[Sample, Condition]:
+        """Images of both domains."""
+        if isinstance(batch, list | tuple) and len(batch) == 2:
+            batch = dict(zip(DOMAINS, batch, strict=True))
+        if not isinstance(batch, Mapping) or {*batch} != {*DOMAINS}:
+            raise ValueError(
+                "A batch of UnpairedTranslation must be {'a': images, 'b': images} or a tuple of both, got "
+                f"{describe(batch)}: `CombinedLoader({{'a': loader, 'b': loader}})` makes such batches."
+            )
+        real = {d: x[0] if isinstance(x, list | tuple) and x else x for d, x in ((d, batch[d]) for d in DOMAINS)}
+        sizes = [len(x) if isinstance(x, Tensor) and x.dim() == 4 else None for x in real.values()]
+        if None in sizes or sizes[0] != sizes[1]:
+            raise ValueError(
+                "UnpairedTranslation needs images (n, c, h, w) of both domains, as many of each, got "
+                f"{describe(real['a'])} and {describe(real['b'])}: use one batch size, and drop_last=True in both "
+                "loaders."
+            )
+        return real, real
+
+    def generate(
+        self, network: nn.Module, n: int, condition: Condition, latents: Tensor | None
+    ) -> tuple[Sample, Extras]:
+        """Translate both domains, and back."""
+        assert isinstance(network, nn.ModuleDict)
+        fake = {"a": network["a"](condition["b"]), "b": network["b"](condition["a"])}
+        extras: Extras = {"cycle": {"a": network["a"](fake["b"]), "b": network["b"](fake["a"])}}
+        if self.identity:
+            extras["identity"] = {domain: network[domain](condition[domain]) for domain in DOMAINS}
+        return fake, extras
+
+    def discriminate(
+        self, network: nn.Module, sample: Sample, condition: Condition
+    ) -> Logits | tuple[Logits, Features]:
+        """Judge each domain by its own discriminator."""
+        assert isinstance(network, nn.ModuleDict)
+        return logits_and_features({domain: network[domain](sample[domain]) for domain in DOMAINS})
+
+    def forward(self, inputs: Any, condition: Condition = None) -> Sample:
+        """Translate images of both domains, ``{"a": images, "b": images}``; see :meth:`translate` for one."""
+        if isinstance(inputs, Tensor):
+            raise ValueError("UnpairedTranslation has two directions: use `translate(images, to='a')` or `to='b'`.")
+        return super().forward(inputs, condition)
+
+    def translate(self, images: Tensor, to: str) -> Tensor:
+        """Images of one domain in the other; by the average of the generators in eval mode when there is one.
+
+        Args:
+            images: (n, c, h, w).
+            to: ``"a"`` or ``"b"``.
+        """
+        network: Any = self.current_generator
+        return network[check_choice("to", to, DOMAINS)](images.to(self.device))  # type: ignore[no-any-return]
