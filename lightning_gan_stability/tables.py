@@ -153,8 +153,8 @@ class TableEncoder:
                 that are not in the description.
         """
         arrays = table_columns(table)
-        if missing := [column["name"] for column in self.columns if column["name"] not in arrays]:
-            raise ValueError(f"The table lacks these columns: {missing}.")
+        if lacking := [column["name"] for column in self.columns if column["name"] not in arrays]:
+            raise ValueError(f"The table lacks these columns: {lacking}.")
         parts = []
         for column in self.columns:
             if "categories" in column:
@@ -271,7 +271,7 @@ def table_columns(table: Any) -> dict[str, np.ndarray]:
         lengths = ", ".join(f"{name!r}: {len(array)}" for name, array in arrays.items())
         raise ValueError(f"The columns must have the same length, got {lengths}.")
     for name, array in arrays.items():
-        if n := int(_missing(array).sum()):
+        if n := int(missing(array).sum()):
             raise ValueError(
                 f"Column {name!r} has {n} missing values of {len(array)}: fill them in, leave out these rows, or make "
                 "them a category of their own."
@@ -291,8 +291,22 @@ def is_numeric(column: Any) -> bool:
     array = _array("", column)
     if array.dtype != object:
         return array.dtype.kind in "iuf"
-    present = array[~_missing(array)]
+    present = array[~missing(array)]
     return all(isinstance(v, int | float | np.number) and not isinstance(v, bool) for v in present)
+
+
+def missing(array: np.ndarray) -> np.ndarray:
+    """Return which values of a column are missing: None, NaN, and NaT and NA of pandas.
+
+    Example:
+        >>> missing(np.array([1.0, np.nan])).tolist(), missing(np.array(["a", None], dtype=object)).tolist()
+        ([False, True], [False, True])
+    """
+    if array.dtype != object:
+        unequal: np.ndarray = array != array  # NaN, and NaT of times
+        return unequal
+    # pandas.NA has no truth value
+    return np.array([v is None or type(v).__name__ == "NAType" or bool(v != v) for v in array], dtype=bool)
 
 
 def _rows(arrays: Mapping[str, np.ndarray]) -> int:
@@ -311,14 +325,6 @@ def _array(name: str, column: Any) -> np.ndarray:
     if array.ndim != 1:
         raise ValueError(f"Column {name!r} must have one dimension, got {array.ndim}.")
     return array
-
-
-def _missing(array: np.ndarray) -> np.ndarray:
-    if array.dtype != object:
-        missing: np.ndarray = array != array  # NaN, and NaT of times
-        return missing
-    # pandas.NA has no truth value
-    return np.array([v is None or type(v).__name__ == "NAType" or bool(v != v) for v in array], dtype=bool)
 
 
 def _numbers(name: str, array: np.ndarray) -> np.ndarray:

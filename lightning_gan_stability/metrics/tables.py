@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_gan_stability.tables import missing
+
 Table: TypeAlias = Mapping[str, Any]
 Columns: TypeAlias = dict[str, NDArray[Any]]
 
@@ -144,9 +146,9 @@ def _checked(discrete: Collection[str], **tables: Table) -> tuple[Columns, Colum
         if len(lengths) != 1 or len(next(iter(lengths))) != 1 or next(iter(lengths)) == (0,):
             raise ValueError(f"`{label}` must have columns of one length, with at least a row.")
         for name, column in table.items():
-            missing = int(_missing(column).sum())
-            if missing:
-                raise ValueError(f"`{label}` has {missing} missing values in the column {name!r}: drop or fill them.")
+            infinite = np.isinf(column) if column.dtype.kind == "f" else False
+            if n := int((missing(column) | infinite).sum()):
+                raise ValueError(f"`{label}` has {n} missing values in the column {name!r}: drop or fill them.")
     one = {name: _texts(one[name]) if name in names else one[name].astype(float) for name in one}
     other = {name: _texts(other[name]) if name in names else other[name].astype(float) for name in one}
     return one, other, names
@@ -154,13 +156,6 @@ def _checked(discrete: Collection[str], **tables: Table) -> tuple[Columns, Colum
 
 def _is_numeric(column: NDArray[Any]) -> bool:
     return bool(np.issubdtype(column.dtype, np.number))
-
-
-def _missing(column: NDArray[Any]) -> NDArray[Any]:
-    if np.issubdtype(column.dtype, np.floating):
-        return np.asarray(~np.isfinite(column))
-    # NaN is not itself, and NA of pandas has no truth value
-    return np.array([v is None or type(v).__name__ == "NAType" or bool(v != v) for v in column.tolist()], dtype=bool)
 
 
 def _texts(column: NDArray[Any]) -> NDArray[Any]:
@@ -211,7 +206,6 @@ def _score(learned: Columns, test: Columns, target: str, discrete: set[str], see
     from sklearn.dummy import DummyClassifier
     from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
     from sklearn.linear_model import LogisticRegression, Ridge
-    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import OneHotEncoder, StandardScaler
     from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
@@ -233,11 +227,7 @@ def _score(learned: Columns, test: Columns, target: str, discrete: set[str], see
             DecisionTreeClassifier(max_depth=5, random_state=seed),
             RandomForestClassifier(random_state=seed),
         ]
-    scores = []
-    for model in models:
-        columns = make_column_transformer(
-            (OneHotEncoder(handle_unknown="ignore"), kinds[0]), (StandardScaler(), kinds[1])
-        )
-        pipeline = make_pipeline(columns, model).fit(x, learned[target])
-        scores.append(pipeline.score(x_test, test[target]))
+    columns = make_column_transformer((OneHotEncoder(handle_unknown="ignore"), kinds[0]), (StandardScaler(), kinds[1]))
+    x, x_test = columns.fit_transform(x), columns.transform(x_test)
+    scores = [model.fit(x, learned[target]).score(x_test, test[target]) for model in models]
     return float(np.mean(scores))

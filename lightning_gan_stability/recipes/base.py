@@ -79,6 +79,18 @@ class Recipe(GANModule):
         return self.weights[player]
 
 
+def lone_target(batch: Any) -> Tensor | None:
+    """The target of a batch that has nothing else: a tensor, alone or in a tuple; None for other batches.
+
+    Example:
+        >>> import torch
+        >>> lone_target([torch.zeros(2)]), lone_target((torch.zeros(2), torch.ones(2)))
+        (tensor([0., 0.]), None)
+    """
+    alone = batch[0] if isinstance(batch, list | tuple) and len(batch) == 1 else batch
+    return alone if isinstance(alone, Tensor) else None
+
+
 def source_and_target(batch: Any, recipe: str, missing: str = "") -> tuple[Sample, Sample]:
     """The parts of a batch ``(source, target)`` or ``{"source": ..., "target": ...}``.
 

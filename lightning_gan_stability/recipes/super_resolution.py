@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_gan_stability._checks import check_integer
 from lightning_gan_stability.losses import AdversarialLoss
 from lightning_gan_stability.outputs import Condition, Sample
-from lightning_gan_stability.recipes.base import Recipe, source_and_target
+from lightning_gan_stability.recipes.base import Recipe, lone_target, source_and_target
 
 
 class SuperResolution(Recipe):
@@ -63,12 +63,10 @@ class SuperResolution(Recipe):
 
     def unpack(self, batch: Any) -> tuple[Sample, Condition]:
         """Large images, and the small ones that they are to be made from."""
-        if self.scale is not None and isinstance(batch, list | tuple) and len(batch) == 1:
-            batch = batch[0]
-        if self.scale is None or not isinstance(batch, Tensor):
+        if self.scale is None or (target := lone_target(batch)) is None:
             source, target = source_and_target(batch, "SuperResolution", "`scale`" if self.scale is None else "")
             return target, source
-        return batch, self.degrade(batch)
+        return target, self.degrade(target)
 
     def degrade(self, images: Tensor) -> Tensor:
         """Small images (n, c, h / scale, w / scale) from large ones, by bicubic interpolation with antialiasing.

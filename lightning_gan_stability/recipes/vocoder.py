@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_gan_stability._checks import check, describe
 from lightning_gan_stability.losses import AdversarialLoss, LeastSquares
 from lightning_gan_stability.outputs import Condition, Sample
-from lightning_gan_stability.recipes.base import Recipe, source_and_target
+from lightning_gan_stability.recipes.base import Recipe, lone_target, source_and_target
 
 
 class Vocoder(Recipe):
@@ -64,15 +64,13 @@ class Vocoder(Recipe):
 
     def unpack(self, batch: Any) -> tuple[Sample, Condition]:
         """Waveforms, and the spectrograms that they are to be made from."""
-        if self.spectrogram is not None and isinstance(batch, list | tuple) and len(batch) == 1:
-            batch = batch[0]
-        if self.spectrogram is None or not isinstance(batch, Tensor):
+        if self.spectrogram is None or (target := lone_target(batch)) is None:
             source, target = source_and_target(batch, "Vocoder", "`spectrogram`" if self.spectrogram is None else "")
             check_waveform(target)
             return target, source
-        check_waveform(batch)
+        check_waveform(target)
         with torch.no_grad():
-            return batch, self.spectrogram(batch)
+            return target, self.spectrogram(target)
 
 
 def check_waveform(waveform: Any) -> None:
