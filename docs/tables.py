@@ -701,7 +701,7 @@ STRATEGIES: dict[str, dict[str, str]] = {
     "SampleLogger": {"DDP": "not tried", "shards": "not tried"},
     "HealthMonitor": {},
     "QualityMonitor": {},
-    "PairedMonitor": {"DDP": "not tried", "shards": "not tried"},
+    "PairedMonitor": {},
     "CollapseDetector": {},
     "R1Penalty, separate": {},
     "AdversarialStart": {},

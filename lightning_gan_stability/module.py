@@ -106,6 +106,7 @@ class GANModule(LightningModule):
         clip_norm: largest L2 norm of a player's gradient, clipped separately for each player; a number for both, or
             ``{"d": 10.0, "g": 1000.0}``. None: no limit.
         accumulate: micro-batches per update: less memory, the same gradient (unless a network has BatchNorm).
+        plan: the players that move on each batch, in order; ``("g", "d")``: the generator first.
         augment: what every sample goes through before the discriminator, in training alone.
         noise_seed: seed of the module's own noise, together with the process's rank and the iteration.
         compile: compile both networks in place when a fit begins; True, or a dict of arguments of ``torch.compile``.
@@ -143,6 +144,7 @@ class GANModule(LightningModule):
         scheduler_interval: str = "step",
         clip_norm: float | Mapping[Player, float] | None = None,
         accumulate: int = 1,
+        plan: Sequence[Player] = ("d", "g"),
         augment: nn.Module | None = None,
         noise_seed: int = 0,
         compile: bool | dict[str, Any] = False,
@@ -179,7 +181,7 @@ class GANModule(LightningModule):
         self.engine = Engine(self)
         self.sharding = Sharding(self)
         self.guard: Guard | None = None
-        self._plan: tuple[Player, ...] = ("d", "g")
+        self.plan = plan
 
     @property
     def plan(self) -> tuple[Player, ...]:
@@ -188,9 +190,9 @@ class GANModule(LightningModule):
 
     @plan.setter
     def plan(self, plan: Sequence[Player]) -> None:
-        if not isinstance(plan, Sequence) or not plan or not all(player in ("d", "g") for player in plan):
+        if not isinstance(plan, Sequence) or not plan or not all(player in PLAYERS for player in plan):
             raise ValueError(f"`plan` must be a sequence of 'd' and 'g' with at least one entry, got {plan!r}.")
-        self._plan = tuple(plan)
+        self._plan: tuple[Player, ...] = tuple(plan)
 
     @property
     def noise_seed(self) -> int:

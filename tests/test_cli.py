@@ -371,6 +371,13 @@ def test_own_optimizers_by_their_short_name(name, write):
     assert GANModule.load_from_checkpoint(CHECKPOINT).iteration == 3
 
 
+def test_the_order_of_the_players(write):
+    main(["fit", "--config", write(MODEL | {"plan": ["g", "d", "d"]})])
+    assert GANModule.load_from_checkpoint(CHECKPOINT).plan == ("g", "d", "d")
+    steps = [o["state"][0]["step"] for o in torch.load(CHECKPOINT, weights_only=True)["optimizer_states"]]
+    assert steps == [6, 3]
+
+
 def test_packed_discriminator(write):
     inner = {"class_path": "MLP", "init_args": {"sizes": [6, 8, 1]}}
     model = MODEL | {"discriminator": {"class_path": "Packed", "init_args": {"discriminator": inner, "m": 3}}}

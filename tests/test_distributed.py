@@ -25,6 +25,8 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanSquaredError
+from torchmetrics.image import PeakSignalNoiseRatio
 from toys import Shift, fit, free_port, points, small, tensors, trainer, weights
 
 from lightning_gan_stability import (
@@ -60,6 +62,7 @@ from lightning_gan_stability import (
     OptimisticAdam,
     OrthogonalPenalty,
     Packed,
+    PairedMonitor,
     PathLengthPenalty,
     QualityMonitor,
     R1Penalty,
@@ -71,6 +74,7 @@ from lightning_gan_stability import (
     Ring,
     Simultaneous,
     SpectralNorm,
+    Tokenizer,
     Unrolling,
     UpdateRatio,
     Wasserstein,
@@ -455,6 +459,18 @@ def quality(rank=None, **kwargs):
     return seen | {"weights": weights(module), "first": first.seen, "iteration": module.iteration}
 
 
+def paired(rank=None, **kwargs):
+    """A reconstruction, measured on validation data of which each process sees its half."""
+    torch.manual_seed(0)
+    module = Tokenizer(MLP([2, 8, 2]), MLP([2, 8, 1]), losses={}, g_optimizer=adam, d_optimizer=adam)
+    real = torch.randn(24, 2, generator=torch.Generator().manual_seed(1))
+    mine = real if rank is None else real[rank::2]
+    psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0))  # not a mean of what processes or batches have
+    run = trainer(callbacks=[PairedMonitor({"psnr": psnr, "mse": MeanSquaredError()})], **kwargs)
+    run.fit(module, DataLoader(data(rank), batch_size=None), DataLoader(mine, batch_size=6))
+    return {k: v.item() for k, v in run.callback_metrics.items() if k.startswith("quality/")}
+
+
 def sharding(full=True):
     return ModelParallelStrategy(2, 1, save_distributed_checkpoint=not full, process_group_backend="gloo")
 
@@ -590,10 +606,11 @@ def worker(rank, port, folder, names):
     os.chdir(folder)
     options = {"strategy": "ddp", "devices": size, "use_distributed_sampler": False}
     results = {}
-    others = {"noise": noise, "quality": quality, "resumed": resumed, "refused": refused}
+    others = {"noise": noise, "quality": quality, "paired": paired, "resumed": resumed, "refused": refused}
     others |= {"unequal": unequal, "more": more, "stopped": stopped}
     others |= {f"sharded {case}": sharded(case) for case in SHARDED}
     others |= {f"threaded {case}": threaded(case) for case in THREADED}
+    others["sharded paired"] = lambda rank, **kwargs: paired(rank, **kwargs | {"strategy": sharding()})
     others["sharded quality"] = lambda rank, **kwargs: quality(rank, **kwargs | {"strategy": sharding()})
     for name in [*CASES, *others] if names is None else names:
         with warnings.catch_warnings(record=True) as caught:
@@ -769,6 +786,15 @@ def test_two_processes_measure_what_one_measures(ranks, case):
     )
     assert first["first"]["null"] == pytest.approx(one["first"]["null"], rel=1e-6)
     assert first["first"]["shares"] == one["first"]["shares"]
+
+
+@pytest.mark.parametrize("case", ["paired", "sharded paired"])
+def test_two_processes_measure_pairs_as_one_does(ranks, case):
+    first, second = results(ranks, case)
+    assert not [text for text in first.pop("warnings") if "sync_dist" in text]
+    one = paired()
+    assert one.keys() == {"quality/psnr", "quality/mse"}
+    assert {k: first[k] for k in one} == {k: second[k] for k in one} == pytest.approx(one, rel=1e-6)
 
 
 @pytest.mark.parametrize("case", ["quality", "sharded quality"])

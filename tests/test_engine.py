@@ -85,6 +85,8 @@ def test_two_rules_are_refused():
 @pytest.mark.parametrize("plan", [(), ("x",), ("d", "G"), None])
 def test_plan_is_checked(plan):
     with pytest.raises(ValueError, match="`plan` must be a sequence of 'd' and 'g'"):
+        GANModule(MLP([2, 2]), MLP([2, 1]), latent_dim=2, plan=plan)
+    with pytest.raises(ValueError, match="`plan` must be a sequence of 'd' and 'g'"):
         small().plan = plan
 
 

@@ -155,9 +155,8 @@ class AsTuple(nn.Module):
 def tokenizer(order="dg"):
     torch.manual_seed(0)
     make = adam(3e-3, (0.5, 0.9))
-    module = Tokenizer(Quantized(), MLP([6, 16, 1]), g_optimizer=make, d_optimizer=make).double()
-    module.plan = ("d", "g") if order == "dg" else ("g", "d")
-    return module
+    plan = "dg" if order == "dg" else "gd"
+    return Tokenizer(Quantized(), MLP([6, 16, 1]), g_optimizer=make, d_optimizer=make, plan=[*plan]).double()
 
 
 def tokenizer_callbacks(order="dg"):

@@ -107,7 +107,7 @@ class PairedMonitor(GANCallback):
         """Log the metrics."""
         if not trainer.sanity_checking:
             for name, metric in self.metrics.items():
-                pl_module.log(f"{self.name}/{name}", metric.compute().float())
+                pl_module.log(f"{self.name}/{name}", metric.compute().float(), sync_dist=True)
 
 
 def _are_paths(paths: Any) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_gan_stability._checks import check_integer
 from lightning_gan_stability.losses import AdversarialLoss
-from lightning_gan_stability.outputs import Condition, Sample
+from lightning_gan_stability.outputs import Condition, Player, Sample
 from lightning_gan_stability.recipes.base import Recipe, lone_target, source_and_target
 
 
@@ -34,6 +34,7 @@ class SuperResolution(Recipe):
         d_weight: factor of the discriminator's loss.
         g_weight: factor of the generator's adversarial loss.
         losses: names of what the generator returns beside images and their weights; None: none.
+        plan: the order of the players' steps; the generator is first in the authors' code.
         **kwargs: further arguments of :class:`~lightning_gan_stability.GANModule`.
 
     Raises:
@@ -55,11 +56,11 @@ class SuperResolution(Recipe):
         d_weight: float = 1.0,
         g_weight: float = 0.1,
         losses: Mapping[str, float] | None = None,
+        plan: Sequence[Player] = ("g", "d"),
         **kwargs: Any,
     ) -> None:
-        super().__init__(generator, discriminator, loss, d_weight, g_weight, losses, **kwargs)
+        super().__init__(generator, discriminator, loss, d_weight, g_weight, losses, plan=plan, **kwargs)
         self.scale = None if scale is None else check_integer("scale", scale)
-        self.plan = ("g", "d")
 
     def unpack(self, batch: Any) -> tuple[Sample, Condition]:
         """Large images, and the small ones that they are to be made from."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_gan_stability._checks import check_bool, check_choice, describe
 from lightning_gan_stability.losses import AdversarialLoss, LeastSquares
 from lightning_gan_stability.networks import logits_and_features
-from lightning_gan_stability.outputs import Condition, Extras, Features, Logits, Sample
+from lightning_gan_stability.outputs import Condition, Extras, Features, Logits, Player, Sample
 from lightning_gan_stability.recipes.base import Recipe, source_and_target
 
 DOMAINS = ("a", "b")
@@ -100,6 +100,7 @@ class UnpairedTranslation(Recipe):
         d_weight: factor of the discriminators' losses; 1, since ``LeastSquares`` has the ½ itself.
         g_weight: factor of the generators' adversarial losses; 2, since they have no ½ in the paper.
         losses: names of further extras and their weights; None: none.
+        plan: the order of the players' steps; the generator is first in the authors' code.
         **kwargs: further arguments of :class:`~lightning_gan_stability.GANModule`.
 
     Raises:
@@ -121,14 +122,15 @@ class UnpairedTranslation(Recipe):
         d_weight: float = 1.0,
         g_weight: float = 2.0,
         losses: Mapping[str, float] | None = None,
+        plan: Sequence[Player] = ("g", "d"),
         **kwargs: Any,
     ) -> None:
         for name, network in (("generator", generator), ("discriminator", discriminator)):
             if not isinstance(network, nn.ModuleDict) or {*network} != {*DOMAINS}:
                 raise ValueError(f"`{name}` must be a ModuleDict of 'a' and 'b', got {describe(network)}.")
-        super().__init__(generator, discriminator, loss or LeastSquares(), d_weight, g_weight, losses, **kwargs)
+        loss = loss or LeastSquares()
+        super().__init__(generator, discriminator, loss, d_weight, g_weight, losses, plan=plan, **kwargs)
         self.identity = check_bool("identity", identity)
-        self.plan = ("g", "d")
 
     def unpack(self, batch: Any) -> tuple[Sample, Condition]:
         """Images of both domains."""
