@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from examples.recipes.shared import fit, held_out, options, rows_of_images, without_discriminator
+from examples.recipes.shared import fit, held_out, options, rows_of_images, with_detail, without_discriminator
 
 
 class DenseBlock(nn.Module):
@@ -76,14 +76,15 @@ def main() -> None:
     rows = {}
     for name, changes in runs.items():
         cli = fit("super_resolution", steps=chosen.steps, seed=chosen.seed, **changes)
-        large, small = held_out(cli, 16)
+        large, small = held_out(cli, 64)
+        shown = with_detail(large, 16)
         with torch.no_grad():
             made = cli.model(small)
-        rows |= {"small": small, name: made}
+        rows |= {"small": small[shown], name: made[shown]}
         print(
             f"{name}: L1 {(made - large).abs().mean():.3f}, of neighbouring pixels {detail(made) / detail(large):.2f}"
         )
-    rows_of_images(rows | {"large": large}, "super_resolution.png")
+    rows_of_images(rows | {"large": large[shown]}, "super_resolution.png")
 
 
 def detail(images: Tensor) -> float:

@@ -11,7 +11,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from examples.recipes.shared import fit, held_out, options, rows_of_images, without_discriminator
+from examples.recipes.shared import fit, held_out, options, rows_of_images, with_detail, without_discriminator
 
 
 class ResidualBlock(nn.Module):
@@ -90,10 +90,12 @@ def main() -> None:
     rows = {}
     for name, changes in runs.items():
         cli = fit("tokenizer", steps=chosen.steps, seed=chosen.seed, **changes)
-        real, _ = held_out(cli, 16)
+        real, _ = held_out(cli, 64)
         with torch.no_grad():
             average, last = (network(real)[0] for network in (cli.model.current_generator, cli.model.generator))
-        rows |= {"held-out patches": real, f"{name}: average": average, f"{name}: last weights": last}
+        shown = with_detail(real, 16)
+        rows["held-out patches, those with the most detail"] = real[shown]
+        rows |= {f"{name}: average": average[shown], f"{name}: last weights": last[shown]}
         print(f"{name}: L1 {(average - real).abs().mean():.3f}, of the last weights {(last - real).abs().mean():.3f}")
     rows_of_images(rows, "tokenizer.png")
 
