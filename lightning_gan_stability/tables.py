@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -32,6 +32,21 @@ class Span(NamedTuple):
     end: int
     kind: Literal["scalar", "onehot"]
     discrete: bool
+
+
+class Column(dict[str, Any]):
+    """The description of a column that prints as its name and sizes, without values of the table.
+
+    Example:
+        >>> Column({"name": "sex", "categories": ["f", "m"]})
+        Column(name='sex', 2 categories)
+    """
+
+    __slots__ = ()  # jsonargparse copies a `__dict__` in the place of the items
+
+    def __repr__(self) -> str:
+        sizes = (f"{len(self[key])} {key}" for key in ("categories", "means") if key in self)
+        return f"{type(self).__name__}({', '.join(['name=' + repr(self['name']), *sizes])})"
 
 
 class TableEncoder:
@@ -246,6 +261,17 @@ class TableEncoder:
             category = torch.searchsorted(ends / ends[-1], uniform[rows, 1].double(), right=True)
             conditions[rows, span.start + category.clamp(max=len(ends) - 1)] = 1
         return conditions
+
+
+def is_description(columns: object) -> TypeGuard[Sequence[Mapping[str, Any]]]:
+    """Whether something is a description of columns as :class:`TableEncoder` takes it, by its form.
+
+    Example:
+        >>> is_description([{"name": "sex", "categories": ["f", "m"]}]), is_description(["sex"])
+        (True, False)
+    """
+    listed = isinstance(columns, list | tuple) and len(columns) > 0
+    return listed and all(isinstance(column, Mapping) and "name" in column for column in columns)  # type: ignore[attr-defined]
 
 
 def table_columns(table: Any) -> dict[str, np.ndarray]:

@@ -8,10 +8,11 @@ import pytest
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule
 from toys import public_callbacks, tensors
 
-from lightning_gan_stability import GANModule, Hinge
-from lightning_gan_stability.cli import main
+from lightning_gan_stability import GANModule, Hinge, TableSynthesis
+from lightning_gan_stability.cli import build, main
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended"),  # sys.argv is pytest's
@@ -401,3 +402,94 @@ def test_bad_arguments_of_a_callback(entry, message, write):
 def test_an_unknown_rule(write, complaint):
     entry = {"class_path": "AdaptiveUpdateRatio", "init_args": {"rule": "loss"}}
     assert "loss_change" in complaint("fit", "--config", write(callbacks=[entry]))
+
+
+# ---------- tables
+
+
+class Columned(GANModule):
+    """A user's subclass whose `columns` are none of a table."""
+
+    def __init__(self, generator: torch.nn.Module, discriminator: torch.nn.Module, columns: int = 3, **kwargs):
+        super().__init__(generator, discriminator, **kwargs)
+        self.columns = columns
+
+
+class Rows(LightningDataModule):
+    """A user's data without `columns`."""
+
+    def train_dataloader(self):
+        rows, condition = torch.tensor([[0.5, 1.0, 0.0, 1.0]] * 4), torch.tensor([[0.0, 1.0]] * 4)
+        return torch.utils.data.DataLoader([(rows, condition)] * 2, batch_size=None)
+
+
+SECRET = "Mallory"
+DESCRIPTION = [
+    {"name": "age", "means": [40.125], "stds": [9.0]},
+    {"name": "who", "categories": [SECRET, "Trent"]},
+]
+
+
+@pytest.fixture
+def table():
+    ages = [float(age) for age in range(20, 60)]
+    Path("table.csv").write_text("age,who\n" + "".join(f"{age},{[SECRET, 'Trent'][int(age) % 2]}\n" for age in ages))
+    return {"class_path": "Table", "init_args": {"data": "table.csv", "batch_size": 8, "components": 1}}
+
+
+def synthesis(**options):
+    networks = {"generator": "torch.nn.Linear", "discriminator": "torch.nn.Linear"}
+    return {"class_path": "TableSynthesis", "init_args": networks | {"latent_dim": 4, "pac": 2} | options}
+
+
+@pytest.mark.parametrize("logger", ["CSVLogger", "TensorBoardLogger"])
+def test_columns_of_the_data_reach_checkpoints_and_no_logger(write, table, logger):
+    logger = {"class_path": logger, "init_args": {"save_dir": ".", "name": "run"}}
+    main(["fit", "--config", write(synthesis(), table, callbacks=[], logger=logger)])
+    checkpoint = next(Path().glob("run/version_0/checkpoints/*.ckpt"))
+    loaded = TableSynthesis.load_from_checkpoint(checkpoint, weights_only=True)
+    assert sorted(loaded.encoder.columns[1]["categories"]) == [SECRET, "Trent"]
+    [mean] = loaded.encoder.columns[0]["means"]
+    assert 30 < mean < 50
+    logged = [path for path in Path("run").rglob("*") if path.is_file() and path != checkpoint]
+    assert {"hparams.yaml", "config.yaml"} <= {path.name for path in logged}
+    for path in logged:
+        assert SECRET.encode() not in path.read_bytes(), path
+        assert f"{mean:.6f}".encode() not in path.read_bytes(), path
+
+
+def test_a_module_that_cannot_be_made_shows_no_values(write, table):
+    with pytest.raises(ValueError, match="`pac` must be a positive integer, got 0") as caught:
+        main(["fit", "--config", write(synthesis(pac=0), table, callbacks=[])])
+    assert "Column(name='who', 2 categories)" in str(caught.value)
+    assert SECRET not in str(caught.value)
+
+
+def test_columns_that_are_given_are_kept(write, table):
+    arguments = {name: MODEL[name] for name in ("generator", "discriminator", "latent_dim")}
+    own = {"class_path": f"{__name__}.Columned", "init_args": arguments}
+    trainer = {"callbacks": [], "logger": False, "enable_checkpointing": False}
+    for given, kept in ({}, 3), ({"columns": 5}, 5):
+        model = own | {"init_args": arguments | given}
+        assert build(["--config", write(model, **trainer)]).model.columns == kept
+        assert build(["--config", write(model, table, **trainer)]).model.columns == kept
+    for data in f"{__name__}.Rows", table:
+        file = write(synthesis(columns=DESCRIPTION), data, **trainer)
+        cli = build(["--config", file])
+        assert [column["name"] for column in cli.model.encoder.columns] == ["age", "who"]
+        assert cli.model.encoder.columns[0]["means"] == [40.125]
+        if data is not table:
+            cli.trainer.fit(cli.model, cli.datamodule)
+            assert cli.model.iteration == 3
+    with pytest.raises(MisconfigurationException, match="TableSynthesis and the data module have different `columns`"):
+        main(["fit", "--config", file])
+    with pytest.raises(ValueError, match=r"`columns` must describe the table: `Table\(...\).columns`"):
+        build(["--config", write(synthesis(), f"{__name__}.Rows", **trainer)])
+
+
+def test_columns_that_are_given_twice_may_be_equal(write, table):
+    trainer = {"callbacks": [], "logger": False, "enable_checkpointing": False}
+    columns = build(["--config", write(synthesis(), table, **trainer)]).model.encoder.columns
+    cli = build(["--config", write(synthesis(columns=columns), table, **trainer)])
+    cli.trainer.fit(cli.model, cli.datamodule)
+    assert cli.model.iteration == 3

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from scipy.stats import chisquare
 from torch import nn
 from toys import trainer, weights
@@ -390,3 +391,53 @@ def test_conditions_that_there_are_not(choice, sentence):
 def test_numbers_of_rows_that_there_are_not(n, choice):
     with pytest.raises(ValueError, match=f"`n` must be a positive integer, got {n}"):
         synthesis().synthesize(n, choice)
+
+
+# ---------- other tables
+
+
+def other():
+    """A table whose rows have the widths of `people`, and other units and categories."""
+    table = people()
+    return {"age": 3 * table["age"], "smokes": [answer.upper() for answer in table["smokes"]], "height": table["height"]}
+
+
+def test_data_of_another_table_are_refused():
+    one, two = (Table(table, components=1, batch_size=8) for table in (people(), other()))
+    assert one.encoder.width == two.encoder.width
+    module = synthesis(columns=one.columns)
+    for entry in ("fit", "validate", "predict"):
+        with pytest.raises(MisconfigurationException, match="and the data module have different `columns`: make the"):
+            getattr(trainer(), entry)(module, datamodule=two)
+    one.columns = ["age", "smokes"]  # something else of a user's own data
+    trainer(limit_train_batches=1).fit(module, one)
+
+
+def test_a_state_of_another_table_is_refused(tmp_path):
+    one, two = (Table(table, components=1, batch_size=8).columns for table in (people(), other()))
+    state = synthesis(columns=one).state_dict()
+    with pytest.raises(ValueError, match="This state is of a module with other `columns`: make the module with those"):
+        synthesis(columns=two).load_state_dict(state)
+    module = synthesis(columns=two)
+    module.load_state_dict(state, strict=False)
+    assert torch.equal(weights(module), weights(synthesis(columns=one)))
+    data = Table(people(), components=1, batch_size=8)
+    run = trainer(limit_train_batches=1)
+    run.fit(synthesis(columns=one), data)
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    networks = {"generator": nn.Linear, "discriminator": nn.Linear}
+    with pytest.raises(ValueError, match="This state is of a module with other `columns`"):
+        TableSynthesis.load_from_checkpoint(tmp_path / "one.ckpt", columns=two, **networks)
+    assert TableSynthesis.load_from_checkpoint(tmp_path / "one.ckpt", **networks).encoder.columns == one
+
+
+def test_columns_are_described():
+    with pytest.raises(ValueError, match="`columns` must describe the table: "):
+        TableSynthesis(nn.Linear, nn.Linear)
+
+
+def test_loggers_get_no_columns():
+    module = synthesis(temperature=0.7)
+    assert module.hparams["columns"] == COLUMNS
+    assert module.hparams_initial["temperature"] == 0.7
+    assert "columns" not in module.hparams_initial

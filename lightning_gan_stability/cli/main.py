@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 import lightning_gan_stability as package
 from lightning_gan_stability import GANModule
+from lightning_gan_stability.tables import Column, is_description
 
 
 def main(args: ArgsType = None) -> None:
@@ -65,14 +66,22 @@ def _cli(args: ArgsType, run: bool) -> LightningCLI:
 
 class _CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Give a module that describes a table the columns of the data, which only these know."""
-        columns = "model.init_args.columns"
-        parser.link_arguments("data", columns, lambda data: getattr(data, "columns", None), apply_on="instantiate")
+        """Keep the parsers, of which each subcommand has one."""
+        self.parsers = [*getattr(self, "parsers", []), parser]
 
-    def after_instantiate_classes(self) -> None:
-        """Keep the columns out of the checkpoints of a module that has no use for them, and could not be made again."""
-        if self.model.hparams.get("columns", ()) is None:
-            del self.model.hparams["columns"]
+    def before_instantiate_classes(self) -> None:
+        """Give a module that describes a table the columns of the data, which only these know, if it was given none."""
+        model = (self.config[self.subcommand] if self.subcommand else self.config).get("model")
+        arguments = (model and model.get("init_args")) or {}
+        if "columns" in arguments and arguments["columns"] is None:
+            for parser in self.parsers:
+                parser.link_arguments("data", "model.init_args.columns", _columns_of, apply_on="instantiate")
+
+
+def _columns_of(data: Any) -> Any:
+    """The columns of the data, in a form that a parser may print when it cannot make the model."""
+    columns = getattr(data, "columns", None)
+    return [Column(column) for column in columns] if is_description(columns) else columns
 
 
 class _SaveConfig(SaveConfigCallback):

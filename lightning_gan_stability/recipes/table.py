@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any, TypeAlias
 
 import torch
+from lightning.fabric.utilities.data import AttributeDict
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lightning_gan_stability._checks import check, check_integer, check_number, describe
@@ -13,7 +18,7 @@ from lightning_gan_stability.layers import Packed, evaluation
 from lightning_gan_stability.losses import AdversarialLoss, Wasserstein
 from lightning_gan_stability.outputs import Condition, Extras, GANOutputs, Player, Sample, Terms
 from lightning_gan_stability.recipes.base import Recipe
-from lightning_gan_stability.tables import TableEncoder
+from lightning_gan_stability.tables import TableEncoder, is_description
 
 NetworkMaker: TypeAlias = Callable[[int, int], nn.Module]
 
@@ -37,7 +42,8 @@ class TableSynthesis(Recipe):
             makes one from these two widths, since they depend on the data.
         discriminator: a module that maps ``pac`` rows with their conditions (n, pac · (width + condition_width)) to
             (n, 1); or what makes one from these two widths.
-        columns: the description of the table, ``Table(...).columns``; under LightningCLI taken from the data.
+        columns: the description of the table, ``Table(...).columns``; under LightningCLI None takes that of the data.
+            Checkpoints keep it, loggers do not get it, because it has values of the table.
         latent_dim: length of the standard normal vector that a row is made from.
         pac: how many rows the discriminator judges together (PacGAN, https://arxiv.org/abs/1712.04086).
         temperature: of the Gumbel-softmax.
@@ -53,6 +59,7 @@ class TableSynthesis(Recipe):
 
     Raises:
         ValueError: if an argument has a bad value, or if a batch has another form.
+        MisconfigurationException: if the data module of a run has other ``columns``.
 
     Example:
         >>> columns = [{"name": "age", "means": [40.0], "stds": [9.0]}, {"name": "smokes", "categories": ["no", "yes"]}]
@@ -65,7 +72,7 @@ class TableSynthesis(Recipe):
         self,
         generator: nn.Module | NetworkMaker,
         discriminator: nn.Module | NetworkMaker,
-        columns: Sequence[Mapping[str, Any]],
+        columns: Sequence[Mapping[str, Any]] | None = None,
         latent_dim: int = 128,
         pac: int = 10,
         temperature: float = 0.2,
@@ -76,6 +83,11 @@ class TableSynthesis(Recipe):
         losses: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        if columns is None:
+            raise ValueError(
+                "`columns` must describe the table: `Table(...).columns`, which LightningCLI takes from the data if "
+                "they have `columns`."
+            )
         encoder = TableEncoder(columns)
         condition_width = encoder.condition_width
         generator = _made(
@@ -89,6 +101,48 @@ class TableSynthesis(Recipe):
         self.encoder = encoder
         self.temperature = check_number("temperature", temperature, positive=True)
         self.condition_weight = check_number("condition_weight", condition_weight)
+
+    def save_hyperparameters(
+        self, *args: Any, ignore: Any = None, frame: FrameType | None = None, logger: bool = True
+    ) -> None:
+        """Keep plain arguments as :class:`~lightning_gan_stability.GANModule` does, the columns as a list."""
+        current = inspect.currentframe()
+        super().save_hyperparameters(*args, ignore=ignore, frame=frame or (current and current.f_back), logger=logger)
+        if is_description(columns := self.hparams.get("columns")):
+            self.hparams["columns"] = [dict(column) for column in columns]  # LightningCLI gives what hides its values
+
+    @property
+    def hparams_initial(self) -> AttributeDict:
+        """What loggers get: all hyperparameters but the columns, which have values of the table."""
+        return AttributeDict({name: value for name, value in super().hparams_initial.items() if name != "columns"})
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Refuse data of another table, whose rows may have the same width."""
+        columns = getattr(getattr(self.trainer, "datamodule", None), "columns", None)
+        if is_description(columns) and TableEncoder(columns).columns != self.encoder.columns:
+            raise MisconfigurationException(
+                "TableSynthesis and the data module have different `columns`: make the module with those of this data, "
+                "or the data of the table, with the `holdout` and `seed`, that the module is for."
+            )
+        return super().configure_callbacks()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides weights: also the columns."""
+        return super().get_extra_state() | {"columns": self.encoder.columns}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights, as :class:`~lightning_gan_stability.GANModule` does.
+
+        Raises:
+            ValueError: if ``strict``, and the state belongs to another table.
+        """
+        columns = (state_dict.get("_extra_state") or {}).get("columns", self.encoder.columns)
+        if strict and columns != self.encoder.columns:
+            raise ValueError(
+                "This state is of a module with other `columns`: make the module with those of its table, as "
+                "`load_from_checkpoint` does, or load its weights all the same with strict=False."
+            )
+        return super().load_state_dict(state_dict, strict, assign)
 
     def unpack(self, batch: Any) -> tuple[Sample, Condition]:
         """Rows with their conditions, and the conditions of generated rows: those of the rows before."""
