@@ -72,15 +72,17 @@ class LogMelSpectrogram(nn.Module):
         self.base: Base = check_choice("base", base, get_args(Base))
         self.floor = check_number("floor", floor, positive=True)
         self.center = check_bool("center", center)
-        self._window = torch.hann_window(n_fft, dtype=torch.float64)
-        self._filters = _filters(sample_rate, n_fft, check_integer("n_mels", n_mels), f_min, highest)
-        self._constants: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        with torch.inference_mode(False):  # a gradient may flow through them later
+            self._window = torch.hann_window(n_fft, dtype=torch.float64)
+            self._filters = _filters(sample_rate, n_fft, check_integer("n_mels", n_mels), f_min, highest)
+        self._constants: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
 
-    def constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def constants(self, like: Tensor) -> tuple[Tensor, ...]:
         """Window and filters on the device and in the type of a tensor; no buffers, which short types would round."""
         key = like.device, like.dtype
         if key not in self._constants:
-            self._constants[key] = self._window.to(like), self._filters.to(like)
+            with torch.inference_mode(False):  # validation comes before training, which goes on with them
+                self._constants[key] = tuple(x.to(like.device, like.dtype) for x in (self._window, self._filters))
         return self._constants[key]
 
     def forward(self, waveform: Tensor) -> Tensor:
@@ -153,8 +155,9 @@ class MelDistance(nn.Module):
         )
 
     def forward(self, sample: Tensor, target: Tensor) -> Tensor:
-        """A scalar, of waveforms (n, 1, t) or (n, t)."""
+        """A scalar, of waveforms (n, channels, t) or (n, t); channels are compared one by one."""
         _check_shapes(sample, target)
+        sample, target = (x.flatten(0, 1) if x.dim() == 3 else x for x in (sample, target))
         return torch.stack([(s(sample) - s(target)).abs().mean() for s in self.spectrograms]).sum()
 
 
@@ -195,7 +198,7 @@ class STFTDistance(nn.Module):
             check(0 < hop <= window <= n_fft, "win_lengths", "from hop length to transform length", win_lengths)
 
     def forward(self, sample: Tensor, target: Tensor) -> Tensor:
-        """A scalar, of waveforms (n, 1, t) or (n, t)."""
+        """A scalar, of waveforms (n, channels, t) or (n, t)."""
         _check_shapes(sample, target)
         least = max(n_fft for n_fft, *_ in self.settings) // 2
         if sample.shape[-1] <= least:
@@ -241,3 +244,5 @@ def _check_shapes(sample: Tensor, target: Tensor) -> None:
         raise ValueError(
             f"Waveforms of one shape can be compared, got {tuple(sample.shape)} and {tuple(target.shape)}."
         )
+    if sample.shape[:1] == (0,):
+        raise ValueError(f"There are no waveforms to compare, got {tuple(sample.shape)}.")

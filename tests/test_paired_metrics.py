@@ -123,6 +123,7 @@ def test_integers_of_any_width(kind):
     ("options", "indices", "sentence"),
     [
         ({}, torch.tensor([0.0, 1.0]), "Codes must be integers, got torch.float32"),
+        ({}, [1, 2], "Codes must be a tensor of integers, got a list of a int, a int"),
         ({}, torch.tensor([True]), "Codes must be integers, got torch.bool"),
         ({}, torch.tensor([0, 4]), r"Codes must lie in 0 ... 3, got 0 ... 4"),
         ({}, torch.tensor([-1, 2]), r"Codes must lie in 0 ... 3, got -1 ... 2"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_gan_stability._checks import check_integer
+from lightning_gan_stability._checks import check_integer, describe
 from lightning_gan_stability.audio import Base, MelDistance
 
 
@@ -62,7 +62,7 @@ class LogMelDistance(Metric):
         self.add_state("samples", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, sample: Tensor, target: Tensor) -> None:
-        """Add a batch of waveforms (n, 1, t) or (n, t)."""
+        """Add a batch of waveforms (n, channels, t) or (n, t)."""
         with torch.no_grad():
             self.total += len(sample) * self.distance(sample, target)
         self.samples += len(sample)
@@ -87,6 +87,8 @@ class _Codes(Metric):
 
     def update(self, indices: Tensor) -> None:
         """Add the indices (n, ...) of a batch; with several books (n, books, ...)."""
+        if not isinstance(indices, Tensor):
+            raise ValueError(f"Codes must be a tensor of integers, got {describe(indices)}.")
         if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
             raise ValueError(f"Codes must be integers, got {indices.dtype}.")
         if self.books > 1 and (indices.dim() < 2 or indices.shape[1] != self.books):
