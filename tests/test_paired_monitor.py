@@ -1,11 +1,12 @@
 """Monitors of validation: the values are those by hand, training is as it was, and what they refuse."""
 
 import math
+import warnings
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
@@ -424,3 +425,36 @@ def test_runs_without_tables_are_refused():
         TableMonitor(3)
     with pytest.raises(ValueError, match="`name` must be of type str, got None"):
         TableMonitor(name=None)
+
+
+class WithoutRows(LightningDataModule):
+    """A data module whose validation is empty."""
+
+    def train_dataloader(self):
+        return loader(TRAIN)
+
+    def val_dataloader(self):
+        return []
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_an_empty_validation_is_told(sanity):
+    sentence = "PairedMonitor measures in validation, and this run has none: give it a validation loader"
+    run = trainer(callbacks=[PairedMonitor({"psnr": psnr()})], num_sanity_val_steps=sanity)
+    with pytest.warns(UserWarning, match=sentence):
+        run.fit(tokenizer(), WithoutRows())
+    data = Table(rows(), components=2, batch_size=12, holdout=0)
+    with pytest.warns(UserWarning, match="TableMonitor measures in validation, and this run has none"):
+        table_run(TableMonitor(), data=data, num_sanity_val_steps=sanity)
+    with pytest.warns(UserWarning, match="TableMonitor measures in validation, and this run has none"):
+        table_run(TableMonitor(), limit_val_batches=0, num_sanity_val_steps=sanity)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*measures in validation")
+        table_run(TableMonitor(), num_sanity_val_steps=sanity)
+
+
+def test_a_target_without_held_out_rows_is_refused():
+    data = Table(rows(), components=2, batch_size=12, holdout=0)
+    with pytest.raises(MisconfigurationException, match="of held-out rows, and there are none: set `holdout` of the"):
+        table_run(TableMonitor("kind"), data=data)

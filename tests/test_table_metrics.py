@@ -268,3 +268,13 @@ def test_what_cannot_be_learned(tables, target, sentence):
         efficacy(*tables, target)
     assert SECRET not in str(error.value)
     assert "4711" not in str(error.value)
+
+
+def test_the_ratio_of_negative_scores_is_none():
+    """Bad models of real rows, and worse ones of synthetic rows, would have a large positive ratio."""
+    draw = np.random.default_rng(0)
+    train, test, fake = ({name: draw.normal(size=50) for name in "xy"} for _ in range(3))
+    fake["y"] = 10 * fake["y"] + 30
+    found = efficacy(train, test, fake, "y")
+    assert found.synthetic < found.real < 0
+    assert math.isnan(found.ratio)

@@ -104,7 +104,8 @@ def efficacy(
         seed: of the models.
 
     Returns:
-        Both scores and their ratio, synthetic over real; 1: as good.
+        Both scores and their ratio, synthetic over real; 1: as good. NaN if the score of real rows is not positive,
+        such as an R² of a target that the other columns do not predict: look at the other distances then.
 
     Raises:
         ValueError: if a table is empty, if columns differ, if values are missing, or if there is no such target.
@@ -122,7 +123,7 @@ def efficacy(
     if len(a) < 2:
         raise ValueError("`train` must have a column besides the target.")
     made, real = (_score(learned, b, target, names, seed) for learned in (c, a))
-    return Efficacy(made, real, made / real if real else math.nan)
+    return Efficacy(made, real, made / real if real > 0 else math.nan)
 
 
 # ---------- what they are made of

@@ -69,10 +69,13 @@ class PairedMonitor(GANCallback):
         """Say so when nothing will be measured."""
         super().on_fit_start(trainer, pl_module)
         if not trainer.enable_validation:
-            rank_zero_warn(
-                "PairedMonitor measures in validation, and this run has none: give it a validation loader, or remove "
-                "PairedMonitor."
-            )
+            warn_without_validation(self)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same for an empty loader."""
+        super().on_train_start(trainer, pl_module)
+        if validates_nothing(trainer):
+            warn_without_validation(self)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""
@@ -108,6 +111,20 @@ class PairedMonitor(GANCallback):
         if not trainer.sanity_checking:
             for name, metric in self.metrics.items():
                 pl_module.log(f"{self.name}/{name}", metric.compute().float(), sync_dist=True)
+
+
+def validates_nothing(trainer: Trainer) -> bool:
+    """Whether the loaders of validation are there, and have no batches."""
+    return trainer.enable_validation and trainer.val_dataloaders is not None and not sum(trainer.num_val_batches)
+
+
+def warn_without_validation(monitor: GANCallback) -> None:
+    """Say that a monitor will measure nothing."""
+    name = type(monitor).__name__
+    rank_zero_warn(
+        f"{name} measures in validation, and this run has none: give it a validation loader that is not empty (data "
+        f"modules of the package have one with `holdout` > 0), or remove {name}."
+    )
 
 
 def _are_paths(paths: Any) -> bool:

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_gan_stability._checks import check_type
 from lightning_gan_stability.callback import GANCallback
 from lightning_gan_stability.metrics.tables import correlation_difference, efficacy, marginal_distances
+from lightning_gan_stability.monitors.paired import validates_nothing, warn_without_validation
 from lightning_gan_stability.recipes.table import TableSynthesis
 
 
@@ -24,9 +25,11 @@ class TableMonitor(GANCallback):
       discrete column; in [0, 1], 0 is best.
     * ``quality/correlations``: the mean absolute difference of the associations of two columns; in [0, 2], 0 is best.
     * ``quality/efficacy``: the score on held-out rows of classifiers (or regressors) that learned from synthetic rows,
-      divided by that of those that learned from real ones; 1 is as good.
+      divided by that of those that learned from real ones; 1 is as good. NaN where those that learned from real rows
+      predict nothing, as with an R² of at most 0 of a continuous target.
 
-    ``ModelCheckpoint(monitor="quality/efficacy", mode="max")`` keeps the best.
+    ``ModelCheckpoint(monitor="quality/efficacy", mode="max")`` keeps the best; where it is NaN, or without a target,
+    ``monitor="quality/marginals", mode="min"``.
 
     Args:
         target: the column that is to be predicted; None: no efficacy.
@@ -58,9 +61,17 @@ class TableMonitor(GANCallback):
         self.name = check_type("name", name, str)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a run without tables."""
+        """Refuse a run without tables, and say so when nothing will be measured."""
         super().on_fit_start(trainer, pl_module)
         self._tables(trainer, pl_module)
+        if not trainer.enable_validation:
+            warn_without_validation(self)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so when the validation loader is empty."""
+        super().on_train_start(trainer, pl_module)
+        if validates_nothing(trainer):
+            warn_without_validation(self)
 
     def _tables(self, trainer: Trainer, module: LightningModule) -> tuple[Any, Any]:
         if not isinstance(module, TableSynthesis):
@@ -74,6 +85,11 @@ class TableMonitor(GANCallback):
             raise MisconfigurationException(
                 "TableMonitor compares with real rows: give it `train` and `test`, or fit with a data module that has "
                 "`train_table` and `test_table`, such as Table."
+            )
+        if self.target is not None and not len(test[next(iter(test))]):
+            raise MisconfigurationException(
+                "TableMonitor predicts the target of held-out rows, and there are none: set `holdout` of the data, give "
+                "TableMonitor `test`, or remove `target`."
             )
         if self.target is not None and self.target not in train:
             raise MisconfigurationException(
