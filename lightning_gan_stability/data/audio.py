@@ -16,6 +16,7 @@ from lightning_gan_stability.data.streams import Rows
 from lightning_gan_stability.datasets import speech
 from lightning_gan_stability.noise import generator
 
+_LOUDEST = 10.0  # a float file may exceed 1 a little, but not by the factor of integers
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
 
 
@@ -114,6 +115,10 @@ class Audio(ClipsDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(length, batch_size, holdout, seed, epoch_length, num_workers)
+        if not isinstance(folder, str | Path):
+            raise ValueError(f"`folder` must be the path of a folder, got {folder!r}.")
+        if Path(folder).is_file():
+            raise ValueError(f"`folder` must be a folder, got a file: {folder}")
         if not Path(folder).is_dir():
             raise ValueError(f"`folder` does not exist: {folder}")
         self.folder = folder
@@ -223,7 +228,7 @@ class SoundFiles:
 
     def __init__(self, folder: Path) -> None:
         found = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
-        self.files = sorted(file for file in found if file.suffix.lower() in SOUNDS)
+        self.files = sorted(file for file in found if file.suffix.lower() in SOUNDS and not file.name.startswith("._"))
         if not self.files:
             raise ValueError(f"`folder` has no sounds ({', '.join(SOUNDS)}): {folder}")
         headers = [self._ask("info", file) for file in self.files]
@@ -237,6 +242,12 @@ class SoundFiles:
         if len(samples) < length:
             end = f"it ends at sample {start + len(samples)}, but its header says {self.lengths[index]}"
             raise ValueError(f"soundfile cannot read all of this file: {file} ({end})")
+        peak = float(abs(samples).max())  # NaN if one is
+        if not peak <= _LOUDEST:
+            raise ValueError(
+                f"Samples must be in [-1, 1], but this file has {peak:.4g}: {file}. Divide the samples by their largest "
+                "magnitude, or take the file out of the folder."
+            )
         return torch.from_numpy(samples).mean(1)[None].clamp(-1, 1)
 
     def _ask(self, function: str, file: Path, **options: Any) -> Any:

@@ -92,9 +92,14 @@ class StreamedDataModule(LightningDataModule):
             **options: For the training :class:`Rows` (`flip`), or for both (`seed`).
 
         Raises:
-            ValueError: If one batch of all processes exceeds the training set.
+            ValueError: If all samples are held out, or one batch of all processes exceeds the training set.
         """
         held_out, train = order[: self.holdout].sort()[0], order[self.holdout :].sort()[0]
+        if not len(train):
+            raise ValueError(
+                f"`holdout` must be less than the number of {unit}, so that some are left to train on, got "
+                f"{self.holdout} for {len(order)}."
+            )
         if (total := self.batch_size * world) > len(train):
             sizes = f"{self.batch_size} * {world} = {total} for {len(train)} {unit}"
             raise ValueError(f"`batch_size` times processes must not exceed the training set, got {sizes}.")
