@@ -325,3 +325,28 @@ def test_what_a_config_describes_can_be_built(tmp_path, monkeypatch):
     assert cli.model.iteration == 2
     assert not (Path.cwd() / "config.yaml").exists()
     assert "columns" not in cli.model.hparams
+
+
+def test_predictions_of_lone_targets_are_those_of_validation():
+    torch.manual_seed(0)
+    enlarge = SuperResolution(nn.Upsample(scale_factor=2), judge(), scale=2)
+    large = image(4)
+    small = enlarge.degrade(large)
+    expected = nn.functional.interpolate(small, scale_factor=2)
+    labels = torch.arange(4)
+    for batch in large, [large], (large, labels), {"source": small}, (small, large):
+        [made] = trainer().predict(enlarge, DataLoader([batch], batch_size=None))
+        torch.testing.assert_close(made, expected)
+    assert enlarge.unpack((large, labels))[1].shape == small.shape
+    speak = Vocoder(nn.Conv1d(4, 1, 1), judge(), spectrogram=nn.Conv1d(1, 4, 1))
+    sound = wave()
+    mel = speak.spectrogram(sound).detach()
+    for batch in sound, mel, {"source": mel}, (mel, ["a.wav", "b.wav", "c.wav", "d.wav"]):
+        [made] = trainer().predict(speak, DataLoader([batch], batch_size=None))
+        torch.testing.assert_close(made, speak.generator(mel).detach())
+
+
+def test_predictions_of_one_domain_are_refused():
+    networks = [nn.ModuleDict({d: nn.Conv2d(1, 1, 3, padding=p) for d in "ab"}) for p in (1, 0)]
+    with pytest.raises(ValueError, match=r"of one domain does not say which: give `trainer.predict` batches"):
+        trainer().predict(UnpairedTranslation(*networks), DataLoader([image(2)], batch_size=None))

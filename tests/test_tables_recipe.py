@@ -399,7 +399,11 @@ def test_numbers_of_rows_that_there_are_not(n, choice):
 def other():
     """A table whose rows have the widths of `people`, and other units and categories."""
     table = people()
-    return {"age": 3 * table["age"], "smokes": [answer.upper() for answer in table["smokes"]], "height": table["height"]}
+    return {
+        "age": 3 * table["age"],
+        "smokes": [answer.upper() for answer in table["smokes"]],
+        "height": table["height"],
+    }
 
 
 def test_data_of_another_table_are_refused():
@@ -441,3 +445,10 @@ def test_loggers_get_no_columns():
     assert module.hparams["columns"] == COLUMNS
     assert module.hparams_initial["temperature"] == 0.7
     assert "columns" not in module.hparams_initial
+
+
+@pytest.mark.parametrize("more", [-1, 5])
+def test_generators_of_another_width_are_refused(more):
+    module = synthesis(lambda inputs, outputs: nn.Linear(inputs, outputs + more))
+    with pytest.raises(ValueError, match=rf"must return rows \(6, 10\), .*, got a .* shape \(6, {WIDTH + more}\)"):
+        module.compute_samples("d", batch(), ())

@@ -74,20 +74,39 @@ class Recipe(GANModule):
             found[name] = weight * value
         return found
 
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Sample:
+        """Samples for a batch; ``{"source": x}``, or x beside something else than tensors, is a batch of sources."""
+        if isinstance(batch, Mapping) and {*batch} == {"source"}:
+            batch = batch["source"]
+        elif isinstance(batch, list | tuple) and len(batch) > 1 and not any(isinstance(x, Tensor) for x in batch[1:]):
+            batch = batch[0] if all(_are_names(x) for x in batch[1:]) else batch
+        return super().predict_step(batch, batch_idx, dataloader_idx)
+
     def adversarial_weight(self, player: Player, outputs: GANOutputs) -> float | Tensor:
         """``d_weight`` or ``g_weight``."""
         return self.weights[player]
 
 
+def _are_names(values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(isinstance(value, str) for value in values)
+
+
+def _are_labels(values: Any) -> bool:
+    return isinstance(values, Tensor) and values.dim() == 1 and not values.is_floating_point()
+
+
 def lone_target(batch: Any) -> Tensor | None:
-    """The target of a batch that has nothing else: a tensor, alone or in a tuple; None for other batches.
+    """The target of a batch without a source: a tensor, alone, in a tuple, or beside integer labels; None for others.
 
     Example:
         >>> import torch
         >>> lone_target([torch.zeros(2)]), lone_target((torch.zeros(2), torch.ones(2)))
         (tensor([0., 0.]), None)
     """
-    alone = batch[0] if isinstance(batch, list | tuple) and len(batch) == 1 else batch
+    several = isinstance(batch, list | tuple) and len(batch) in (1, 2)
+    if several and len(batch) == 2 and not _are_labels(batch[1]):
+        return None
+    alone = batch[0] if several else batch
     return alone if isinstance(alone, Tensor) else None
 
 

@@ -26,6 +26,8 @@ class SuperResolution(Recipe):
     A batch is (small, large) images or ``{"source": small, "target": large}``; or large images alone, when ``scale`` is
     given: then :meth:`degrade` makes the small ones.
 
+    ``trainer.predict`` takes the same batches; small images are ``{"source": small}``, or alone without ``scale``.
+
     Args:
         generator: maps images (n, c, h, w) to images (n, c, scale · h, scale · w).
         discriminator: maps large images to logits (n, ...), one for each pixel in the paper.
@@ -68,6 +70,12 @@ class SuperResolution(Recipe):
             source, target = source_and_target(batch, "SuperResolution", "`scale`" if self.scale is None else "")
             return target, source
         return target, self.degrade(target)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Sample:
+        """Large images from small ones, or from large ones made small when ``scale`` is given."""
+        if self.scale is not None and (target := lone_target(batch)) is not None:
+            batch = self.unpack(target)[1]
+        return super().predict_step(batch, batch_idx, dataloader_idx)
 
     def degrade(self, images: Tensor) -> Tensor:
         """Small images (n, c, h / scale, w / scale) from large ones, by bicubic interpolation with antialiasing.

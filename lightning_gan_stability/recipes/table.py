@@ -165,6 +165,11 @@ class TableSynthesis(Recipe):
         assert latents is not None
         out = network(torch.cat([latents, condition], 1))
         logits, extras = out if isinstance(out, tuple) else (out, {})
+        if not isinstance(logits, Tensor) or logits.shape != (n, self.encoder.width):
+            raise ValueError(
+                f"The generator of TableSynthesis must return rows ({n}, {self.encoder.width}), the width of encoded "
+                f"rows, got {describe(logits)}."
+            )
         return torch.cat([self.activate(logits), condition], 1), {"logits": logits, **extras}
 
     def activate(self, logits: Tensor) -> Tensor:

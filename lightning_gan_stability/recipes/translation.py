@@ -12,7 +12,7 @@ from lightning_gan_stability._checks import check_bool, check_choice, describe
 from lightning_gan_stability.losses import AdversarialLoss, LeastSquares
 from lightning_gan_stability.networks import logits_and_features
 from lightning_gan_stability.outputs import Condition, Extras, Features, Logits, Player, Sample
-from lightning_gan_stability.recipes.base import Recipe, source_and_target
+from lightning_gan_stability.recipes.base import Recipe, lone_target, source_and_target
 
 DOMAINS = ("a", "b")
 
@@ -174,6 +174,15 @@ class UnpairedTranslation(Recipe):
         if isinstance(inputs, Tensor):
             raise ValueError("UnpairedTranslation has two directions: use `translate(images, to='a')` or `to='b'`.")
         return super().forward(inputs, condition)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Sample:
+        """Images of both domains, translated."""
+        if lone_target(batch) is not None:
+            raise ValueError(
+                "UnpairedTranslation has two directions, and a batch of images of one domain does not say which: give "
+                "`trainer.predict` batches {'a': images, 'b': images}, or use `translate(images, to='a')` or `to='b'`."
+            )
+        return super().predict_step(batch, batch_idx, dataloader_idx)
 
     def translate(self, images: Tensor, to: str) -> Tensor:
         """Images of one domain in the other; by the average of the generators in eval mode when there is one.

@@ -27,6 +27,8 @@ class Vocoder(Recipe):
     A batch is waveforms (n, 1, t) in [-1, 1] when ``spectrogram`` is given; or (spectrograms, waveforms), for
     fine-tuning on the spectrograms of a text-to-speech model, or ``{"source": spectrograms, "target": waveforms}``.
 
+    ``trainer.predict`` takes the same batches, or spectrograms alone.
+
     Args:
         generator: maps spectrograms (n, mels, frames) to waveforms (n, 1, t).
         discriminator: one, or a ``ModuleDict``, which map waveforms to logits (n, ...) or ``(logits, feature maps)``.
@@ -71,6 +73,13 @@ class Vocoder(Recipe):
         check_waveform(target)
         with torch.no_grad():
             return target, self.spectrogram(target)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Sample:
+        """Waveforms from spectrograms, or from those of waveforms (n, 1, t) when ``spectrogram`` is given."""
+        target = lone_target(batch)
+        if self.spectrogram is not None and target is not None and target.dim() == 3 and target.shape[1] == 1:
+            batch = self.unpack(target)[1]
+        return super().predict_step(batch, batch_idx, dataloader_idx)
 
 
 def check_waveform(waveform: Any) -> None:
