@@ -1,6 +1,7 @@
 """Tables of mixed columns as rows of numbers that a generator can make, and back."""
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeGuard
 
@@ -226,6 +227,8 @@ class TableEncoder:
             ValueError: If `choice` has not exactly one entry, or an unknown column or category.
         """
         check_integer("n", n)
+        if not isinstance(choice, Mapping):
+            raise ValueError(f"`choice` must be a dict of a column and its category, got a {type(choice).__name__}.")
         if len(choice) != 1:
             raise ValueError(f"`choice` must have exactly one column, got {len(choice)}.")
         [(name, category)] = choice.items()
@@ -302,6 +305,13 @@ def table_columns(table: Any) -> dict[str, np.ndarray]:
                 f"Column {name!r} has {n} missing values of {len(array)}: fill them in, leave out these rows, or make "
                 "them a category of their own."
             )
+        if array.dtype.kind in "mM":
+            raise ValueError(
+                f"Column {name!r} has times ({array.dtype}): turn them into numbers, such as days since the first one, "
+                "or into strings, such as the name of the month."
+            )
+        if array.dtype == object and is_numeric(array) and any(isinstance(v, float | np.floating) for v in array):
+            arrays[name] = _floats(name, array)
     return arrays
 
 
@@ -348,6 +358,11 @@ def _array(name: str, column: Any) -> np.ndarray:
             array = np.asarray(column)
         except ValueError as error:  # lists of several lengths
             raise ValueError(f"Column {name!r} must have one dimension, got nested values.") from error
+        except TypeError as error:  # a tensor of bfloat16, for instance
+            raise ValueError(
+                f"Column {name!r} cannot be an array of NumPy ({type(column).__name__} of "
+                f"{getattr(column, 'dtype', 'mixed values')}): convert it, for instance to float32."
+            ) from error
     if array.ndim != 1:
         raise ValueError(f"Column {name!r} must have one dimension, got {array.ndim}.")
     return array
@@ -356,10 +371,17 @@ def _array(name: str, column: Any) -> np.ndarray:
 def _numbers(name: str, array: np.ndarray) -> np.ndarray:
     if not is_numeric(array):
         raise ValueError(f"Column {name!r} does not have numbers: name it in `discrete`, or leave it out.")
-    numbers = array.astype(np.float64)
+    numbers = _floats(name, array)
     if n := int(np.isinf(numbers).sum()):
         raise ValueError(f"Column {name!r} has {n} infinite values of {len(numbers)}.")
     return numbers
+
+
+def _floats(name: str, array: np.ndarray) -> np.ndarray:
+    try:
+        return array.astype(np.float64)
+    except OverflowError:
+        raise ValueError(f"Column {name!r} has values too large or too close for float64: rescale it.") from None
 
 
 def _plain(array: np.ndarray) -> list[Any]:
@@ -371,10 +393,11 @@ def _categories(name: str, array: np.ndarray) -> dict[str, Any]:
     values = _plain(array)
     if kinds := sorted({type(v).__name__ for v in values if not isinstance(v, str | int | float)}):
         raise ValueError(f"The categories of column {name!r} must be strings or numbers, got {', '.join(kinds)}.")
-    categories = sorted(set(values), key=lambda value: (isinstance(value, str), value))
+    counts = Counter(values)
+    categories = sorted(counts, key=lambda value: (isinstance(value, str), value))
     if len(categories) < 2:
         raise ValueError(f"Column {name!r} has the same category in every row: leave it out.")
-    return {"name": name, "categories": categories, "weights": [values.count(c) / len(values) for c in categories]}
+    return {"name": name, "categories": categories, "weights": [counts[c] / len(values) for c in categories]}
 
 
 def _mixture(name: str, array: np.ndarray, components: int, seed: int) -> dict[str, Any]:
@@ -384,6 +407,11 @@ def _mixture(name: str, array: np.ndarray, components: int, seed: int) -> dict[s
     from threadpoolctl import threadpool_limits
 
     x = _numbers(name, array)
+    if np.all(x == x[0]) and bool((array != array[0]).any()):
+        raise ValueError(
+            f"Column {name!r} has numbers that float64 cannot tell apart: subtract the smallest one, name the column "
+            "in `discrete`, or leave it out."
+        )
     if np.all(x == x[0]):
         raise ValueError(f"Column {name!r} has the same value in every row: leave it out.")
     center, scale = x.mean(), x.std()
@@ -417,7 +445,9 @@ def _described(column: Mapping[str, Any]) -> dict[str, Any]:
     name, keys = column["name"], set(column) - {"name"}
     if {"categories"} <= keys <= {"categories", "weights"}:
         categories = column["categories"]
-        plain = isinstance(categories, list | tuple) and all(isinstance(c, str | int | float) for c in categories)
+        plain = isinstance(categories, list | tuple) and all(
+            isinstance(c, str | int | float) and c == c for c in categories
+        )
         if not plain or len(set(categories)) != len(categories) or len(categories) < 2:
             raise ValueError(f"`categories` of column {name!r} must be at least two different strings or numbers.")
         weights = column.get("weights", [1 / len(categories)] * len(categories))

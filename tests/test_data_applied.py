@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 
 from lightning_gan_stability import datasets
 from lightning_gan_stability.data import Audio, DigitDomains, Digits, Photographs, SmallMNIST, Speech, Table
+from lightning_gan_stability.data.audio import SoundFiles
 from lightning_gan_stability.tables import TableEncoder
 
 soundfile = pytest.importorskip("soundfile")
@@ -405,8 +406,8 @@ def test_few_files_fill_an_epoch_of_own_length(folder):
     ("options", "message"),
     [
         ({"batch_size": 9}, r"`batch_size` times processes must not exceed .*, got 9 \* 1 = 9 for 8 files\."),
-        ({"holdout": 8}, r"got 4 \* 1 = 4 for 0 files\."),
-        ({"holdout": 8, "epoch_length": 3}, r"got 4 \* 1 = 4 for 0 files\."),
+        ({"holdout": 8}, r"`holdout` must be less than the number of files, .*, got 8 for 8\."),
+        ({"holdout": 9, "epoch_length": 3}, r"`holdout` must be less than the number of files, .*, got 9 for 8\."),
         (
             {"length": 303},
             r"3 of 8 files are shorter than `length` = 303 samples; the first is .*0\.wav with 300\. Set a",
@@ -441,6 +442,18 @@ def test_file_that_shrinks_is_named(folder):
         ValueError, match=r"soundfile cannot read all of this file: .*0\.wav \(it ends at sample 100, but"
     ):
         next(iter(module.train_dataloader()))
+
+
+@pytest.mark.parametrize(("value", "got"), [(math.nan, "nan"), (3e4, r"3e\+04")])
+def test_samples_far_outside_are_refused(tmp_path, value, got):
+    write(tmp_path / "a.wav", np.array([0.1, value] * 100), subtype="FLOAT")
+    with pytest.raises(ValueError, match=rf"Samples must be in \[-1, 1\], but this file has {got}: .*a\.wav\. Divide"):
+        next(iter(ready(Audio(str(tmp_path), length=200, batch_size=1)).train_dataloader()))
+
+
+def test_files_of_macos_are_left_out(folder):
+    (folder / "._0.wav").write_bytes(b"no sound")
+    assert len(SoundFiles(folder).files) == 8
 
 
 def test_folder_without_sounds(tmp_path):
@@ -617,6 +630,36 @@ def test_broken_csv_file(tmp_path, content):
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a,b\n" + "1,2,secret\n3,4,secret\n" * 5, r"has rows with more fields than its header has names: .*a\.csv"),
+        ("a,a\n" + "1,2\n3,4\n" * 5, r"must be different, got these twice: \['a'\]\."),
+    ],
+)
+def test_csv_files_that_pandas_reads_in_another_sense(tmp_path, content, message):
+    pytest.importorskip("pandas")
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        Table(str(tmp_path / "a.csv"))
+    assert "secret" not in str(caught.value)
+
+
+def test_trailing_commas_are_no_columns(tmp_path):
+    pytest.importorskip("pandas")
+    (tmp_path / "a.csv").write_text("a,b\n" + "".join(f"{k},{k % 7},\n" for k in range(30)))
+    module = Table(str(tmp_path / "a.csv"), batch_size=8, holdout=0)
+    assert module.train_table["a"].tolist() == list(range(30))
+    assert module.train_table["b"].tolist() == [k % 7 for k in range(30)]
+
+
+def test_a_category_for_each_row_is_told():
+    names = {"name": [f"secret {k}" for k in range(1200)], "k": ["a", "b"] * 600}
+    with pytest.warns(UserWarning, match=r"Column 'name' has 1200 categories in 1200 training rows") as caught:
+        Table(names, batch_size=8, holdout=0)
+    assert not any("secret" in str(warning.message) for warning in caught)
+
+
 # ---------- bad arguments
 
 
@@ -640,6 +683,8 @@ def test_broken_csv_file(tmp_path, content):
         (DigitDomains, {"size": 1.5}, r"`size` must be a positive integer, got 1.5\."),
         (DigitDomains, {"holdout": -1}, r"`holdout` must be an integer that is not negative, got -1\."),
         (Audio, {"folder": "no/such"}, r"`folder` does not exist: no/such"),
+        (Audio, {"folder": None}, r"`folder` must be the path of a folder, got None\."),
+        (Audio, {"folder": __file__}, r"`folder` must be a folder, got a file: .*test_data_applied\.py"),
         (Audio, {"folder": ".", "length": 0}, r"`length` must be a positive integer, got 0\."),
         (Audio, {"folder": ".", "sample_rate": 0}, r"`sample_rate` must be a positive integer, got 0\."),
         (Audio, {"folder": ".", "epoch_length": 0}, r"`epoch_length` must be a positive integer, got 0\."),

@@ -278,3 +278,8 @@ def test_the_ratio_of_negative_scores_is_none():
     found = efficacy(train, test, fake, "y")
     assert found.synthetic < found.real < 0
     assert math.isnan(found.ratio)
+
+
+def test_integers_and_floats_in_one_column_are_continuous():
+    real = {"x": np.array([1, 2.5, 3, 4.5], dtype=object)}
+    assert marginal_distances(real, {"x": np.array([1, 2.5, 3, 4.5]) + 1e-9}) == {"x": pytest.approx(0.25)}

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from lightning_gan_stability.datasets import table
-from lightning_gan_stability.tables import Span, TableEncoder, is_numeric
+from lightning_gan_stability.tables import Span, TableEncoder, is_numeric, table_columns
 
 AGE = {"name": "age", "means": [20.0, 60.0], "stds": [5.0, 10.0]}
 SEX = {"name": "sex", "categories": ["f", "m"]}
@@ -69,6 +69,7 @@ def test_description_survives_yaml_and_json(name):
         ([AGE | {"integer": 1}], r"`integer` of column 'age' must be True or False\."),
         ([{"name": "sex", "categories": ["f"]}], r"`categories` of column 'sex' must be at least two different"),
         ([{"name": "sex", "categories": ["f", "f"]}], r"`categories` of column 'sex' must be at least two different"),
+        ([{"name": "sex", "categories": [math.nan, 1.0]}], r"`categories` of column 'sex' must be at least two"),
         ([{"name": "sex", "categories": "fm"}], r"`categories` of column 'sex' must be at least two different"),
         ([{"name": "sex", "categories": [["f"], "m"]}], r"`categories` of column 'sex' must be at least two different"),
     ],
@@ -168,12 +169,17 @@ SECRET = "Mallory"
         ({"x": [1, 2], "k": [SECRET, SECRET]}, ["k"], r"Column 'k' has the same category in every row: leave it out"),
         ({"x": [1, 2], "k": [SECRET, "b"]}, [], r"Column 'k' does not have numbers: name it in `discrete`"),
         ({"x": [True, False]}, [], r"Column 'x' does not have numbers: name it in `discrete`"),
-        ({"x": np.array(["2020-01-01", "2020-01-02"], dtype="M8[D]")}, [], r"Column 'x' does not have numbers"),
+        ({"x": np.array(["2020-01-01", "2020-01-02"], dtype="M8[D]")}, [], r"Column 'x' has times \(datetime64\[D\]\)"),
+        ({"x": np.array(["2020-01-01", "2020-01-02"], dtype="M8[ns]")}, ["x"], r"Column 'x' has times \(datetime64"),
+        ({"x": np.array([1, 2], dtype="m8[ns]")}, ["x"], r"Column 'x' has times \(timedelta64\[ns\]\): turn them into"),
+        ({"x": [2**60, 2**60 + 1]}, [], r"Column 'x' has numbers that float64 cannot tell apart"),
+        ({"x": [10**400, 1]}, [], r"Column 'x' has values too large or too close for float64"),
+        ({"x": torch.rand(4).bfloat16()}, [], r"Column 'x' cannot be an array of NumPy \(Tensor of torch.bfloat16\)"),
         ({"x": np.array(["2020-01-01", "NaT"], dtype="M8[D]")}, [], r"Column 'x' has 1 missing values of 2"),
         (
             {"x": np.array(["2020-01-01", "2020-01-02"], dtype="M8[D]")},
             ["x"],
-            r"The categories of column 'x' must be strings or numbers, got date\.",
+            r"Column 'x' has times \(datetime64\[D\]\)",
         ),
         ({"x": [1, 2], "y": [1, 2, 3]}, [], r"The columns must have the same length, got 'x': 2, 'y': 3\."),
         ({"x": [1, 2]}, ["y"], r"`discrete` has names that the table does not: \['y'\]\."),
@@ -394,3 +400,14 @@ def test_conditions_are_drawn_by_weight():
 def test_wrong_weights_of_categories(weights):
     with pytest.raises(ValueError, match="`weights` of column 'sex' must be a list of shares, one for each category"):
         TableEncoder([{"name": "sex", "categories": ["f", "m"], "weights": weights}])
+
+
+def test_a_choice_is_a_dict():
+    with pytest.raises(ValueError, match="`choice` must be a dict of a column and its category, got a str"):
+        TableEncoder([SEX]).condition(2, "sex")
+
+
+def test_integers_and_floats_in_one_list_are_numbers():
+    columns = table_columns({"x": [1, 2.5, 3]})
+    assert columns["x"].dtype == np.float64
+    assert columns["x"].tolist() == [1.0, 2.5, 3.0]

@@ -1,5 +1,6 @@
 """Rows of a table with mixed columns, drawn for a conditional GAN."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from lightning_gan_stability.data.streams import Rows
 from lightning_gan_stability.datasets import TABLES, table
 from lightning_gan_stability.noise import generator
 from lightning_gan_stability.tables import Span, TableEncoder, is_numeric, table_columns
+
+_MANY_ROWS = 1000  # beyond which a category for most rows is likely a name or a number of the row
 
 
 class Table(StreamedDataModule):
@@ -84,6 +87,12 @@ class Table(StreamedDataModule):
         self.train_table = {name: column[train] for name, column in columns.items()}
         self.encoder = TableEncoder.fit(self.train_table, guess if discrete is None else discrete, components, seed)
         self.columns = self.encoder.columns
+        for column in self.columns:
+            if len(train) > _MANY_ROWS and len(column.get("categories", ())) > len(train) / 2:
+                rank_zero_warn(
+                    f"Column {column['name']!r} has {len(column['categories'])} categories in {len(train)} training "
+                    "rows, each of which becomes an output of the generator: leave the column out, or merge categories."
+                )
         held_out = {name: column[test] for name, column in columns.items()}
         known = self.encoder.known(held_out)
         if unknown := int((~known).sum()):
@@ -121,10 +130,18 @@ def read(data: Any) -> tuple[Any, list[str]]:
             names = ", ".join(map(repr, TABLES))
             raise ValueError(f"`data` must be one of {names}, the path of a CSV file, or a table; no file: {data}")
         pandas = require("pandas", "tables")
+        path = data
         try:
-            data = pandas.read_csv(data)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pandas.errors.ParserWarning)
+                names = pandas.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False).iloc[0].tolist()
+                data = pandas.read_csv(path, index_col=False)  # else the first fields of long rows become an index
+        except pandas.errors.ParserWarning:
+            raise ValueError(f"This CSV file has rows with more fields than its header has names: {path}") from None
         except (ValueError, OSError) as error:  # its message may show values
-            raise ValueError(f"pandas cannot read this CSV file: {data} ({type(error).__name__})") from None
+            raise ValueError(f"pandas cannot read this CSV file: {path} ({type(error).__name__})") from None
+        if twice := sorted({name for name in names if name and names.count(name) > 1}):  # pandas renames them
+            raise ValueError(f"The names of columns must be different, got these twice: {twice}.")
     table_columns(data)  # a missing value makes integers floats, and must not pass as something else
     return data, [name for name in data if not is_numeric(data[name])]
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_gan_stability.tables import missing
+from lightning_gan_stability.tables import is_numeric, missing
 
 Table: TypeAlias = Mapping[str, Any]
 Columns: TypeAlias = dict[str, NDArray[Any]]
@@ -141,7 +141,6 @@ def _checked(discrete: Collection[str], **tables: Table) -> tuple[Columns, Colum
         )
     if unknown := {*discrete} - {*one}:
         raise ValueError(f"`discrete` names columns that are not there: {', '.join(map(repr, sorted(unknown)))}.")
-    names = {name for name in one if name in discrete or not all(_is_numeric(t[name]) for t in (one, other))}
     for label, table in ((first, one), (second, other)):
         lengths = {column.shape for column in table.values()}
         if len(lengths) != 1 or len(next(iter(lengths))) != 1 or next(iter(lengths)) == (0,):
@@ -150,13 +149,10 @@ def _checked(discrete: Collection[str], **tables: Table) -> tuple[Columns, Colum
             infinite = np.isinf(column) if column.dtype.kind == "f" else False
             if n := int((missing(column) | infinite).sum()):
                 raise ValueError(f"`{label}` has {n} missing values in the column {name!r}: drop or fill them.")
+    names = {name for name in one if name in discrete or not all(is_numeric(t[name]) for t in (one, other))}
     one = {name: _texts(one[name]) if name in names else one[name].astype(float) for name in one}
     other = {name: _texts(other[name]) if name in names else other[name].astype(float) for name in one}
     return one, other, names
-
-
-def _is_numeric(column: NDArray[Any]) -> bool:
-    return bool(np.issubdtype(column.dtype, np.number))
 
 
 def _texts(column: NDArray[Any]) -> NDArray[Any]:

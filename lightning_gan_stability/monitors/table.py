@@ -86,10 +86,10 @@ class TableMonitor(GANCallback):
                 "TableMonitor compares with real rows: give it `train` and `test`, or fit with a data module that has "
                 "`train_table` and `test_table`, such as Table."
             )
-        if self.target is not None and not len(test[next(iter(test))]):
+        if self.target is not None and test is not None and not len(test[next(iter(test))]):
             raise MisconfigurationException(
-                "TableMonitor predicts the target of held-out rows, and there are none: set `holdout` of the data, give "
-                "TableMonitor `test`, or remove `target`."
+                "TableMonitor predicts the target of held-out rows, and there are none: set `holdout` of the data, "
+                "give TableMonitor `test`, or remove `target`."
             )
         if self.target is not None and self.target not in train:
             raise MisconfigurationException(
