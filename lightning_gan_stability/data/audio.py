@@ -245,7 +245,7 @@ class SoundFiles:
         peak = float(abs(samples).max())  # NaN if one is
         if not peak <= _LOUDEST:
             raise ValueError(
-                f"Samples must be in [-1, 1], but this file has {peak:.4g}: {file}. Divide the samples by their largest "
+                f"Samples must be in [-1, 1], but this file has {peak:.4g}: {file}. Divide the samples by the largest "
                 "magnitude, or take the file out of the folder."
             )
         return torch.from_numpy(samples).mean(1)[None].clamp(-1, 1)
