@@ -1,6 +1,6 @@
 """Adversarial training beside a reconstruction, and of tables: what the discriminator brings, and what keeps it right.
 
-    python examples/benchmarks/applied.py --processes 2          # everything, three seeds: about two hours on two cores
+    python examples/benchmarks/applied.py --processes 2          # everything, three seeds: hours on two cores
     python examples/benchmarks/applied.py --only tokenizer table
     python examples/benchmarks/applied.py --smoke                # a minute; only shows that it runs
 
@@ -205,7 +205,7 @@ def unpaired(variant: str, seed: int, steps: int | None) -> dict[str, float]:
 
 
 # Built to fail as threads describe it. Alone: from the first step on, at a fixed weight, without penalty and average.
-# Stabilized: the callbacks of the tokenizer's config, whose adversarial terms start after a third of these short runs
+# Stabilized: the callbacks of the tokenizer's config, whose adversarial terms start after a sixth of these short runs
 # and at an adaptive weight, with R1 and the generator's average. What is sabotaged stays so.
 G_RATE, D_RATE = (f"model.init_args.{player}_optimizer.init_args.lr" for player in "gd")
 G_WEIGHT = "model.init_args.g_weight"
@@ -308,7 +308,7 @@ STUDIES: dict[str, Callable[..., dict[str, float]]] = {
     "unpaired": unpaired,
     "failures": failures,
 }
-SHORTER = {"failures": 600}  # batches, where they are not those of the config
+SHORTER = {"failures": 1200}  # batches, where they are not those of the config
 
 
 def jobs_of(study: str, seeds: list[int]) -> Iterator[dict[str, Any]]:
