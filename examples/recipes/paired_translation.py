@@ -9,7 +9,7 @@ and the patches that the edges are of.
 import torch
 from torch import Tensor, nn
 
-from examples.recipes.shared import fit, held_out, options, rows_of_images, without_discriminator
+from examples.recipes.shared import fit, held_out, options, rows_of_images, with_detail, without_discriminator
 
 
 class UNet(nn.Module):
@@ -42,12 +42,13 @@ def main() -> None:
     rows = {}
     for name, changes in {"L1 alone": {"before": without_discriminator}, "with a discriminator": {}}.items():
         cli = fit("paired_translation", steps=chosen.steps, seed=chosen.seed, **changes)
-        target, source = held_out(cli, 16)
+        target, source = held_out(cli, 64)
+        shown = with_detail(target, 16)
         with torch.no_grad():
             made = cli.model(source)
-        rows |= {"source": source, name: made}
+        rows |= {"source": source[shown], name: made[shown]}
         print(f"{name}: L1 {(made - target).abs().mean():.3f}")
-    rows_of_images(rows | {"target": target}, "paired_translation.png")
+    rows_of_images(rows | {"target": target[shown]}, "paired_translation.png")
 
 
 if __name__ == "__main__":
