@@ -21,6 +21,7 @@ from lightning_gan_stability import (
     GANModule,
     HealthMonitor,
     Minimax,
+    PairedMonitor,
     QualityMonitor,
     UpdateRule,
 )
@@ -79,7 +80,7 @@ def test_every_method_in_every_precision(name, way, tmp_path, monkeypatch):
 
 
 # the rule of all cases of test_distributed.py that name none, and the monitors, which have tests of their own there
-ELSEWHERE = (Alternating, QualityMonitor, CollapseDetector, HealthMonitor)
+ELSEWHERE = (Alternating, QualityMonitor, CollapseDetector, HealthMonitor, PairedMonitor)
 
 
 @pytest.mark.parametrize("name", METHODS)
