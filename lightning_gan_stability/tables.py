@@ -407,12 +407,12 @@ def _mixture(name: str, array: np.ndarray, components: int, seed: int) -> dict[s
     from threadpoolctl import threadpool_limits
 
     x = _numbers(name, array)
-    if np.all(x == x[0]) and bool((array != array[0]).any()):
-        raise ValueError(
-            f"Column {name!r} has numbers that float64 cannot tell apart: subtract the smallest one, name the column "
-            "in `discrete`, or leave it out."
-        )
     if np.all(x == x[0]):
+        if np.any(array != array[0]):
+            raise ValueError(
+                f"Column {name!r} has numbers that float64 cannot tell apart: subtract the smallest one, name the "
+                "column in `discrete`, or leave it out."
+            )
         raise ValueError(f"Column {name!r} has the same value in every row: leave it out.")
     center, scale = x.mean(), x.std()
     if not (np.isfinite(scale) and scale > 0):
