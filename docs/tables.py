@@ -136,8 +136,7 @@ METHODS: dict[str, list[Method]] = {
         Method(
             ["R1Penalty"],
             [Paper("1801.04406")],
-            "d: γ/2 · E_r ‖∇ₓD(x)‖², with the paper's ½ (the authors' code has none: its 10 is 20 here); with "
-            "`final_gamma` and `steps` γ follows half a cosine",
+            "d: γ/2 · E_r ‖∇ₓD(x)‖², with the paper's ½ (the authors' code has none: its 10 is 20 here)",
             [
                 "test_regularizers.py::test_one_step_on_a_linear_critic",
                 "test_dirac.py::test_r1_contracts_at_the_rate_of_its_eigenvalues",
@@ -209,8 +208,11 @@ METHODS: dict[str, list[Method]] = {
             ["PathLengthPenalty"],
             [Paper("1912.04958")],
             "g: weight · E(‖J_zᵀ y‖ − a)², a the running mean of the lengths, y noise of variance 1 / pixels; with "
-            "respect to z itself",
-            ["test_regularizers.py::test_path_length_against_a_linear_generator"],
+            "respect to z itself, or to w; `include_batch`: a has the batch in it, as in the authors' code",
+            [
+                "test_regularizers.py::test_path_length_against_a_linear_generator",
+                "test_stylegan2.py::test_stylegan2_equals_its_reference",
+            ],
         ),
         Method(
             ["ModeSeeking"],
@@ -439,6 +441,64 @@ METHODS: dict[str, list[Method]] = {
             ["test_fake_pool.py::test_the_rule", "test_recipes.py::test_recipe_equals_its_reference"],
         ),
     ],
+    "Augmentation, schedules": [
+        Method(
+            ["DiffAugment"],
+            [Paper("2006.10738")],
+            "colour, translation by up to an eighth of the size, cutout of a half, of every real and generated image",
+            [
+                "test_augment.py::test_colours_of_diff_augment",
+                "test_augment.py::test_translations_of_diff_augment",
+                "test_augment.py::test_boxes_of_diff_augment",
+                "test_augment.py::test_distributions_of_diff_augment",
+            ],
+        ),
+        Method(
+            ["AugmentPipe"],
+            [Paper("2006.06676")],
+            "each transform with probability `p` times its multiplier; one resampling for all of geometry",
+            [
+                "test_augment.py::test_rotations",
+                "test_augment.py::test_colours",
+                "test_augment.py::test_bands",
+                "test_augment.py::test_distributions",
+                "test_augment.py::test_probabilities",
+            ],
+        ),
+        Method(
+            ["AdaptiveAugmentation"],
+            [Paper("2006.06676")],
+            "p ← max(p + sign(r − `target`) · n / `speed`, 0), r = E sign(l(x)) over `interval` batches of n samples",
+            [
+                "test_augment.py::test_p_follows_the_rule",
+                "test_augment.py::test_overfitting_comes_to_its_target",
+            ],
+        ),
+        Method(
+            ["AugmentationSchedule"],
+            [Paper("2501.05441")],
+            "the probability of an `AugmentPipe` as a `Schedule` says it",
+            ["test_augment.py::test_augmentation_schedule"],
+        ),
+        Method(
+            ["InstanceNoise"],
+            [Paper("1610.04490"), Paper("1701.04862")],
+            "D sees x + σ ε; σ falls from `std` to 0 over `steps` batches",
+            ["test_augment.py::test_instance_noise"],
+        ),
+        Method(
+            ["Schedule"],
+            [Paper("2501.05441")],
+            "v(t) = start + ½ (1 − cos(π t / steps)) (end − start), with warm-up and hold, or in a line",
+            ["test_schedules.py::test_cosine", "test_schedules.py::test_values_of_the_published_presets"],
+        ),
+        Method(
+            ["OptimizerSchedule"],
+            [Paper("2501.05441")],
+            "numbers of parameter groups as a `Schedule` says them, set before every batch",
+            ["test_schedules.py::test_optimizers_step_with_the_numbers_of_their_batch"],
+        ),
+    ],
     "Normalization, averages, packs": [
         Method(
             ["SpectralNorm"],
@@ -477,6 +537,16 @@ METHODS: dict[str, list[Method]] = {
             "one logit for m samples, concatenated along features or channels; a pack counts as one sample in "
             "losses and penalties",
             ["test_layers.py::test_a_step_is_that_of_a_plain_gan_whose_samples_are_packs"],
+        ),
+        Method(
+            ["MinibatchStdDev"],
+            [Paper("1710.10196"), Paper("1912.04958", "groups of")],
+            "further channels: √(Var + 10⁻⁸) over a group of samples i, i + N / G, ..., the mean over its pixels and "
+            "channels; the variance divides by G",
+            [
+                "test_layers.py::test_minibatch_deviations_are_those_of_strided_groups",
+                "test_layers.py::test_minibatch_deviations_equal_numpy",
+            ],
         ),
     ],
     "Metrics": [
@@ -708,6 +778,10 @@ STRATEGIES: dict[str, dict[str, str]] = {
     "AdaptiveAdversarialWeight": {"shards": "refused"},
     "LossBalancer": {},
     "FakePool": {},
+    "AdaptiveAugmentation": {},
+    "AugmentationSchedule": {},
+    "InstanceNoise": {},
+    "OptimizerSchedule": {},
     "GeneratorEMA": {},
     "UpdateRatio": {},
     "SpectralNorm": {},
@@ -794,7 +868,7 @@ RECIPES = [
     ),
     Recipe("The same, by slow weights of both players", "Lookahead", {"k": 5}, ["configs/lookahead.yaml"]),
     Recipe("Samples flicker from step to step", "GeneratorEMA", {"decay": 0.999}, ["configs/sngan.yaml"]),
-    Recipe("There is little data", "LeCam", {"weight": 0.3}),
+    Recipe("There is little data", "AdaptiveAugmentation", None, [], "{} or `LeCam`: [guide](image_gans.md)"),
     Recipe("The latents do not matter", "ModeSeeking", {"weight": 1.0}),
     Recipe("Reconstruction breaks when D joins", "AdversarialStart", None, [], "{}: [guide](reconstruction.md)"),
     Recipe("The adversarial loss drowns the others", "AdaptiveAdversarialWeight", None, [], "{} or `LossBalancer`"),

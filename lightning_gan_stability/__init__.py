@@ -1,18 +1,23 @@
 """Stable GAN training as PyTorch Lightning callbacks."""
 
 from lightning_gan_stability.audio import LogMelSpectrogram, MelDistance, STFTDistance
+from lightning_gan_stability.augment import AugmentPipe, DiffAugment
 from lightning_gan_stability.callback import Alternating, GANCallback, Regularizer, UpdateRule
 from lightning_gan_stability.callbacks.adversarial_start import AdversarialStart
 from lightning_gan_stability.callbacks.adversarial_weight import AdaptiveAdversarialWeight, LossBalancer
+from lightning_gan_stability.callbacks.augmentation import AdaptiveAugmentation, AugmentationSchedule, InstanceNoise
 from lightning_gan_stability.callbacks.averaging import GeneratorEMA, Lookahead
 from lightning_gan_stability.callbacks.fake_pool import FakePool
+from lightning_gan_stability.callbacks.optimizer_schedule import OptimizerSchedule
 from lightning_gan_stability.callbacks.spectral_norm import SpectralNorm
 from lightning_gan_stability.callbacks.update_ratio import AdaptiveUpdateRatio, UpdateRatio
 from lightning_gan_stability.callbacks.weight_clipping import WeightClipping
 from lightning_gan_stability.data.audio import Audio, Speech
 from lightning_gan_stability.data.digit_domains import DigitDomains, SmallMNIST
-from lightning_gan_stability.data.modules import Digits, Grid, Images, Ring
+from lightning_gan_stability.data.images import Images
+from lightning_gan_stability.data.modules import Digits, Grid, Ring
 from lightning_gan_stability.data.photographs import Photographs
+from lightning_gan_stability.data.shards import ImageShards
 from lightning_gan_stability.data.table import Table
 from lightning_gan_stability.losses import (
     AdversarialLoss,
@@ -42,9 +47,13 @@ from lightning_gan_stability.nets import (
     AutoEncoder,
     DCGANDiscriminator,
     DCGANGenerator,
+    MinibatchStdDev,
     Packed,
+    R3GANDiscriminator,
+    R3GANGenerator,
     ResNetDiscriminator,
     ResNetGenerator,
+    StyleGenerator,
 )
 from lightning_gan_stability.optim import NegativeMomentum, OptimisticAdam, OptimisticSGD
 from lightning_gan_stability.outputs import GANOutputs, StepRecord
@@ -63,6 +72,7 @@ from lightning_gan_stability.regularizers.gradient import DRAGANPenalty, Gradien
 from lightning_gan_stability.regularizers.logits import LeCam, LogitDrift
 from lightning_gan_stability.regularizers.reconstruction import Reconstruction
 from lightning_gan_stability.regularizers.weights import OrthogonalPenalty
+from lightning_gan_stability.schedules import Schedule
 from lightning_gan_stability.update_rules.competitive import CompetitiveGradientDescent
 from lightning_gan_stability.update_rules.consensus import ConsensusOptimization
 from lightning_gan_stability.update_rules.extragradient import Extragradient
@@ -74,6 +84,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MLP",
     "AdaptiveAdversarialWeight",
+    "AdaptiveAugmentation",
     "AdaptiveUpdateRatio",
     "AdversarialLoss",
     "AdversarialStart",
@@ -81,6 +92,8 @@ __all__ = [
     "ApproximateR1Penalty",
     "ApproximateR2Penalty",
     "Audio",
+    "AugmentPipe",
+    "AugmentationSchedule",
     "AutoEncoder",
     "BoundaryEquilibrium",
     "CodebookPerplexity",
@@ -94,6 +107,7 @@ __all__ = [
     "DCGANGenerator",
     "DRAGANPenalty",
     "DensityCoverage",
+    "DiffAugment",
     "DigitClassifier",
     "DigitDomains",
     "Digits",
@@ -110,8 +124,10 @@ __all__ = [
     "Grid",
     "HealthMonitor",
     "Hinge",
+    "ImageShards",
     "Images",
     "Inception",
+    "InstanceNoise",
     "KernelDistance",
     "LeCam",
     "LeastSquares",
@@ -121,12 +137,14 @@ __all__ = [
     "Lookahead",
     "LossBalancer",
     "MelDistance",
+    "MinibatchStdDev",
     "Minimax",
     "ModeSeeking",
     "NegativeMomentum",
     "NonSaturating",
     "OptimisticAdam",
     "OptimisticSGD",
+    "OptimizerSchedule",
     "OrthogonalPenalty",
     "Packed",
     "PairedMonitor",
@@ -137,6 +155,8 @@ __all__ = [
     "QualityMonitor",
     "R1Penalty",
     "R2Penalty",
+    "R3GANDiscriminator",
+    "R3GANGenerator",
     "Recipe",
     "Reconstruction",
     "Regularizer",
@@ -150,11 +170,13 @@ __all__ = [
     "SampleLogger",
     "ScaleLearningRate",
     "ScalePenalty",
+    "Schedule",
     "Simultaneous",
     "SmallMNIST",
     "SpectralNorm",
     "Speech",
     "StepRecord",
+    "StyleGenerator",
     "SuperResolution",
     "Table",
     "TableMonitor",

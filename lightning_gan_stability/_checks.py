@@ -133,21 +133,6 @@ def check_type(name: str, value: T, kind: type) -> T:
     return check(isinstance(value, kind) and not isinstance(value, bool), name, f"of type {kind.__name__}", value)
 
 
-def check_schedule(name: str, final: object, steps: object) -> None:
-    """Check that a final value and the steps until then are both given, and good, or both None.
-
-    Example:
-        >>> check_schedule("gamma", 0.1, None)
-        Traceback (most recent call last):
-        ValueError: `final_gamma` and `steps` go together, got 0.1 and None.
-    """
-    if (final is None) != (steps is None):
-        raise ValueError(f"`final_{name}` and `steps` go together, got {final!r} and {steps!r}.")
-    if steps is not None:
-        check_number(f"final_{name}", final)
-        check_integer("steps", steps)
-
-
 # what the log has of a player besides the terms of its loss
 _LOGGED = ("adversarial", "grad_norm", "real_logit", "fake_logit", "accuracy")
 

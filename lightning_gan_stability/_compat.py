@@ -125,6 +125,12 @@ def mark_dynamic(tensor: Tensor) -> None:
     torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
+def grid_sample_transposed(gradient: Tensor, grid: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient of bilinear ``grid_sample`` by its input, whose own gradient torch does not have."""
+    like = gradient.new_empty(()).expand(shape)
+    return torch.ops.aten.grid_sampler_2d_backward(gradient, like, grid, 0, 0, False, [True, False])[0]  # type: ignore[no-any-return]
+
+
 # ---------- torch: schedulers
 
 

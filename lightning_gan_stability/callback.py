@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -19,13 +18,12 @@ from lightning_gan_stability._checks import (
     check_bool,
     check_choice,
     check_integer,
-    check_number,
-    check_schedule,
     describe,
     is_term_name,
 )
 from lightning_gan_stability.layers import has_batch_norm
-from lightning_gan_stability.outputs import NETWORKS, PLAYERS, GANOutputs, Player, Terms, micro_batches
+from lightning_gan_stability.outputs import NETWORKS, PLAYERS, GANOutputs, Player, Sample, Terms, micro_batches
+from lightning_gan_stability.schedules import Scheduled, check_scheduled, value_at
 
 if TYPE_CHECKING:
     from lightning_gan_stability.protocols import GANProtocol
@@ -228,6 +226,18 @@ class GANCallback(Callback):
         """
         return outputs
 
+    def augment(self, module: GANProtocol, sample: Sample) -> Sample:
+        """What the discriminator sees of real and of generated samples, after ``module.augment``; in a step alone.
+
+        Draw what each sample needs with :func:`~lightning_gan_stability.noise.batch_rand`, so that many processes are
+        one.
+
+        Args:
+            module: whose samples.
+            sample: (n, ...), with a graph in the generator's turn, and where a penalty differentiates by it.
+        """
+        return sample
+
     def weigh_terms(
         self, module: GANProtocol, player: Player, outputs: GANOutputs, terms: Terms
     ) -> dict[str, float | Tensor]:
@@ -276,15 +286,14 @@ class Regularizer(GANCallback, abc.ABC):
     implement :meth:`penalty`.
 
     Args:
-        weight: coefficient of the penalty, not negative.
+        weight: coefficient of the penalty, not negative; a number, or a :class:`~lightning_gan_stability.Schedule` over
+            the steps of its player.
         every: the penalty is due on every so many steps of its player, the first one included.
         separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2;
             :func:`~lightning_gan_stability.optim.lazy_correction` has the rates that belong to that.
-        final_weight: what the weight becomes along half a cosine over ``steps`` steps, and then stays. None: constant.
-        steps: how many steps that takes.
 
     Raises:
-        ValueError: if an argument has a bad value, or one of ``final_weight`` and ``steps`` comes without the other.
+        ValueError: if an argument has a bad value.
 
     Example:
         >>> class MeanMatching(Regularizer):
@@ -296,11 +305,9 @@ class Regularizer(GANCallback, abc.ABC):
     """
 
     player: Player = "d"
-    weight: float = 1.0
+    weight: Scheduled = 1.0
     every: int = 1
     separate: bool = False
-    final_weight: float | None = None
-    steps: int | None = None
     #: The penalty takes one n-th of the batch: of itself, or in a separate step, whose batch is made smaller for it.
     shrink: int = 1
     #: What must require grad before the forward pass because the penalty differentiates by it: ``"real"``, ``"fake"``,
@@ -323,34 +330,19 @@ class Regularizer(GANCallback, abc.ABC):
     #: full precision, for which samples are made from their latents again, if they have any, and all are judged again.
     compares: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        weight: float | None = None,
-        every: int | None = None,
-        final_weight: float | None = None,
-        steps: int | None = None,
-        separate: bool = False,
-    ) -> None:
+    def __init__(self, weight: Scheduled | None = None, every: int | None = None, separate: bool = False) -> None:
         super().__init__()
-        self.weight = check_number("weight", self.weight if weight is None else weight)
+        self.weight = check_scheduled("weight", self.weight if weight is None else weight)
         self.every = check_integer("every", self.every if every is None else every)
         self.separate = check_bool("separate", separate)
-        check_schedule("weight", final_weight, steps)
-        self.final_weight, self.steps = final_weight, steps
 
     def rows_of(self, n: int) -> int:
         """How many of a batch's samples the penalty takes, at least one."""
         return max(n // self.shrink, 1)
 
     def weight_at(self, step: int) -> float:
-        """The weight at a step: w(t) = w₀ + ½ (1 − cos(π t/steps)) (final_weight − w₀), and constant from ``steps`` on.
-
-        The schedule of "The GAN is dead; long live the GAN!", https://arxiv.org/abs/2501.05441.
-        """
-        if self.final_weight is None or self.steps is None:
-            return self.weight
-        progress = (1 - math.cos(math.pi * min(step / self.steps, 1))) / 2
-        return self.weight + progress * (self.final_weight - self.weight)
+        """The weight after so many steps of the player."""
+        return value_at(self.weight, step)
 
     @property
     def name(self) -> str:

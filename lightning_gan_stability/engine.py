@@ -444,6 +444,11 @@ class Engine:
 
     # ---------- steps
 
+    @property
+    def in_separate_step(self) -> bool:
+        """Whether a penalty takes a step of its own."""
+        return self._separate is not None
+
     def separate_steps(self, player: Player, batch: Any) -> None:
         """Take a step for each due penalty that has one of its own."""
         for regularizer in self.due(player, separate=True):

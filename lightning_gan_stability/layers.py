@@ -75,6 +75,83 @@ class Packed(nn.Module):
         return leaf[: n * self.packing].reshape(n, -1, *leaf.shape[2:])
 
 
+class MinibatchStdDev(nn.Module):
+    """Shows a discriminator how much the samples of a batch differ, as further channels behind those of each sample.
+
+    Groups are strided: of N samples in groups of G, sample i is with i + N / G, i + 2 N / G, ... Each of the further
+    channels is one number for a group, the mean of σ = √(Var + 10⁻⁸) over the pixels and over its share of the C
+    channels, with the variance over the group, divided by G. It stands in front of the last convolution. "Progressive
+    Growing of GANs", https://arxiv.org/abs/1710.10196; groups and ε as in StyleGAN2, https://arxiv.org/abs/1912.04958.
+
+    (N, C, height, width) to (N, C + channels, height, width). Fewer samples than G are one group. A larger batch that G
+    does not divide is refused in train mode; in eval mode groups have the largest size up to G that divides it, down to
+    1, of which σ is 10⁻⁴. Each process and each micro-batch compares its own samples.
+
+    Args:
+        group_size: G, 4 in StyleGAN2 (32 for CIFAR-10).
+        channels: Number of further channels, a divisor of C.
+
+    Raises:
+        ValueError: If an argument is no positive integer, or does not divide what it must.
+
+    Example:
+        >>> MinibatchStdDev()(torch.ones(8, 16, 4, 4)).shape
+        torch.Size([8, 17, 4, 4])
+    """
+
+    def __init__(self, group_size: int = 4, channels: int = 1) -> None:
+        super().__init__()
+        self.group_size, self.channels = check_integer("group_size", group_size), check_integer("channels", channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the input with the deviations behind its channels."""
+        n, c, height, width = x.shape
+        group = min(self.group_size, n)
+        if n % group and self.training:
+            raise ValueError(
+                f"MinibatchStdDev compares {group} samples with each other, which does not divide a batch of {n}: "
+                "choose `group_size` and the batch size so that it does, and drop_last=True in the loader."
+            )
+        while n % group:
+            group -= 1
+        if c % self.channels:
+            raise ValueError(f"`channels` of MinibatchStdDev must divide the {c} of its input, got {self.channels}.")
+        groups = x.reshape(group, -1, self.channels, c // self.channels, height, width)
+        variances = (groups - groups.mean(0)).square().mean(0)  # on CPUs a twentieth of the time of `var`
+        deviations = (variances + 1e-8).sqrt().mean((2, 3, 4))
+        return torch.cat([x, deviations.repeat(group, 1)[..., None, None].expand(-1, -1, height, width)], 1)
+
+
+@contextmanager
+def truncated(network: nn.Module, truncation: float) -> Iterator[None]:
+    """Samples with the truncation ψ, of a generator with a part that has an attribute ``truncation``.
+
+    Raises:
+        ValueError: If there is no such part.
+
+    Example:
+        >>> from lightning_gan_stability.nets import MLP, StyleGenerator
+        >>> generator = StyleGenerator(MLP([4, 8]), nn.Flatten(), w_dim=8, num_layers=1)
+        >>> with truncated(generator, 0.5):
+        ...     generator.truncation
+        0.5
+    """
+    parts: list[Any] = [part for part in network.modules() if hasattr(part, "truncation")]
+    if not parts:
+        raise ValueError(
+            f"`truncation` needs a generator with an attribute `truncation`, such as StyleGenerator, and "
+            f"{type(network).__name__} has none: leave it at 1."
+        )
+    before = [part.truncation for part in parts]
+    for part in parts:
+        part.truncation = truncation
+    try:
+        yield
+    finally:
+        for part, value in zip(parts, before, strict=True):
+            part.truncation = value
+
+
 def condition_parameter(network: nn.Module) -> tuple[bool, bool]:
     """Whether a network takes a condition, and whether it needs one.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from types import FrameType
 from typing import Any
@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_gan_stability._checks import (
     check,
     check_choice,
+    check_finite,
     check_integer,
     check_number,
     check_type,
@@ -34,7 +35,13 @@ from lightning_gan_stability._compat import given_hyperparameters, is_compiled, 
 from lightning_gan_stability.callback import Regularizer, find_rule
 from lightning_gan_stability.engine import Engine, Objective
 from lightning_gan_stability.guard import Guard, check_run, find_guard
-from lightning_gan_stability.layers import Packed, copy_network, parameter_dtype, restore_parametrizations
+from lightning_gan_stability.layers import (
+    Packed,
+    copy_network,
+    parameter_dtype,
+    restore_parametrizations,
+    truncated,
+)
 from lightning_gan_stability.losses import AdversarialLoss, NonSaturating, loss_from_recipe, loss_recipe
 from lightning_gan_stability.networks import (
     NetworkRunner,
@@ -116,6 +123,9 @@ class GANModule(LightningModule):
     Attributes:
         iteration: batches trained on so far.
         steps: batches on which each player has moved, ``{"d": ..., "g": ...}``.
+        turn: the player whose main pass through the networks is under way in a training step, ``"d"`` or ``"g"``; None
+            elsewhere: in validation, and in steps that penalties take for themselves. A pass for both players at once,
+            as with ``share_fake``, is ``"g"``.
         last_step: a :class:`~lightning_gan_stability.outputs.StepRecord` of the last batch: logits, terms, norms.
         noise: the module's own random numbers, a :class:`~lightning_gan_stability.noise.Noise`.
         generator_ema: the average of the generator's weights that ``GeneratorEMA`` keeps, or None.
@@ -174,6 +184,8 @@ class GANModule(LightningModule):
         self.augment: nn.Module = check_type("augment", nn.Identity() if augment is None else augment, nn.Module)
         self.iteration = 0
         self.steps: dict[Player, int] = {"d": 0, "g": 0}
+        self.turn: Player | None = None
+        self._first_val_size = 0
         self.last_step = StepRecord()
         self.adversarial = True
         self.noise = Noise(check_type("noise_seed", noise_seed, int), self)
@@ -250,7 +262,7 @@ class GANModule(LightningModule):
             network: the generator, its average, or the generator while other weights are in place: use it instead of
                 ``self.generator``.
             n: number of samples.
-            condition: what the batch gave as condition, or None.
+            condition: what the batch gave as condition, or what :meth:`draw_condition` made of it; or None.
             latents: (n, latent_dim); None for a generator without latents.
 
         Returns:
@@ -283,6 +295,24 @@ class GANModule(LightningModule):
             return logits_and_features([call_network(part, sample, condition) for part in network])
         return call_network(network, sample, condition)
 
+    def draw_condition(self, n: int, condition: Condition) -> Condition:
+        """The condition that samples are generated and judged with in training and validation: that of the batch.
+
+        StyleGAN2 draws labels of its own each time that samples are made. From the module's noise such labels are the
+        same in a resumed run; here from the labels of a data set::
+
+            def draw_condition(self, n, condition):
+                return self.labels[(self.noise.rand(n, dtype=torch.float64) * len(self.labels)).long()]
+
+        Args:
+            n: number of samples.
+            condition: what the batch gave as condition, or None.
+
+        Returns:
+            (n, ...), or None; ``outputs.fake_condition`` from then on.
+        """
+        return condition
+
     def auxiliary_losses(self, player: Player, outputs: GANOutputs) -> Terms:
         """Further terms of a player's loss, added to it as they are and logged as ``<player>/<name>``.
 
@@ -306,20 +336,29 @@ class GANModule(LightningModule):
 
     # ---------- samples and logits
 
-    def sample(self, n: int | None = None, condition: Condition = None, latents: Tensor | None = None) -> Sample:
+    def sample(
+        self,
+        n: int | None = None,
+        condition: Condition = None,
+        latents: Tensor | None = None,
+        truncation: float = 1.0,
+    ) -> Sample:
         """Draw samples from the generator, or from its moving average in eval mode when there is one.
 
         Args:
             n: number of samples; None: as many as there are latents or conditions.
             condition: (n, ...), for a generator that takes one.
             latents: (n, latent_dim); None: drawn from the module's own noise.
+            truncation: ψ of StyleGAN, w̄ + ψ (w − w̄): less than 1 for better samples with less variety. It is set as the
+                attribute ``truncation`` of the generator, or of parts of it, for these samples; see
+                :class:`~lightning_gan_stability.StyleGenerator`.
 
         Returns:
             (n, ...) samples.
 
         Raises:
             ValueError: if latents or condition do not fit ``n`` and ``latent_dim``, or say not how many samples to
-            draw.
+                draw; or if no part of the generator has an attribute ``truncation``.
 
         Example:
             >>> from lightning_gan_stability import MLP
@@ -343,7 +382,9 @@ class GANModule(LightningModule):
             latents = latents.to(self.device)
             if latents.shape != (n, self.latent_dim):
                 raise ValueError(f"`latents` must have shape {(n, self.latent_dim)}, got {tuple(latents.shape)}.")
-        return self.networks.generate(n, condition, latents)[0]
+        check_finite("truncation", truncation)
+        with nullcontext() if truncation == 1 else truncated(self.current_generator, truncation):
+            return self.networks.generate(n, condition, latents)[0]
 
     def forward(self, inputs: Any, condition: Condition = None) -> Sample:
         """Samples from latents and a condition, or, for a generator without latents, from a condition alone."""
@@ -419,6 +460,19 @@ class GANModule(LightningModule):
             ValueError: if the generator's samples do not have the shape of the data.
         """
         regularizers = self.due(player) if regularizers is None else regularizers
+        with self._turn_of(player):
+            return self._samples(player, batch, regularizers)
+
+    @contextmanager
+    def _turn_of(self, player: Player) -> Iterator[None]:
+        before = self.turn
+        self.turn = player if self.noise.in_step and not self.engine.in_separate_step else None
+        try:
+            yield
+        finally:
+            self.turn = before
+
+    def _samples(self, player: Player, batch: Any, regularizers: Sequence[Regularizer]) -> GANOutputs:
         names = {name for regularizer in regularizers for name in regularizer.differentiates}
         if isinstance(batch, GANOutputs):  # made once for both players
             shared = _for_player(player, batch, names)
@@ -427,15 +481,16 @@ class GANModule(LightningModule):
             real, condition = self.unpacked(batch)
             n = batch_size(real)
             latents = None if self.latent_dim is None else self.draw_latents(n)
+            given = self._drawn_condition(n, condition)
             if "real" in names:
                 real = differentiable(real)
             if player == "g":
                 if "latents" in names and latents is not None:
                     latents = latents.requires_grad_()
-                fake, extras = self.networks.generate(n, condition, latents)
+                fake, extras = self.networks.generate(n, given, latents)
             else:
                 with torch.no_grad():
-                    fake, extras = self.networks.generate(n, condition, latents)
+                    fake, extras = self.networks.generate(n, given, latents)
                 if "fake" in names:
                     fake = differentiable(fake)
         if isinstance(fake, Tensor) and isinstance(real, Tensor):
@@ -446,7 +501,14 @@ class GANModule(LightningModule):
             raise ValueError(
                 f"The generator made samples of shape {shapes(fake)}, but the data have shape {shapes(real)}."
             )
-        return GANOutputs(real, fake, latents=latents, condition=condition, extras=extras)
+        return GANOutputs(real, fake, latents=latents, condition=condition, extras=extras, fake_condition=given)
+
+    def _drawn_condition(self, n: int, condition: Condition) -> Condition:
+        """What `draw_condition` returns, checked."""
+        given = self.draw_condition(n, condition)
+        if given is not condition:
+            check_condition(given, n)
+        return given
 
     def compute_outputs(
         self, player: Player, batch: Any, regularizers: Sequence[Regularizer] | None = None
@@ -467,7 +529,7 @@ class GANModule(LightningModule):
         """
         regularizers = self.due(player) if regularizers is None else regularizers
         precise = any(regularizer.differentiates for regularizer in regularizers)
-        with self.full_precision() if precise else nullcontext():
+        with self._turn_of(player), self.full_precision() if precise else nullcontext():
             outputs = self.compute_samples(player, batch, regularizers)
             if self.noise.in_step:
                 for callback in self.engine.callbacks():
@@ -491,13 +553,28 @@ class GANModule(LightningModule):
         """
         changes: dict[str, Any] = {}
         start = self.noise.randomness() if same_augmentation else None
-        if real:
-            logits, features, activations = self.networks.discriminate(outputs.real, outputs.condition)
-            changes |= {"real_logits": logits, "real_features": features, "real_activations": activations}
-        if fake:
-            logits, features, activations = self.networks.discriminate(outputs.fake, outputs.fake_condition, start)
-            changes |= {"fake_logits": logits, "fake_features": features, "fake_activations": activations}
+        for side, wanted in (("real", real), ("fake", fake)):
+            if not wanted:
+                continue
+            sample = getattr(outputs, side)
+            condition = outputs.condition if side == "real" else outputs.fake_condition
+            found = self.networks.discriminate(sample, condition, start if side == "fake" else None)
+            kinds = ("logits", "features", "activations", "augmented")
+            changes |= {f"{side}_{kind}": value for kind, value in zip(kinds, found, strict=True)}
         return outputs.replace(**changes)
+
+    def augment_samples(self, sample: Sample) -> Sample:
+        """Samples as the discriminator sees them in training: through ``augment``, and through those of callbacks.
+
+        Args:
+            sample: (n, ...).
+        """
+        with self.noise.of_samples():
+            sample = self.augment(sample)
+            if self.noise.in_step:
+                for callback in self.engine.callbacks():
+                    sample = callback.augment(self, sample)
+        return sample
 
     def watch_layers(self, layers: Sequence[str]) -> Callable[[], None]:
         """Keep what layers of the discriminator return, as ``real_activations`` and ``fake_activations`` of outputs.
@@ -527,8 +604,8 @@ class GANModule(LightningModule):
         """The outputs with samples from other latents, with a graph to the generator if theirs have one."""
         graph = any(leaf.grad_fn is not None for leaf in tree_leaves(outputs.fake))
         with torch.set_grad_enabled(graph):
-            fake, extras = self.networks.generate(batch_size(outputs.fake), outputs.condition, latents)
-        return outputs.replace(fake=fake, extras=extras, latents=latents, fake_condition=outputs.condition)
+            fake, extras = self.networks.generate(batch_size(outputs.fake), outputs.fake_condition, latents)
+        return outputs.replace(fake=fake, extras=extras, latents=latents)
 
     # ---------- gradients and steps
 
@@ -760,9 +837,10 @@ class GANModule(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Both losses and the discriminator's accuracy on held-out data, as ``val/...``."""
-        if batch_size(self._taken_apart(batch).real) < self.packing:
+        n = batch_size(self._taken_apart(batch).real)
+        if n < self.packing:
             return  # the rest of a data set that fills no pack
-        with self.noise.of("validation", dataloader_idx, batch_idx):
+        with self.noise.of("validation", dataloader_idx, batch_idx), self._naming_incomplete(batch_idx, n):
             outputs = self.compute_outputs("d", batch, ())
         values: dict[str, Tensor] = {}
         for player in PLAYERS:
@@ -773,6 +851,22 @@ class GANModule(LightningModule):
         accuracies = [self.loss.accuracy(real, fake) for _, real, fake in outputs.pairs()]
         values["val/d/accuracy"] = torch.stack(accuracies).mean()
         self.log_dict(values, batch_size=batch_size(outputs.real), sync_dist=True)
+
+    @contextmanager
+    def _naming_incomplete(self, batch_idx: int, n: int) -> Iterator[None]:
+        """Say what to do if the networks fail in a validation batch that is smaller than the first one."""
+        if batch_idx == 0:
+            self._first_val_size = n
+        try:
+            yield
+        except (RuntimeError, ValueError, AssertionError) as error:
+            if n >= self._first_val_size:
+                raise
+            raise MisconfigurationException(
+                f"The networks cannot take the incomplete last validation batch, of {n} samples instead of "
+                f"{self._first_val_size}, as statistics over groups of samples may not: leave it out, by "
+                "`drop_last=True` of a DataLoader or of `Images`, or hold out whole batches."
+            ) from error
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Sample:
         """As many samples as the batch has, with its conditions if there are any.

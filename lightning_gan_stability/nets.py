@@ -1,8 +1,9 @@
-"""Small generators and discriminators for tests, recipes and examples: MLP, DCGAN, ResNet and an auto-encoder.
+"""Generators and discriminators: MLP, DCGAN, ResNet and an auto-encoder, the networks of R3GAN, and a style generator.
 
 Any `torch.nn.Module` can be trained; these only spare the writing. All are twice differentiable, as gradient penalties
-need. Every network but `AutoEncoder` becomes class-conditional by `num_classes` and then needs labels, int64 in
-[0, num_classes). Without classes labels are not looked at: a labelled batch hands its labels to every network."""
+need. `AutoEncoder` and `StyleGenerator` apart, each becomes class-conditional by `num_classes` and then needs labels,
+int64 in [0, num_classes). Without classes labels are not looked at: a labelled batch hands its labels to every network.
+"""
 
 import math
 from collections import OrderedDict
@@ -13,10 +14,24 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_gan_stability._checks import check, check_integer, check_number, is_integer
+from lightning_gan_stability._checks import check, check_integer, check_number, check_share, check_type, is_integer
+from lightning_gan_stability.distributed import mean_over_ranks
+from lightning_gan_stability.layers import MinibatchStdDev as MinibatchStdDev
 from lightning_gan_stability.layers import Packed as Packed
+from lightning_gan_stability.layers import condition_parameter
+from lightning_gan_stability.outputs import Condition, Sample
 
-__all__ = ["MLP", "AutoEncoder", "DCGANDiscriminator", "DCGANGenerator", "ResNetDiscriminator", "ResNetGenerator"]
+__all__ = [
+    "MLP",
+    "AutoEncoder",
+    "DCGANDiscriminator",
+    "DCGANGenerator",
+    "R3GANDiscriminator",
+    "R3GANGenerator",
+    "ResNetDiscriminator",
+    "ResNetGenerator",
+    "StyleGenerator",
+]
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
 _SIZES = (8, 16, 32, 64, 128)
@@ -261,26 +276,30 @@ class DCGANDiscriminator(_Discriminator):
             _draw(self.linear, 0.02)
 
 
-def _convolution(inside: int, outside: int, kernel: int = 1, gain: float = 1.0, bias: bool = False) -> nn.Conv2d:
-    layer = nn.Conv2d(inside, outside, kernel, padding=kernel // 2, bias=bias)
-    return _draw(layer, gain / math.sqrt(inside * kernel**2))
+def _convolution(
+    inside: int, outside: int, kernel: int = 1, gain: float = 1.0, bias: bool = False, groups: int = 1
+) -> nn.Conv2d:
+    layer = nn.Conv2d(inside, outside, kernel, padding=kernel // 2, groups=groups, bias=bias)
+    return _draw(layer, gain / math.sqrt(inside // groups * kernel**2))
 
 
 class ResidualBlock(nn.Module):
-    """Bottleneck without normalization, x + W3 a(W2 a(W1 x)), that starts as the identity, with W3 = 0.
+    """Block without normalization, x + W3 a(W2 a(W1 x)), that starts as the identity, with W3 = 0.
 
     "Fixup Initialization", https://arxiv.org/abs/1901.09321: W1 and W2 start with He's gain times depth^(-1/4), where
-    depth is the number of such blocks in the network. Input and output are (n, channels, height, width).
+    depth is the number of such blocks in the network. Input and output are (n, channels, height, width); inside there
+    are expansion · channels, of which the 3x3 convolution W2 mixes those of a group.
     """
 
-    def __init__(self, channels: int, depth: int) -> None:
+    def __init__(self, channels: int, depth: int, expansion: int = 1, groups: int = 1) -> None:
         super().__init__()
+        inner = expansion * channels
         self.layers = nn.Sequential(
-            _convolution(channels, channels, 1, _GAIN * depth**-0.25, bias=True),
+            _convolution(channels, inner, 1, _GAIN * depth**-0.25, bias=True),
             nn.LeakyReLU(_SLOPE),
-            _convolution(channels, channels, 3, _GAIN * depth**-0.25, bias=True),
+            _convolution(inner, inner, 3, _GAIN * depth**-0.25, bias=True, groups=groups),
             nn.LeakyReLU(_SLOPE),
-            _convolution(channels, channels, 1, gain=0.0),
+            _convolution(inner, channels, 1, gain=0.0),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -355,6 +374,269 @@ class ResNetDiscriminator(_Discriminator):
             layers += [nn.AvgPool2d(2), *change, ResidualBlock(outside, len(widths))]
         basis = nn.Conv2d(widths[-1], widths[-1], 4, groups=widths[-1], bias=False)
         super().__init__([*layers, _draw(basis, 16**-0.5)], widths[-1], num_classes)
+
+
+class _Resample(nn.Module):
+    """Twice or half the size by the filter [1, 3, 3, 1] along each axis, with zeros around the image."""
+
+    kernel: Tensor
+
+    def __init__(self, up: bool) -> None:
+        super().__init__()
+        self.up = up
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / (4.0 if up else 8.0)  # between new pixels there are zeros
+        self.register_buffer("kernel", taps.outer(taps).reshape(1, 1, 4, 4), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        resample = nn.functional.conv_transpose2d if self.up else nn.functional.conv2d
+        planes = resample(x.flatten(0, 1).unsqueeze(1), self.kernel, stride=2, padding=1)
+        return planes.reshape(*x.shape[:2], *planes.shape[2:])
+
+
+class _Basis(nn.Module):
+    """Learned 4x4 maps, one for each channel, times a linear function of the input."""
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        self.maps = nn.Parameter(torch.randn(outside, 4, 4))
+        self.linear = _draw(nn.Linear(inside, outside, bias=False), inside**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scales: Tensor = self.linear(x)
+        return self.maps * scales[..., None, None]
+
+
+def _per_stage(name: str, value: object, stages: int) -> list[int]:
+    """An integer for each stage, from one for all of them or a sequence."""
+    values = [value] * stages if is_integer(value) else value
+    valid = _are_positive(values, 1) and len(values) == stages  # type: ignore[arg-type]
+    check(valid, name, f"a positive integer, or {stages} of them, one for each of `widths`", value)
+    return [*values]  # type: ignore[misc]
+
+
+def _r3gan_stages(widths: Sequence[int], blocks: object, groups: object, expansion: int) -> list[list[nn.Module]]:
+    """The residual blocks of each stage, from 4x4 on."""
+    check(_are_positive(widths, 1), "widths", "one or more positive integers, from 4x4 on", widths)
+    _check(expansion=expansion)
+    numbers = _per_stage("blocks", blocks, len(widths))
+    default = [max(expansion * width // 16, 1) for width in widths]
+    cardinalities = default if groups is None else _per_stage("groups", groups, len(widths))
+    for width, group in zip(widths, cardinalities, strict=True):
+        if expansion * width % group:
+            raise ValueError(
+                f"`groups` must divide {expansion * width}, the channels in a block of width {width}, got {group}."
+            )
+    return [
+        [ResidualBlock(width, sum(numbers), expansion, group) for _ in range(number)]
+        for width, number, group in zip(widths, numbers, cardinalities, strict=True)
+    ]
+
+
+class R3GANGenerator(nn.Module):
+    """Generator of R3GAN: residual blocks of grouped convolutions without normalization, from learned 4x4 maps on.
+
+    Channel c at 4x4 is bᶜ · (A [z, e_y])_c with learned maps b; a block is x + W3 a(W2 a(W1 x)) with a bias in each
+    LeakyReLU(0.2) a; in between, where widths differ, 1x1 convolutions, and upsampling by [1, 3, 3, 1]; at the end a
+    1x1 convolution and no tanh. W1 and W2 start as N(0, g² / fan-in) with g = √(2 / 1.04) · L^(−1/4) and the number L
+    of blocks, W3 as 0, b as N(0, 1), all else as N(0, 1 / fan-in), where the fan-in of an embedding is `num_classes`.
+
+    "The GAN is dead; long live the GAN! A Modern GAN Baseline", https://arxiv.org/abs/2501.05441; the defaults are
+    those of CIFAR-10. 64x64: `widths=[768, 768, 768, 768, 384]`; 256x256: `[768, 768, 768, 768, 384, 192, 96]`.
+    Latents (n, latent_dim) and labels (n,) to images (n, channels, size, size), size = 4 · 2^(stages − 1).
+
+    Args:
+        latent_dim: Length of a latent vector.
+        channels: Channels of an image.
+        widths: Channels of each stage, 4x4 first; each one after it has twice the size.
+        blocks: Residual blocks in a stage, or one number for each stage.
+        groups: Groups of the 3x3 convolutions (the cardinality), or one number for each stage; they divide expansion ·
+            width. None: as many as have 16 channels.
+        num_classes: Number of classes; their learned embedding is concatenated to the latents. None: no classes.
+        embedding_dim: Length of the embedding.
+        expansion: Channels inside of a block for each one outside.
+
+    Raises:
+        ValueError: If an argument is out of its range, or labels are missing.
+
+    Example:
+        >>> R3GANGenerator(latent_dim=16, widths=[32, 32, 16])(torch.randn(4, 16)).shape
+        torch.Size([4, 3, 16, 16])
+    """
+
+    def __init__(
+        self,
+        latent_dim: int = 64,
+        channels: int = 3,
+        widths: Sequence[int] = (768, 768, 768, 768),
+        blocks: int | Sequence[int] = 2,
+        groups: int | Sequence[int] | None = None,
+        num_classes: int | None = None,
+        embedding_dim: int = 64,
+        expansion: int = 2,
+    ) -> None:
+        super().__init__()
+        _check(latent_dim=latent_dim, channels=channels, num_classes=num_classes, embedding_dim=embedding_dim)
+        first, *others = _r3gan_stages(widths, blocks, groups, expansion)
+        self.embedding = None
+        if num_classes is not None:
+            self.embedding = nn.Embedding(num_classes, embedding_dim)
+            nn.init.normal_(self.embedding.weight, std=num_classes**-0.5)
+        layers = [_Basis(latent_dim + (0 if num_classes is None else embedding_dim), widths[0]), *first]
+        for (inside, outside), stage in zip(pairwise(widths), others, strict=True):
+            change = [_convolution(inside, outside)] if inside != outside else []
+            layers += [*change, _Resample(up=True), *stage]
+        self.layers = nn.Sequential(*layers, _convolution(widths[-1], channels))
+
+    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return one image for each latent vector."""
+        if self.embedding is not None:
+            labels = _need(labels, self.embedding.num_embeddings, "generator")
+            latents = torch.cat([latents, self.embedding(labels)], dim=1)
+        images: Tensor = self.layers(latents)
+        return images
+
+
+class R3GANDiscriminator(nn.Module):
+    """Discriminator of R3GAN: the mirror of `R3GANGenerator`, down to 4x4 and one logit, <e_y, A h> with classes.
+
+    A 1x1 convolution, then blocks and downsampling by [1, 3, 3, 1], in front of a 1x1 convolution where widths differ;
+    a depthwise 4x4 convolution makes the features h, and a linear layer A without bias the logit, or, with classes, a
+    vector that is multiplied with the embedding e_y of the class. All start as in `R3GANGenerator`; e starts with the
+    gain embedding_dim^(−1/2). https://arxiv.org/abs/2501.05441.
+    Images (n, channels, size, size) and labels (n,) to logits (n,), size = 4 · 2^(stages − 1).
+
+    Args:
+        channels: Channels of an image.
+        widths: Channels of each stage, 4x4 first, as in the generator.
+        blocks: Residual blocks in a stage, or one number for each stage.
+        groups: Groups of the 3x3 convolutions (the cardinality), or one number for each stage; they divide expansion ·
+            width. None: as many as have 16 channels.
+        num_classes: Number of classes; None: no classes.
+        embedding_dim: Length of the embedding. None: the width at 4x4, as in the paper.
+        expansion: Channels inside of a block for each one outside.
+
+    Raises:
+        ValueError: If an argument is out of its range, or labels are missing.
+
+    Example:
+        >>> R3GANDiscriminator(widths=[32, 32, 16])(torch.randn(4, 3, 16, 16)).shape
+        torch.Size([4])
+    """
+
+    def __init__(
+        self,
+        channels: int = 3,
+        widths: Sequence[int] = (768, 768, 768, 768),
+        blocks: int | Sequence[int] = 2,
+        groups: int | Sequence[int] | None = None,
+        num_classes: int | None = None,
+        embedding_dim: int | None = None,
+        expansion: int = 2,
+    ) -> None:
+        super().__init__()
+        _check(channels=channels, num_classes=num_classes)
+        first, *others = _r3gan_stages(widths, blocks, groups, expansion)
+        dim = widths[0] if embedding_dim is None else check_integer("embedding_dim", embedding_dim)
+        layers: list[nn.Module] = [_convolution(channels, widths[-1])]
+        for (inside, outside), stage in reversed([*zip(pairwise(widths), others, strict=True)]):
+            change = [_convolution(outside, inside)] if inside != outside else []
+            layers += [*stage, _Resample(up=False), *change]
+        basis = _draw(nn.Conv2d(widths[0], widths[0], 4, groups=widths[0], bias=False), 16**-0.5)
+        self.layers = nn.Sequential(*layers, *first, basis, nn.Flatten())
+        outputs = 1 if num_classes is None else dim
+        self.linear = _draw(nn.Linear(widths[0], outputs, bias=False), widths[0] ** -0.5)
+        self.embedding = None
+        if num_classes is not None:
+            self.embedding = nn.Embedding(num_classes, dim)
+            nn.init.normal_(self.embedding.weight, std=(dim * num_classes) ** -0.5)
+
+    def forward(self, samples: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return one logit for each image."""
+        outputs: Tensor = self.linear(self.layers(samples))
+        if self.embedding is None:
+            return outputs.squeeze(1)
+        labels = _need(labels, self.embedding.num_embeddings, "discriminator")
+        return outputs.mul(self.embedding(labels)).sum(dim=1)
+
+
+class StyleGenerator(nn.Module):
+    """Generator of a mapping and a synthesis network, with the average of w between them and truncation towards it.
+
+    x = S(w₁, ..., w_L) with w = M(z, y) for each of L layers; w̄ ← β w̄ + (1 − β) E w, when a call is asked to move it;
+    with the truncation ψ w becomes w̄ + ψ (w − w̄): less variety, and better samples. "A Style-Based Generator
+    Architecture for Generative Adversarial Networks", https://arxiv.org/abs/1812.04948; w̄ starts at 0.
+
+    StyleGAN2 moves w̄ in the discriminator's turn alone, for which a module overrides :meth:`GANModule.generate`::
+
+        def generate(self, network, n, condition, latents):
+            return network(latents, condition, update_average=self.turn == "d")
+
+    Calling it returns samples and ``{"w": w}``, from which ``PathLengthPenalty(latents="w")`` takes w. A module that
+    mixes styles calls :meth:`styles` and `synthesis` instead, as in `examples/stylegan2.py`; then ModelParallelStrategy
+    cannot shard it. w̄ is a mean over all processes; `accumulate` moves it once for each micro-batch.
+
+    Args:
+        mapping: Maps latents (n, latent_dim), and a condition if its `forward` takes one, to w (n, w_dim).
+        synthesis: Maps w (n, num_layers, w_dim) to samples.
+        w_dim: Length of w.
+        num_layers: Number L of vectors that `synthesis` takes for a sample.
+        decay: β in [0, 1].
+
+    Attributes:
+        w_average: w̄, a buffer (w_dim,).
+        truncation: ψ of the next samples; ``GANModule.sample(truncation=...)`` sets it for its own ones.
+
+    Raises:
+        ValueError: If an argument is out of its range, if `mapping` returns another shape, or if samples are to be
+            truncated towards an average that has not moved.
+
+    Example:
+        >>> synthesis = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8, 2))
+        >>> generator = StyleGenerator(MLP([4, 16, 8]), synthesis, w_dim=8, num_layers=3)
+        >>> samples, extras = generator(torch.randn(5, 4))
+        >>> samples.shape, extras["w"].shape
+        (torch.Size([5, 2]), torch.Size([5, 3, 8]))
+    """
+
+    w_average: Tensor
+
+    def __init__(
+        self, mapping: nn.Module, synthesis: nn.Module, w_dim: int, num_layers: int, decay: float = 0.998
+    ) -> None:
+        super().__init__()
+        self.mapping = check_type("mapping", mapping, nn.Module)
+        self.synthesis = check_type("synthesis", synthesis, nn.Module)
+        self.w_dim, self.num_layers = check_integer("w_dim", w_dim), check_integer("num_layers", num_layers)
+        self.decay = check_share("decay", decay)
+        self.truncation = 1.0
+        self.takes, self.needs = condition_parameter(mapping)
+        self.register_buffer("w_average", torch.zeros(w_dim))
+
+    def styles(self, latents: Tensor, condition: Condition = None, update_average: bool = False) -> Tensor:
+        """Return w (n, num_layers, w_dim), truncated if `truncation` is not 1; move the average first if asked to."""
+        if self.needs and condition is None:
+            raise ValueError("`condition` is needed: the mapping takes one.")
+        w: Tensor = self.mapping(latents, condition) if self.takes and condition is not None else self.mapping(latents)
+        if w.shape != (len(latents), self.w_dim):
+            raise ValueError(f"`mapping` must return w of shape {(len(latents), self.w_dim)}, got {tuple(w.shape)}.")
+        if update_average:
+            mean = mean_over_ranks(w.detach().mean(0)).to(self.w_average.dtype)
+            self.w_average.copy_(mean.lerp(self.w_average, self.decay))
+        if self.truncation != 1:
+            if not self.w_average.any():
+                raise ValueError(
+                    "`truncation` pulls towards the average of w, which has not moved: call the generator "
+                    "with update_average=True in training, such as in the discriminator's turn."
+                )
+            w = self.w_average.to(w.dtype).lerp(w, self.truncation)
+        return w.unsqueeze(1).expand(-1, self.num_layers, -1)
+
+    def forward(
+        self, latents: Tensor, condition: Condition = None, update_average: bool = False
+    ) -> tuple[Sample, dict[str, Tensor]]:
+        """Return samples, and w; move the average if asked to."""
+        w = self.styles(latents, condition, update_average)
+        return self.synthesis(w), {"w": w}
 
 
 class AutoEncoder(nn.Sequential):

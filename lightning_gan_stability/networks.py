@@ -141,8 +141,8 @@ class NetworkRunner:
 
     def discriminate(
         self, sample: Sample, condition: Condition, randomness: Randomness | None = None
-    ) -> tuple[Logits, Features, dict[str, Any]]:
-        """Logits (n,) or (n, patches) of each discriminator, features, and outputs of watched layers.
+    ) -> tuple[Logits, Features, dict[str, Any], Sample]:
+        """Logits (n,) or (n, patches) of each discriminator, features, outputs of watched layers, and what was judged.
 
         Args:
             sample: (n, ...); it is augmented in training.
@@ -153,7 +153,7 @@ class NetworkRunner:
         augmented = sample
         if module.training:
             with nullcontext() if randomness is None else module.replay_randomness(randomness):
-                augmented = module.augment(sample)
+                augmented = module.augment_samples(sample)
         self._seen = {}
         network = module.discriminator
         if is_compiled(network):
@@ -172,7 +172,8 @@ class NetworkRunner:
         if module.loss.judges_reconstructions:
             logits = self._reconstruction_errors(logits, augmented)
         activations = self._activations() if self._hooks else {}
-        return self._checked_logits(logits, batch_size(augmented) // module.packing), features, activations
+        logits = self._checked_logits(logits, batch_size(augmented) // module.packing)
+        return logits, features, activations, augmented
 
     def _checked_logits(self, logits: Logits, n: int) -> Logits:
         """The logits of n samples or packs, of the same discriminators as before."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gan_stability._checks import check_integer
+from lightning_gan_stability.distributed import world_size
 from lightning_gan_stability.layers import parameter_dtype
 from lightning_gan_stability.outputs import tree_map
 
@@ -33,6 +36,35 @@ def generator(*key: object, device: torch.device | str = "cpu") -> torch.Generat
         True
     """
     return torch.Generator(device).manual_seed(seed_of(*key))
+
+
+_OF_BATCH: ContextVar[Noise | None] = ContextVar("noise of the batch", default=None)
+
+
+def batch_rand(n: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
+    r"""Values (n, \*shape) in float32, uniform in [0, 1), for the n samples of a batch.
+
+    Where a GANModule augments samples they come from its noise, and are rows of what all processes would draw together:
+    N processes draw what one does for the whole batch, and so do micro-batches. Elsewhere they come from torch's
+    default generator.
+
+    Example:
+        >>> batch_rand(2, 3).shape
+        torch.Size([2, 3])
+    """
+    noise = _OF_BATCH.get()
+    return torch.rand(n, *shape, device=device) if noise is None else noise.of_batch(torch.rand, n, *shape).to(device)
+
+
+def batch_randn(n: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
+    r"""Standard normal values (n, \*shape) in float32; see :func:`batch_rand`.
+
+    Example:
+        >>> batch_randn(2, 3).shape
+        torch.Size([2, 3])
+    """
+    noise = _OF_BATCH.get()
+    return torch.randn(n, *shape, device=device) if noise is None else noise.of_batch(torch.randn, n, *shape).to(device)
 
 
 class Clock(Protocol):
@@ -121,18 +153,40 @@ class Noise:
 
     def _sample(self, function: Callable[..., Tensor], n: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         check_integer("n", n)
-        clock, rows = self.clock, self._rows
-        key = (self.seed, clock.global_rank, clock.iteration, *self._key, self.draw)
+        start, stop, total = self._rows_of(n)
+        key = (self.seed, self.clock.global_rank, self.clock.iteration, *self._key, self.draw)
         self.draw += 1
-        device = clock.device
+        values = self._drawn(function, (total, *shape), dtype, *key)
+        return values if total == n else values[start:stop]
+
+    def of_batch(self, function: Callable[..., Tensor], n: int, *shape: int) -> Tensor:
+        """The rows of n samples in what is drawn for the batch of all processes together; see :func:`batch_rand`."""
+        start, _, total = self._rows_of(n)
+        start += self.clock.global_rank * total
+        key = (self.seed, "batch", self.clock.iteration, *self._key, self.draw)
+        self.draw += 1
+        if prod(shape) <= 64:
+            whole = (max(world_size() * total, start + n), *shape)
+            return self._drawn(function, whole, torch.float32, *key)[start : start + n]
+        # of values as many as pixels nothing is drawn for the samples of others
+        rows = [self._drawn(function, shape, torch.float32, *key, row) for row in range(start, start + n)]
+        return torch.stack(rows)
+
+    def _rows_of(self, n: int) -> tuple[int, int, int]:
+        """Start, stop and size of the batch that n samples are rows of."""
+        rows = self._rows
+        return rows if rows and rows[1] - rows[0] == n else (0, n, n)
+
+    def _drawn(
+        self, function: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype, *key: object
+    ) -> Tensor:
+        device = self.clock.device
         # not every version of XLA and MPS has generators of its own
         source = device if device.type in ("cpu", "cuda") else torch.device("cpu")
-        start, stop, total = rows if rows and rows[1] - rows[0] == n else (0, n, n)
         if self._generator is None or self._generator.device != source:
             self._generator = torch.Generator(source)
         drawn = self._generator.manual_seed(seed_of(*key))
-        values = function(total, *shape, generator=drawn, device=source, dtype=dtype).to(device)
-        return values if total == n else values[start:stop]
+        return function(*shape, generator=drawn, device=source, dtype=dtype).to(device)
 
     # ---------- contexts
 
@@ -170,6 +224,15 @@ class Noise:
         finally:
             self._key, self._rows = outer
             self.restore(before)
+
+    @contextmanager
+    def of_samples(self) -> Iterator[None]:
+        """What :func:`batch_rand` and :func:`batch_randn` draw within is this noise."""
+        token = _OF_BATCH.set(self)
+        try:
+            yield
+        finally:
+            _OF_BATCH.reset(token)
 
     @contextmanager
     def rows(self, start: int, stop: int, total: int, draw: int) -> Iterator[None]:

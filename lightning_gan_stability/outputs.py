@@ -188,6 +188,8 @@ class GANOutputs:
         fake_condition: what the generated samples are judged with, where that is another condition, as of a pool.
         real_activations: the outputs of watched layers of the discriminator for real samples, by their names.
         fake_activations: the same for generated samples.
+        real_augmented: the real samples as the discriminator saw them, after augmentations.
+        fake_augmented: the same for generated samples.
 
     Example:
         >>> outputs = GANOutputs(torch.ones(2, 1), torch.zeros(2, 1), fake_logits=torch.zeros(2))
@@ -207,6 +209,8 @@ class GANOutputs:
     fake_condition: Condition = None
     real_activations: dict[str, Any] = field(default_factory=dict)
     fake_activations: dict[str, Any] = field(default_factory=dict)
+    real_augmented: Sample = None
+    fake_augmented: Sample = None
 
     def __post_init__(self) -> None:
         """Judge both kinds of samples with one condition, unless there are two."""
@@ -286,8 +290,8 @@ def detached(outputs: GANOutputs) -> GANOutputs:
     return GANOutputs(**{name: detach(getattr(outputs, name)) for name in _FIELDS})
 
 
-# activations are for penalties alone, which have been taken when outputs are kept
-_FIELDS = tuple(f.name for f in dataclasses.fields(GANOutputs) if not f.name.endswith("_activations"))
+# these are for penalties alone, which have been taken when outputs are kept
+_FIELDS = tuple(f.name for f in dataclasses.fields(GANOutputs) if not f.name.endswith(("_activations", "_augmented")))
 
 
 @dataclass(slots=True)

@@ -57,6 +57,7 @@ class GANProtocol(Protocol):
     # ---------- where it stands
     iteration: int
     steps: dict[Player, int]
+    turn: Player | None
     last_step: StepRecord
     adversarial: bool
 
@@ -86,6 +87,8 @@ class GANProtocol(Protocol):
         self, network: nn.Module, sample: Sample, condition: Condition
     ) -> Logits | tuple[Logits, Features]: ...
 
+    def draw_condition(self, n: int, condition: Condition) -> Condition: ...
+
     def auxiliary_losses(self, player: Player, outputs: GANOutputs) -> Terms: ...
 
     def adversarial_weight(self, player: Player, outputs: GANOutputs) -> float | Tensor: ...
@@ -93,7 +96,13 @@ class GANProtocol(Protocol):
     # ---------- samples and logits
     def unpacked(self, batch: Any) -> Unpacked: ...
 
-    def sample(self, n: int | None = None, condition: Condition = None, latents: Tensor | None = None) -> Sample: ...
+    def sample(
+        self,
+        n: int | None = None,
+        condition: Condition = None,
+        latents: Tensor | None = None,
+        truncation: float = 1.0,
+    ) -> Sample: ...
 
     def logits(self, sample: Sample, condition: Condition = None) -> Logits: ...
 
@@ -104,6 +113,8 @@ class GANProtocol(Protocol):
     def compute_outputs(
         self, player: Player, batch: Any, regularizers: Sequence[Regularizer] | None = None
     ) -> GANOutputs: ...
+
+    def augment_samples(self, sample: Sample) -> Sample: ...
 
     def judge(
         self, outputs: GANOutputs, real: bool = True, fake: bool = True, same_augmentation: bool = False

@@ -15,7 +15,7 @@ from torch import nn
 from toys import fit, points, public_callbacks, small, trainer
 
 import lightning_gan_stability
-from lightning_gan_stability import Alternating, GANCallback, R1Penalty, Regularizer, UpdateRule
+from lightning_gan_stability import Alternating, GANCallback, R1Penalty, Regularizer, Schedule, UpdateRule
 from lightning_gan_stability.callback import check_once, refuse_after_weight_averaging
 from lightning_gan_stability.monitors.rollback import put_back, take
 
@@ -360,7 +360,7 @@ def test_the_weight_of_a_class_is_a_default():
 
 @pytest.mark.parametrize("step", [0, 1, 25, 50, 99, 100, 1000])
 def test_weights_follow_a_cosine(step):
-    penalty = Mean(weight=8.0, final_weight=2.0, steps=100)
+    penalty = Mean(weight=Schedule(8.0, 2.0, 100))
     progress = (1 - math.cos(math.pi * min(step, 100) / 100)) / 2
     assert penalty.weight_at(step) == pytest.approx(8 - 6 * progress)
     assert penalty.weight_at(0) == 8
@@ -373,10 +373,8 @@ def test_weights_follow_a_cosine(step):
     [
         ({"weight": -1}, "`weight` must be a finite number that is not negative, got -1"),
         ({"every": 0}, "`every` must be a positive integer, got 0"),
-        ({"final_weight": 1.0}, "`final_weight` and `steps` go together, got 1.0 and None"),
-        ({"steps": 5}, "`final_weight` and `steps` go together, got None and 5"),
-        ({"final_weight": -1.0, "steps": 5}, "`final_weight` must be a finite number that is not negative, got -1"),
-        ({"final_weight": 1.0, "steps": 0}, "`steps` must be a positive integer, got 0"),
+        ({"weight": Schedule(1.0, -1.0, 5)}, "`weight.end` must be a finite number that is not negative, got -1"),
+        ({"weight": Schedule(-1.0, 1.0, 5)}, "`weight.start` must be a finite number that is not negative, got -1"),
     ],
 )
 def test_bad_arguments_of_regularizers(kwargs, message):

@@ -300,11 +300,15 @@ def test_module_runs_and_a_newcomer_sees_no_warning(write):
 CALLBACKS = """
 AdaptiveAdversarialWeight: {layer: layers.2, weight: 0.8, max: 100}
 AdaptiveUpdateRatio: {rule: loss_change, max_rest: 3}
+AdaptiveAugmentation: {target: 0.5, interval: 1, augment: {class_path: AugmentPipe, init_args: {transforms: noise}}}
 AdversarialStart: {step: 1, ramp: 2, discriminator_first: true}
 Alternating: {share_fake: true}
 ApproximateR1Penalty: {weight: 100, sigma: 0.01, every: 2}
 ApproximateR2Penalty: {}
 Reconstruction: {weight: 2, distance: l2, name: mse}
+AugmentationSchedule:
+  p: {start: 0, end: 0.3, steps: 10}
+  augment: {class_path: AugmentPipe, init_args: {transforms: noise}}
 CollapseDetector: {action: rollback, patience: 9, remedy: [{class_path: ScalePenalty, init_args: {factor: 2}}]}
 CompetitiveGradientDescent: {adaptive: true}
 ConsensusOptimization: {gamma: 0.1}
@@ -316,16 +320,18 @@ FeatureMatching: {weight: 2, layers: [layers.*], layer_weights: {layers.0: 0.5}}
 GeneratorEMA: {half_life: 100, ramp_up: 0.05}
 GradientPenalty: {target: 0, weight: 1}
 HealthMonitor: {every: 2, patience: 2, held_out: true}
+InstanceNoise: {std: 0.2, steps: 10}
 LeCam: {start: 1}
 LogitDrift: {weight: 0.001}
 Lookahead: {k: 2, alpha: 0.5}
 LossBalancer: {weights: {adversarial: 1, mse: 2}}
 ModeSeeking: {}
+OptimizerSchedule: {values: {lr: {start: 1.0e-3, end: 1.0e-4, steps: 10, shape: linear}, betas.1: 0.9}, player: d}
 OrthogonalPenalty: {player: d}
 PairedMonitor: {metrics: {error: {class_path: torchmetrics.MeanSquaredError}}, inputs: {error: [fake, real]}}
 PathLengthPenalty: {every: 1}
 QualityMonitor: {every: 1, n_samples: 50, metrics: [fid, recall]}
-R1Penalty: {gamma: 1, final_gamma: 0.1, steps: 100}
+R1Penalty: {gamma: {start: 1, end: 0.1, steps: 100}}
 R2Penalty: {}
 Reconstruction: {weight: 2, distance: l2, name: mse}
 SampleLogger: {every: 2, n: 10}
@@ -340,7 +346,7 @@ WeightClipping: {limit: 0.1}
 ARGUMENTS = yaml.safe_load(CALLBACKS)
 RULES = ["Alternating", "CompetitiveGradientDescent", "ConsensusOptimization", "Extragradient", "Simultaneous"]
 # what can run together; a run has one update rule, and one callback that says who moves; Unrolling needs both players
-ALONE = ["AdaptiveUpdateRatio", "AdversarialStart", "FakePool"]
+ALONE = ["AdaptiveUpdateRatio", "AdversarialStart", "AugmentationSchedule", "FakePool"]
 TOGETHER = [[name for name in ARGUMENTS if name not in (*RULES, *ALONE)], [*ALONE, "Reconstruction"]]
 
 
@@ -369,6 +375,20 @@ def test_no_callback_is_left_out():
 def test_own_optimizers_by_their_short_name(name, write):
     optimizer = {"class_path": name, "init_args": {"lr": 0.01}}
     main(["fit", "--config", write(MODEL | {"g_optimizer": optimizer, "d_optimizer": optimizer})])
+    assert GANModule.load_from_checkpoint(CHECKPOINT).iteration == 3
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        {"class_path": "AugmentPipe", "init_args": {"transforms": {"noise": 0.5}, "p": 0.2}},
+        {"class_path": "torch.nn.Dropout", "init_args": {"p": 0.1}},
+    ],
+)
+def test_an_augmentation_as_an_argument(augment, write, printed):
+    config = write(MODEL | {"augment": augment})
+    main(["fit", "--config", config])
+    assert augment["class_path"] in printed("fit", "--config", config)
     assert GANModule.load_from_checkpoint(CHECKPOINT).iteration == 3
 
 

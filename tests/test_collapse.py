@@ -494,5 +494,5 @@ def test_penalties_have_their_own_weights_in_the_next_run():
 
 def test_remedied_weights_go_to_penalties_of_the_same_name():
     run = trainer(callbacks=[LeCam(0.3), R1Penalty(0.1)])
-    give_weights(run, [("R1Penalty", 0.5, None), ("R2Penalty", 7.0, None)])
-    assert weights_of(run) == [("LeCam", 0.3, None), ("R1Penalty", 0.5, None)]
+    give_weights(run, [("R1Penalty", 0.5), ("R2Penalty", 7.0)])
+    assert weights_of(run) == [("LeCam", 0.3), ("R1Penalty", 0.5)]

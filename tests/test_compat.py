@@ -28,6 +28,7 @@ from lightning_gan_stability._compat import (
     buffer_names,
     computed_weights,
     given_hyperparameters,
+    grid_sample_transposed,
     has_old_spectral_norm,
     has_old_weight_norm,
     is_compiled,
@@ -73,6 +74,7 @@ RELIES_ON = {
     "allow_unused_parameters": {"_ddp_kwargs"},
     "saves_by_time": {"_train_time_interval"},
     "loader_of": {"_data_source"},
+    "grid_sample_transposed": set(),  # an operator of torch.ops.aten, which has no promise of stability either
 }
 
 
@@ -410,6 +412,16 @@ def test_mark_dynamic_also_takes_a_batch_of_one():
         x = torch.zeros(n, 2)
         mark_dynamic(x)
         assert network(x).shape == (n, 2)
+
+
+def test_grid_sample_transposed_is_the_gradient_by_the_input():
+    """`torch.ops.aten.grid_sampler_2d_backward`, which is called with bilinear, zeros, and corners not aligned."""
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    grid = 2.4 * torch.rand(2, 6, 7, 2, dtype=torch.float64) - 1.2
+    y = torch.nn.functional.grid_sample(x, grid, "bilinear", "zeros", align_corners=False)
+    gradient = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, x, gradient)
+    torch.testing.assert_close(grid_sample_transposed(gradient, grid, x.shape), expected, rtol=0, atol=1e-14)
 
 
 # ---------- torch: schedulers

@@ -17,11 +17,14 @@ import lightning_gan_stability
 from lightning_gan_stability import (
     MLP,
     AdaptiveAdversarialWeight,
+    AdaptiveAugmentation,
     AdaptiveUpdateRatio,
     AdversarialStart,
     Alternating,
     ApproximateR1Penalty,
     ApproximateR2Penalty,
+    AugmentationSchedule,
+    AugmentPipe,
     BoundaryEquilibrium,
     CollapseDetector,
     CompetitiveGradientDescent,
@@ -37,6 +40,7 @@ from lightning_gan_stability import (
     GradientPenalty,
     HealthMonitor,
     Hinge,
+    InstanceNoise,
     LeastSquares,
     LeCam,
     LogitDrift,
@@ -46,6 +50,7 @@ from lightning_gan_stability import (
     ModeSeeking,
     NonSaturating,
     OptimisticAdam,
+    OptimizerSchedule,
     OrthogonalPenalty,
     Packed,
     PairedMonitor,
@@ -58,6 +63,7 @@ from lightning_gan_stability import (
     Relativistic,
     RelativisticAverage,
     SampleLogger,
+    Schedule,
     Simultaneous,
     SpectralNorm,
     Unrolling,
@@ -96,7 +102,7 @@ RULES = {
 }
 REGULARIZERS = {
     "none": list,
-    "R1Penalty": lambda: [R1Penalty(0.1, every=2, final_gamma=0.0, steps=3)],
+    "R1Penalty": lambda: [R1Penalty(Schedule(0.1, 0.0, 3), every=2)],
     "R2Penalty": lambda: [R2Penalty(0.1)],
     "GradientPenalty": lambda: [GradientPenalty(0.1)],
     "GradientPenalty, zero-centred": lambda: [GradientPenalty(0.1, target=0.0)],
@@ -251,7 +257,19 @@ class ShiftLeaves(nn.Module):
         return {name: leaf + 0.1 for name, leaf in x.items()}
 
 
-@pytest.mark.parametrize("name", ["AdaptiveUpdateRatio", "Lookahead", "WeightClipping", "HealthMonitor", "FakePool"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AdaptiveUpdateRatio",
+        "Lookahead",
+        "WeightClipping",
+        "HealthMonitor",
+        "FakePool",
+        "AdaptiveAugmentation",
+        "InstanceNoise",
+        "OptimizerSchedule",
+    ],
+)
 def test_other_callbacks_on_trees(name):
     check(tree("NonSaturating", "none"), OTHERS[name](), None)
 
@@ -301,6 +319,10 @@ OTHERS = {
     "AdaptiveAdversarialWeight": lambda: [AdaptiveAdversarialWeight("layers.2"), Reconstruction()],
     "LossBalancer": lambda: [LossBalancer({"adversarial": 1.0, "reconstruction": 2.0}), Reconstruction()],
     "FakePool": lambda: [FakePool(8)],
+    "AdaptiveAugmentation": lambda: [AdaptiveAugmentation(p=0.5, interval=1, augment=AugmentPipe("noise"))],
+    "AugmentationSchedule": lambda: [AugmentationSchedule(Schedule(0.1, 0.9, 3), AugmentPipe("noise"))],
+    "InstanceNoise": lambda: [InstanceNoise(0.1, steps=3)],
+    "OptimizerSchedule": lambda: [OptimizerSchedule({"lr": Schedule(0.05, 0.01, 3)})],
 }
 ALL = RULES | REGULARIZERS | OTHERS | {name: make for name, make in EXTRAS.items() if name != "SpectralNorm"}
 

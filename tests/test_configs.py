@@ -1,5 +1,6 @@
 """Every file under configs/ runs as it is, for a few steps, and survives being printed and read back."""
 
+import math
 import os
 import runpy
 import subprocess
@@ -48,6 +49,14 @@ APPLIED = {
     "unpaired_translation": ((2, 1, 16, 16), (1, 16, 16)),
     "vocoder": ((2, 40, 32), (1, 4096)),
 }
+# R3GAN's, by the authors' train.py: classes, widths, groups, size, and numbers of images and values by schedule
+PRESETS = {
+    "r3gan_cifar10": (10, [768] * 4, [96] * 4, 32, 512, 2e7, 5e6, 0.55, 0.05),
+    "r3gan_ffhq64": (None, [768] * 4 + [384], [96] * 4 + [48], 64, 256, 2e7, 5e5, 0.3, 2),
+    "r3gan_ffhq256": (None, [768] * 4 + [384, 192, 96], [96] * 4 + [48, 24, 12], 256, 256, 2e7, 5e5, 0.3, 150),
+    "r3gan_imagenet32": (1000, [1536] * 4, [96] * 4, 32, 4096, 2e8, 5e7, 0.5, 0.5),
+    "r3gan_imagenet64": (1000, [1536] * 5, [96] * 5, 64, 4096, 2e8, 5e7, 0.4, 1),
+}
 SHORT = ["--trainer.max_steps=3", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 SMALL = {"dcgan": ["--data.batch_size=4", "--data.num_workers=0", "--model.generator.width=8"]}
 
@@ -94,7 +103,9 @@ def load(name):
 
 
 def test_every_config_is_tested():
-    assert sorted(path.name for path in CONFIGS.iterdir()) == sorted(f"{name}.yaml" for name in SAMPLES | APPLIED)
+    assert sorted(path.name for path in CONFIGS.iterdir()) == sorted(
+        f"{name}.yaml" for name in SAMPLES | APPLIED | PRESETS
+    )
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLES.keys() - {"digits_wandb"}))
@@ -137,6 +148,56 @@ def test_config_of_a_recipe_has_the_values_of_its_paper(name):
     names = [callback["class_path"] for callback in load(name)["trainer"]["callbacks"]]
     assert {"ModelCheckpoint", "Alternating"} <= set(names)
     assert {"PairedMonitor", "TableMonitor"} & set(names)
+
+
+def values_of(config, name):
+    return next(c["init_args"] for c in config["trainer"]["callbacks"] if c["class_path"] == name)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_of_r3gan_have_the_authors_values(name):
+    classes, widths, groups, size, batch, images, half_life, p, gamma = PRESETS[name]
+    config = load(name)
+    model, trainer, data = config["model"], config["trainer"], config["data"]["init_args"]
+    for network in (model["generator"]["init_args"], model["discriminator"]["init_args"]):
+        assert (network["widths"], network["groups"], network.get("num_classes")) == (widths, groups, classes)
+        assert 4 * 2 ** (len(widths) - 1) == size == data["size"]
+    assert data.get("labels", True) == (classes is not None)
+    assert data["batch_size"] * trainer["devices"] * trainer.get("num_nodes", 1) == 2 * batch
+    steps = images / batch
+    assert trainer["max_steps"] == math.ceil(steps)
+
+    def schedule(start, end):
+        return pytest.approx({"start": start, "end": end, "steps": steps}, rel=1e-12)
+
+    assert values_of(config, "Alternating") == {"real_batches": "split"}
+    for penalty in ("R1Penalty", "R2Penalty"):
+        assert values_of(config, penalty)["gamma"] == schedule(gamma, gamma / 10)
+    numbers = values_of(config, "OptimizerSchedule")["values"]
+    assert numbers == {"lr": schedule(2e-4, 5e-5), "betas.1": schedule(0.9, 0.99)}
+    assert values_of(config, "AugmentationSchedule")["p"] == schedule(0, p)
+    assert values_of(config, "GeneratorEMA")["half_life"] == schedule(0, half_life / batch)
+    assert model["augment"]["init_args"]["transforms"] == {"bg": 1, "color": 0.5, "cutout": 1}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_of_r3gan_run_with_narrow_networks(name, tmp_path):
+    """On images in folders of classes; the data that they name are not here."""
+    for label in "ab":
+        (tmp_path / "classes" / label).mkdir(parents=True)
+        for i in range(8):
+            Image.new("RGB", (40, 40), (30 * i, 100, 200)).save(tmp_path / "classes" / label / f"{i}.png")
+    narrow = [f"--model.{player}.{what}={[4] * len(PRESETS[name][1])}" for player in ("generator", "discriminator")
+              for what in ("widths", "groups")]  # fmt: skip
+    data = ["--data.batch_size=4", "--data.num_workers=0", f"--data.folder={tmp_path / 'classes'}"]
+    data += ["--data.dataset=null"] if "dataset" in load(name)["data"]["init_args"] else []
+    one = ["--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto", "--trainer.precision=32"]
+    main(command(name, *narrow, *data, *one))
+    (checkpoint,) = Path("runs", name, "version_0").rglob("last.ckpt")
+    gan = GANModule.load_from_checkpoint(checkpoint, weights_only=True)
+    condition = None if PRESETS[name][0] is None else torch.tensor([0, 1])
+    assert gan.sample(2, condition=condition).shape == (2, 3, PRESETS[name][3], PRESETS[name][3])
 
 
 @pytest.mark.parametrize("name", SAMPLES | APPLIED)

@@ -32,17 +32,21 @@ from toys import Shift, fit, free_port, points, small, tensors, trainer, weights
 from lightning_gan_stability import (
     MLP,
     AdaptiveAdversarialWeight,
+    AdaptiveAugmentation,
     AdaptiveUpdateRatio,
     AdversarialStart,
     Alternating,
     ApproximateR1Penalty,
     ApproximateR2Penalty,
+    AugmentationSchedule,
+    AugmentPipe,
     AutoEncoder,
     BoundaryEquilibrium,
     CollapseDetector,
     CompetitiveGradientDescent,
     ConsensusOptimization,
     ConsistencyPenalty,
+    DiffAugment,
     DRAGANPenalty,
     Extragradient,
     FakePool,
@@ -53,6 +57,7 @@ from lightning_gan_stability import (
     GradientPenalty,
     HealthMonitor,
     Hinge,
+    InstanceNoise,
     LeCam,
     LogitDrift,
     Lookahead,
@@ -60,6 +65,7 @@ from lightning_gan_stability import (
     Minimax,
     ModeSeeking,
     OptimisticAdam,
+    OptimizerSchedule,
     OrthogonalPenalty,
     Packed,
     PairedMonitor,
@@ -72,8 +78,10 @@ from lightning_gan_stability import (
     Relativistic,
     RelativisticAverage,
     Ring,
+    Schedule,
     Simultaneous,
     SpectralNorm,
+    StyleGenerator,
     Tokenizer,
     Unrolling,
     UpdateRatio,
@@ -159,6 +167,12 @@ def began(**kwargs):
     return Given(generator, discriminator, 4, loss, g_optimizer=sgd, d_optimizer=sgd, **kwargs)
 
 
+def images(**kwargs):
+    discriminator = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.SiLU(), nn.Linear(16, 1))
+    generator = MLP([4, 16, 64], output_shape=[1, 8, 8])
+    return Given(generator, discriminator, 4, g_optimizer=adam, d_optimizer=adam, **kwargs).double()
+
+
 def critic(**kwargs):
     return gan(Wasserstein(), **kwargs)
 
@@ -184,6 +198,22 @@ class Layers(Given):
 
 def layers():
     return Layers(MLP([4, 16, 16, 2]), MLP([2, 16, 16, 1]), 4, g_optimizer=sgd, d_optimizer=sgd)
+
+
+class Styles(Given):
+    """Moves an average of w, which its loss has in it."""
+
+    def generate(self, network, n, condition, latents):
+        return network(latents, update_average=self.turn == "d")
+
+    def auxiliary_losses(self, player, outputs):
+        return {"average": (outputs.extras["w"] @ self.generator.w_average).mean()} if player == "g" else {}
+
+
+def styles():
+    synthesis = nn.Sequential(nn.Flatten(), nn.Linear(2 * 6, 2))
+    generator = StyleGenerator(MLP([4, 8, 6], nn.Tanh), synthesis, w_dim=6, num_layers=2, decay=0.5)
+    return Styles(generator, MLP([2, 16, 1]), 4, g_optimizer=adam, d_optimizer=adam).double()
 
 
 class Trees(Given):
@@ -288,6 +318,10 @@ CASES = {
         [ConsistencyPenalty("real", transform=Shift()), ConsistencyPenalty("balanced", transform=Shift())],
     ),
     "PathLengthPenalty": (gan, [PathLengthPenalty(every=1, decay=0.5)]),
+    "StyleGenerator, PathLengthPenalty with the batch, float64": (
+        styles,
+        [PathLengthPenalty(every=2, latents="w", include_batch=True)],
+    ),
     "ModeSeeking, float64": (lambda: double(optimizer=sgd), [ModeSeeking()]),
     "shared samples, R1": (gan, [Alternating(share_fake=True), R1Penalty(0.5)]),
     "shared samples, PathLengthPenalty": (gan, [Alternating(share_fake=True), PathLengthPenalty(every=1)]),
@@ -334,6 +368,23 @@ CASES = {
         lambda: trees(("g", "d")).double(),
         [FakePool(30, 0.9, independent=True), Alternating(share_fake=True)],
     ),
+    "images, DiffAugment, float64": (lambda: images(augment=DiffAugment()), [R1Penalty(0.1), R2Penalty(0.1)]),
+    "images, AugmentPipe, accumulate, float64": (
+        lambda: images(augment=AugmentPipe({"bgc": 1, "noise": 1, "cutout": 1}, 0.6), accumulate=3),
+        [R1Penalty(0.1, augmented=True), FeatureMatching(layers=["1"])],
+    ),
+    "AugmentationSchedule, float64": (
+        double,
+        [AugmentationSchedule(Schedule(0.2, 0.9, 4), AugmentPipe("noise"))],
+    ),
+    "AdaptiveAugmentation, InstanceNoise, float64": (
+        double,
+        [
+            AdaptiveAugmentation(target=0.1, interval=1, speed=200.0, p=0.5, augment=AugmentPipe("noise")),
+            InstanceNoise(Schedule(0.3, 0.0, 4)),
+            OptimizerSchedule({"lr": Schedule(2e-3, 0.0, 5)}),
+        ],
+    ),
 }
 
 UNSHARDED = ("Consensus", "Competitive", "ACGD", "bf16", "AdaptiveAdversarial", "everything")
@@ -369,6 +420,9 @@ FOUR = [
     "SpectralNorm, GeneratorEMA",
     "trees, FakePool, float64",
     "trees, LossBalancer, plateau, float64",
+    "images, AugmentPipe, accumulate, float64",
+    "AugmentationSchedule, float64",
+    "AdaptiveAugmentation, InstanceNoise, float64",
     *[case for case in CASES if case.startswith("AdaptiveUpdateRatio")],
 ]
 
@@ -378,7 +432,7 @@ def train(case, rank=None, **kwargs):
     make, callbacks = CASES[case]
     module = make()
     dtype = next(module.parameters()).dtype
-    batches = data(rank, dtype, (1, 8, 8) if case.startswith("BEGAN") else (2,), kwargs.get("devices", 1))
+    batches = data(rank, dtype, (1, 8, 8) if case.startswith(("BEGAN", "images")) else (2,), kwargs.get("devices", 1))
     before = weights(module.discriminator)
     precision = {"precision": "bf16-mixed"} if case.startswith("bf16") else {}
     run = fit(module, batches, callbacks=callbacks, **precision, **kwargs)

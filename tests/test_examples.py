@@ -33,7 +33,7 @@ LAST = {
 SMALL = {"caught": ["--steps", "8"], "subclass": ["--steps", "20"]}
 LINES = {"caught": 100, "subclass": 80}
 # the contributors' table has each way to extend the package; these are about its use
-USES = {"caught", "check_digits", "conditional_digits", "export", "multi_scale", "subclass"}
+USES = {"caught", "check_digits", "conditional_digits", "export", "multi_scale", "stylegan2", "subclass"}
 
 
 @pytest.fixture
@@ -73,6 +73,19 @@ def test_digits_come_by_request(run):
     assert len(out.splitlines()) == 11
     assert float(out.split()[-4].rstrip("%")) > 25
     assert Path("conditional_digits.png").stat().st_size > 1000
+
+
+@pytest.mark.filterwarnings("default")
+def test_stylegan2_runs_with_all_of_its_parts(run):
+    """Truncation leaves less and less of the variance."""
+    path = ROOT / "examples" / "stylegan2.py"
+    out = run(path, "--steps", "20").splitlines()
+    assert [line.split(":")[0] for line in out] == [f"truncation {psi}" for psi in (1.0, 0.7, 0.5)]
+    shares = [float(line.split(", ")[1].split()[0]) for line in out]
+    assert shares == sorted(shares, reverse=True)
+    assert Path("stylegan2.png").stat().st_size > 3000
+    source = path.read_text(encoding="utf-8")
+    assert len(source[source.index("class Equalized") : source.index("class StyleGAN2")].splitlines()) < 120
 
 
 @pytest.mark.filterwarnings("default")
@@ -138,6 +151,17 @@ def test_applied_benchmark_smoke(run, monkeypatch):
     assert float(out.split(" ms")[2].split("(")[0]) > 0
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("_loud")
+@pytest.mark.timeout(250)
+def test_little_data_benchmark_smoke(run, monkeypatch):
+    lines = benchmark(run, monkeypatch, "little_data").splitlines()
+    rows = [line.split(" | ") for line in lines if " to " in line and "(" in line and line.startswith("| ")]
+    assert [row[0].strip("| ") for row in rows] == ["nothing", "DiffAugment", "ADA", "LeCam", "consistency"]
+    for row in rows:
+        assert float(row[1].split()[0]) > 0
+
+
 def benchmark(run, monkeypatch, name):
     monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
     return run(ROOT / "examples" / "benchmarks" / f"{name}.py", "--smoke")
@@ -146,8 +170,8 @@ def benchmark(run, monkeypatch, name):
 @pytest.mark.filterwarnings("default")
 def test_overhead_benchmark_smoke(run, monkeypatch):
     rows = [line for line in benchmark(run, monkeypatch, "overhead").splitlines() if " ms " in line]
-    assert len(rows) == 8
-    assert sum("goal" in row for row in rows) == 6
+    assert len(rows) == 9
+    assert sum("goal" in row for row in rows) == 7
     for row in rows:
         assert float(row.split(" ms")[2].split("(")[0]) > 0
 

@@ -54,12 +54,17 @@ ACTING = sorted(public_callbacks() - {"SpectralNorm", "Alternating", "TableMonit
 @pytest.mark.parametrize("name", ACTING)
 def test_a_step_that_is_not_the_package_s_is_refused_with_its_callbacks(name):
     arguments = {"AdaptiveAdversarialWeight": ["layers.2"], "AdversarialStart": [1], "LossBalancer": [{"mse": 1.0}]}
+    arguments |= {"AugmentationSchedule": [0.1], "OptimizerSchedule": [{"lr": 0.1}]}
     arguments["PairedMonitor"] = [{"error": MeanSquaredError()}]
     callback = getattr(lightning_gan_stability, name)(*arguments.get(name, []))
     others = [lightning_gan_stability.QualityMonitor(n_samples=50)] if name == "CollapseDetector" else []
     others += [lightning_gan_stability.Reconstruction()] if name == "AdversarialStart" else []
     module, run = (
-        own_step(loss=Wasserstein(), d_optimizer=sgd(0.1), g_optimizer=sgd(0.1)),
+        own_step(
+            loss=lightning_gan_stability.Minimax() if "Augment" in name else Wasserstein(),
+            d_optimizer=sgd(0.1),
+            g_optimizer=sgd(0.1),
+        ),
         trainer(callbacks=[callback, *others], max_epochs=1),
     )
     with pytest.raises(

@@ -21,14 +21,26 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 SUBPACKAGES = sorted(path.parent.name for path in PACKAGE.rglob("__init__.pyi"))
 #: A file imports from its own floor or from those below it.
 FLOORS = [
-    ["_checks", "_compat", "outputs", "distributed", "datasets", "signals", "speaking"],
-    ["losses", "penalties", "optim", "layers", "nets", "noise", "substitution", "tables", "audio", "metrics.*"],
+    ["_checks", "_compat", "outputs", "distributed", "datasets", "schedules", "signals", "speaking"],
+    [
+        "augment",
+        "losses",
+        "penalties",
+        "optim",
+        "layers",
+        "nets",
+        "noise",
+        "substitution",
+        "tables",
+        "audio",
+        "metrics.*",
+    ],
     ["callback", "protocols", "networks", "engine", "sharding", "guard"],
     ["module"],
     ["regularizers.*", "update_rules.*", "callbacks.*", "monitors.*", "data.*", "recipes.*"],
     ["cli.*", "__main__", "__init__"],
 ]
-PURE = {"datasets", "speaking", "distributed", "outputs", "signals", "_checks", *FLOORS[1]}
+PURE = {"datasets", "speaking", "distributed", "outputs", "schedules", "signals", "_checks", *FLOORS[1]}
 
 
 def module_name(path):

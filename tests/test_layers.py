@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from lightning_gan_stability import (
     GradientPenalty,
     Hinge,
     LeCam,
+    MinibatchStdDev,
     Packed,
     R1Penalty,
     R2Penalty,
@@ -26,6 +28,7 @@ from lightning_gan_stability import (
     Unrolling,
 )
 from lightning_gan_stability.layers import copy_network, matrices, parameter_dtype
+from lightning_gan_stability.nets import MinibatchStdDev as DeviationsFromNets
 from lightning_gan_stability.nets import Packed as FromNets
 
 
@@ -42,6 +45,7 @@ def data(n, batch_size):
 
 def test_it_is_in_nets():
     assert FromNets is Packed
+    assert DeviationsFromNets is MinibatchStdDev
 
 
 @pytest.mark.parametrize("m", [1, 2, 3])
@@ -335,3 +339,76 @@ def test_latents_have_the_type_of_what_trains():
     frozen = nn.Linear(4, 4).half().requires_grad_(False)
     generator = nn.ModuleDict({"frozen": frozen, "head": nn.Linear(4, 2)})
     assert GANModule(generator, MLP([2, 1]), 4).draw_latents(3).dtype is torch.float32
+
+
+# ---------- deviations over the batch
+
+
+def deviations(x, group, channels):
+    """By loops: σ of sample i and those i + N / G, ... after it, for each share of the channels."""
+    n, c = x.shape[:2]
+    share, found = c // channels, np.zeros((n, channels))
+    for i in range(n):
+        members = [j for j in range(n) if j % (n // group) == i % (n // group)]
+        for k in range(channels):
+            part = x[members, k * share : (k + 1) * share]
+            found[i, k] = np.sqrt(((part - part.mean(0)) ** 2).mean(0) + 1e-8).mean()
+    return found
+
+
+def test_minibatch_deviations_are_those_of_strided_groups():
+    """Of eight in groups of four: 0, 2, 4, 6 and 1, 3, 5, 7. The first differ, by ±1; the others are equal."""
+    x = torch.zeros(8, 3, 2, 2, dtype=torch.float64)
+    x[[0, 4]], x[[2, 6]] = 1.0, -1.0
+    found = MinibatchStdDev(group_size=4)(x)
+    assert found.shape == (8, 4, 2, 2)
+    assert torch.equal(found[:, :3], x)
+    expected = torch.tensor([(1 + 1e-8) ** 0.5, 1e-4] * 4, dtype=torch.float64)
+    torch.testing.assert_close(found[:, 3], expected[:, None, None].expand(8, 2, 2), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("n", "group", "channels"), [(8, 4, 1), (12, 4, 2), (3, 4, 1), (6, 2, 3), (4, 1, 1)])
+def test_minibatch_deviations_equal_numpy(n, group, channels):
+    x = torch.randn(n, 6, 5, 4, dtype=torch.float64)
+    found = MinibatchStdDev(group, channels)(x)[:, 6:]
+    expected = deviations(x.numpy(), min(group, n), channels)
+    np.testing.assert_allclose(found.numpy(), np.broadcast_to(expected[..., None, None], found.shape), rtol=1e-12)
+
+
+def test_a_constant_batch_deviates_by_the_root_of_epsilon():
+    found = MinibatchStdDev()(torch.full((8, 16, 4, 4), 3.0, dtype=torch.float64))
+    torch.testing.assert_close(found[:, 16], torch.full((8, 4, 4), 1e-4, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_minibatch_deviations_are_twice_differentiable():
+    x = torch.randn(4, 2, 2, 1, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: MinibatchStdDev(2)(x).square(), (x,))
+
+
+@pytest.mark.parametrize(("n", "group"), [(6, 3), (9, 3), (7, 1), (10, 2)])
+def test_an_incomplete_batch_is_refused_in_training_and_judged_in_smaller_groups_in_validation(n, group):
+    layer, x = MinibatchStdDev(4), torch.randn(n, 2, 3, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=rf"^MinibatchStdDev compares 4 samples .* a batch of {n}: .*drop_last=True"):
+        layer(x)
+    expected = deviations(x.numpy(), group, 1)
+    np.testing.assert_allclose(layer.eval()(x)[:, 2:, 0, 0].numpy(), expected, rtol=1e-12)
+
+
+def test_a_fit_says_what_an_incomplete_batch_needs():
+    def judge():
+        return nn.Sequential(nn.Unflatten(1, (2, 1, 1)), MinibatchStdDev(4), nn.Flatten(), nn.Linear(3, 1))
+
+    with pytest.raises(ValueError, match=r"MinibatchStdDev compares 4 samples .*drop_last=True in the loader"):
+        fit(GANModule(MLP([4, 2]), judge(), 4), points(1, 6))
+    run = trainer(num_sanity_val_steps=0)
+    run.fit(GANModule(MLP([4, 2]), judge(), 4), DataLoader(points(1, 8), None), DataLoader(points(1, 6), None))
+    assert run.callback_metrics["val/d/adversarial"] > 0
+
+
+@pytest.mark.parametrize("value", [0, 2.0, True, "4"])
+@pytest.mark.parametrize("name", ["group_size", "channels"])
+def test_minibatch_deviations_refuse_bad_arguments(name, value):
+    with pytest.raises(ValueError, match=f"^`{name}` must be a positive integer, got {value!r}.$"):
+        MinibatchStdDev(**{name: value})
+    with pytest.raises(ValueError, match=r"^`channels` of MinibatchStdDev must divide the 5 of its input, got 2.$"):
+        MinibatchStdDev(channels=2)(torch.randn(4, 5, 2, 2))

@@ -8,8 +8,10 @@ import math
 import pickle
 
 import jsonargparse
+import numpy as np
 import pytest
 import torch
+from scipy.signal import upfirdn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,9 +20,12 @@ from lightning_gan_stability.nets import (
     AutoEncoder,
     DCGANDiscriminator,
     DCGANGenerator,
+    R3GANDiscriminator,
+    R3GANGenerator,
     ResidualBlock,
     ResNetDiscriminator,
     ResNetGenerator,
+    StyleGenerator,
 )
 
 torch.set_num_threads(1)
@@ -39,6 +44,9 @@ def small(kind: type[nn.Module], num_classes: int | None = None, **options: obje
     if kind is MLP:
         return MLP([5, 6, 1], activation=nn.Tanh, num_classes=num_classes)
     options = {"channels": 2, "size": 8, "width": 4, **options}
+    if kind in R3GAN:
+        size, width = options.pop("size"), options.pop("width")
+        options |= {"widths": [2 * width, *[width] * (size // 8).bit_length()], "blocks": 1, "groups": 2}
     if kind is AutoEncoder:
         return AutoEncoder(code_dim=5, **options)
     latent_dim = {"latent_dim": 5} if issubclass(kind, GENERATORS) else {}
@@ -49,8 +57,9 @@ def inputs(kind: type[nn.Module], size: int = 8) -> Tensor:
     return torch.randn(3, 5) if kind is MLP or issubclass(kind, GENERATORS) else torch.randn(3, 2, size, size)
 
 
-GENERATORS = (DCGANGenerator, ResNetGenerator)
-DISCRIMINATORS = (DCGANDiscriminator, ResNetDiscriminator)
+R3GAN = (R3GANGenerator, R3GANDiscriminator)
+GENERATORS = (DCGANGenerator, ResNetGenerator, R3GANGenerator)
+DISCRIMINATORS = (DCGANDiscriminator, ResNetDiscriminator, R3GANDiscriminator)
 CONDITIONAL = (MLP, *GENERATORS, *DISCRIMINATORS)
 EVERY = (*CONDITIONAL, AutoEncoder)
 
@@ -188,6 +197,232 @@ def test_resnets_resample_bilinearly():
     torch.testing.assert_close(down(x), F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False))
 
 
+# R3GAN
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    return [module for module in network.modules() if isinstance(module, ResidualBlock)]
+
+
+def resampling(network: nn.Module) -> list[nn.Module]:
+    return [module for module in network.layers if hasattr(module, "kernel")]
+
+
+def test_r3gan_of_cifar10_has_as_many_parameters_as_by_hand():
+    # 768 channels, 1536 inside of a block, in groups of 16; a bias for each of its two activations
+    block = 768 * 1536 + 1536 + 1536 * 16 * 9 + 1536 + 1536 * 768
+    generator, discriminator = R3GANGenerator(), R3GANDiscriminator()
+    assert {b.layers[2].groups for b in blocks_of(generator) + blocks_of(discriminator)} == {96}
+    assert parameters_of(generator) == 8 * block + 64 * 768 + 768 * 16 + 768 * 3 == 20_732_160
+    assert parameters_of(discriminator) == 8 * block + 3 * 768 + 768 * 16 + 768 == 20_683_776
+    assert generator(torch.randn(1, 64)).shape == (1, 3, 32, 32)
+
+
+def test_r3gan_of_other_widths_and_classes_has_as_many_parameters_as_by_hand():
+    def blocks(width, group):
+        return width * 3 * width * 2 + 3 * width * 2 + 3 * width * group * 9
+
+    options = {"widths": [24, 24, 12], "blocks": [1, 3, 2], "groups": [8, 8, 4], "expansion": 3, "num_classes": 5}
+    both = blocks(24, 9) + 3 * blocks(24, 9) + 2 * blocks(12, 9) + 24 * 12
+    generator = R3GANGenerator(7, 2, embedding_dim=6, **options)
+    assert parameters_of(generator) == both + 13 * 24 + 24 * 16 + 12 * 2 + 5 * 6
+    discriminator = R3GANDiscriminator(2, embedding_dim=11, **options)
+    assert parameters_of(discriminator) == both + 2 * 12 + 24 * 16 + 24 * 11 + 5 * 11
+    assert R3GANDiscriminator(2, **options).embedding.embedding_dim == 24
+    outer = [m for m in generator.layers if isinstance(m, nn.Conv2d)]
+    assert [(m.in_channels, m.out_channels) for m in outer] == [(24, 12), (12, 2)]  # none where widths are equal
+
+
+@pytest.mark.parametrize("kind", R3GAN)
+def test_r3gan_starts_as_published(kind):
+    """Standard deviations g / √fan-in of every weight, zeros behind every block and in every bias."""
+    network = kind(widths=[64, 64, 32], blocks=[2, 1, 1], groups=[8, 8, 4], num_classes=100)
+    gain = math.sqrt(2 / 1.04) * 4**-0.25
+    for block in blocks_of(network):
+        first, _, second, _, last = block.layers
+        width = first.in_channels
+        assert first.weight.std().item() == pytest.approx(gain / math.sqrt(width), rel=0.05)
+        assert second.weight.std().item() == pytest.approx(gain / math.sqrt(2 * width / second.groups * 9), rel=0.05)
+        assert not last.weight.any()
+        assert last.bias is None
+        assert not first.bias.any()
+        assert not second.bias.any()
+    outer = [module for module in network.layers if isinstance(module, nn.Conv2d)]
+    if kind is R3GANGenerator:
+        basis = network.layers[0]
+        assert basis.maps.std().item() == pytest.approx(1, rel=0.1)
+        assert basis.linear.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)  # latents and embedding
+        assert network.embedding.weight.std().item() == pytest.approx(100**-0.5, rel=0.05)
+        found = [module.weight.std().item() for module in outer]
+        assert found == pytest.approx([64**-0.5, 32**-0.5], rel=0.2)
+    else:
+        found = [module.weight.std().item() for module in outer]
+        assert found == pytest.approx([3**-0.5, 32**-0.5, 16**-0.5], rel=0.2)
+        assert network.linear.weight.std().item() == pytest.approx(64**-0.5, rel=0.05)
+        assert network.embedding.weight.std().item() == pytest.approx((64 * 100) ** -0.5, rel=0.05)
+    assert all(module.bias is None for module in [*outer, *(m for m in network.modules() if type(m) is nn.Linear)])
+
+
+@pytest.mark.parametrize("kind", R3GAN)
+def test_r3gan_blocks_start_as_the_identity_and_can_learn(kind):
+    network = small(kind)
+    for block in blocks_of(network):
+        x = torch.randn(2, block.layers[0].in_channels, 4, 4)
+        assert torch.equal(block(x), x)
+    network(inputs(kind)).sum().backward()
+    assert all(block.layers[-1].weight.grad.abs().sum() > 0 for block in blocks_of(network))
+
+
+def test_groups_are_dense_convolutions_of_each_part():
+    block = ResidualBlock(6, depth=1, expansion=2, groups=3).double()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    w1, b1, w2, b2, w3 = block.parameters()
+    assert w2.shape == (12, 4, 3, 3)
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    hidden = F.leaky_relu(F.conv2d(x, w1, b1), 0.2)
+    parts = zip(hidden.split(4, 1), w2.split(4), strict=True)
+    hidden = torch.cat([F.conv2d(part, w, padding=1) for part, w in parts], 1) + b2[:, None, None]
+    torch.testing.assert_close(block(x), x + F.conv2d(F.leaky_relu(hidden, 0.2), w3), rtol=1e-12, atol=1e-12)
+
+
+def test_r3gan_resamples_by_its_filter():
+    """Against scipy: zeros between pixels and around the image, [1, 3, 3, 1] along each axis, every second value."""
+    x, taps = torch.randn(2, 3, 6, 8, dtype=torch.float64), np.array([1.0, 3.0, 3.0, 1.0])
+    (up,), (down,) = resampling(small(R3GANGenerator).double()), resampling(small(R3GANDiscriminator).double())
+    larger = smaller = x.numpy()
+    for axis, size in ((2, 6), (3, 8)):
+        larger = upfirdn(taps / 4, larger, up=2, axis=axis).take(range(1, 1 + 2 * size), axis)
+        smaller = upfirdn(taps / 8, smaller, axis=axis).take(range(2, 2 + size, 2), axis)
+    np.testing.assert_allclose(up(x).numpy(), larger, atol=1e-14)
+    np.testing.assert_allclose(down(x).numpy(), smaller, atol=1e-14)
+    assert torch.equal(up(torch.ones(1, 1, 4, 4).double())[0, 0, 1:-1, 1:-1], torch.ones(6, 6).double())
+
+
+def test_r3gan_generator_begins_with_maps_times_a_linear_function_of_latents_and_class():
+    network = R3GANGenerator(5, 2, [8], 1, 1, num_classes=3, embedding_dim=4).double()
+    z, y = torch.randn(3, 5, dtype=torch.float64), torch.tensor([2, 0, 2])
+    maps, linear = network.layers[0].parameters()
+    scales = z @ linear[:, :5].T + network.embedding.weight[y] @ linear[:, 5:].T
+    images = torch.einsum("oc,nc,chw->nohw", network.layers[-1].weight[..., 0, 0], scales, maps)
+    torch.testing.assert_close(network(z, y), images, rtol=1e-12, atol=1e-12)  # the blocks are the identity
+
+
+def test_r3gan_discriminator_ends_with_an_inner_product_with_the_class():
+    network, images = small(R3GANDiscriminator, 3).double(), inputs(R3GANDiscriminator).double()
+    features = network.layers(images)
+    assert features.shape == (3, 8)
+    vectors = features @ network.linear.weight.T
+    expected = (vectors * network.embedding.weight[LABELS]).sum(1)
+    torch.testing.assert_close(network(images, LABELS), expected, rtol=1e-12, atol=1e-12)
+    plain = small(R3GANDiscriminator).double()
+    torch.testing.assert_close(plain(images), plain.layers(images) @ plain.linear.weight[0])
+
+
+@pytest.mark.parametrize("kind", R3GAN)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"widths": []}, r"`widths` must be one or more positive integers, from 4x4 on, got \[\]."),
+        ({"widths": [8, 0]}, r"`widths` must be one or more positive integers, from 4x4 on, got \[8, 0\]."),
+        ({"widths": 8}, "`widths` must be one or more positive integers, from 4x4 on, got 8."),
+        ({"blocks": [1]}, r"`blocks` must be a positive integer, or 2 of them, one for each of `widths`, got \[1\]."),
+        ({"blocks": 0}, "`blocks` must be a positive integer, or 2 of them, one for each of `widths`, got 0."),
+        ({"blocks": 1.0}, "`blocks` must be a positive integer, or 2 of them, one for each of `widths`, got 1.0."),
+        ({"blocks": True}, "`blocks` must be a positive integer, or 2 of them, one for each of `widths`, got True."),
+        ({"groups": [1, -1]}, r"`groups` must be a positive integer, or 2 of them, .*, got \[1, -1\]."),
+        ({"groups": [4, 3]}, "`groups` must divide 8, the channels in a block of width 4, got 3."),
+        ({"channels": 0}, "`channels` must be a positive integer, got 0."),
+        ({"num_classes": 2.0}, "`num_classes` must be a positive integer, got 2.0."),
+        ({"embedding_dim": 0, "num_classes": 2}, "`embedding_dim` must be a positive integer, got 0."),
+        ({"expansion": "2"}, "`expansion` must be a positive integer, got '2'."),
+    ],
+)
+def test_r3gan_refuses_bad_arguments(kind, arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        kind(**{"widths": [8, 4], "groups": 1, **arguments})
+
+
+# A mapping and a synthesis network
+
+
+def style(decay: float = 0.998, mapping: nn.Module | None = None) -> StyleGenerator:
+    synthesis = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4, 2))
+    return StyleGenerator(mapping or nn.Linear(5, 4), synthesis, w_dim=4, num_layers=3, decay=decay).double()
+
+
+def test_the_average_of_w_follows_its_formula():
+    """w̄ = Σ β^(t − s) (1 − β) E w_s, from 0; a pass that is not asked to leaves it."""
+    network, expected = style(decay=0.9), np.zeros(4)
+    for _ in range(5):
+        z = torch.randn(7, 5, dtype=torch.float64)
+        w = (z @ network.mapping.weight.T + network.mapping.bias).detach()
+        network(z)
+        _, extras = network(z, update_average=True)
+        assert torch.equal(extras["w"], w.unsqueeze(1).expand(7, 3, 4))
+        expected = 0.9 * expected + 0.1 * w.numpy().mean(0)
+    np.testing.assert_allclose(network.w_average.numpy(), expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("psi", [0.7, 0.0, -1.0, 1.0])
+def test_truncation_pulls_w_to_its_average(psi):
+    network, z = style(), torch.randn(7, 5, dtype=torch.float64)
+    network.w_average.copy_(torch.tensor([1.0, -2.0, 3.0, 0.5]))
+    network.truncation = psi
+    w = z.numpy() @ network.mapping.weight.detach().numpy().T + network.mapping.bias.detach().numpy()
+    pulled = network.w_average.numpy() + psi * (w - network.w_average.numpy())
+    samples, extras = network(z)
+    np.testing.assert_allclose(extras["w"].detach().numpy(), np.stack([pulled] * 3, 1), atol=1e-14)
+    assert torch.equal(samples, network.synthesis(extras["w"]))
+
+
+def test_the_average_takes_w_as_it_was_before_truncation():
+    network, z = style(decay=0.0), torch.randn(7, 5, dtype=torch.float64)
+    network.w_average.fill_(1.0)
+    network.truncation = 0.5
+    network.styles(z, update_average=True)
+    torch.testing.assert_close(network.w_average, network.mapping(z).mean(0), rtol=0, atol=1e-14)
+
+
+def test_a_mapping_may_take_a_condition():
+    class Mapping(nn.Module):
+        def forward(self, z, y):
+            return z[:, :4] + y[:, None]
+
+    network, z = style(mapping=Mapping()), torch.randn(3, 5, dtype=torch.float64)
+    assert torch.equal(network(z, LABELS)[1]["w"][:, 1], z[:, :4] + LABELS[:, None])
+    with pytest.raises(ValueError, match=r"^`condition` is needed: the mapping takes one.$"):
+        network(z)
+    plain = style()
+    assert torch.equal(plain(z, LABELS)[0], plain(z)[0])  # a labelled batch hands its labels to every network
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mapping": 3}, "`mapping` must be of type Module, got 3."),
+        ({"synthesis": None}, "`synthesis` must be of type Module, got None."),
+        ({"w_dim": 0}, "`w_dim` must be a positive integer, got 0."),
+        ({"num_layers": 1.0}, "`num_layers` must be a positive integer, got 1.0."),
+        ({"decay": 1.5}, r"`decay` must be in \[0, 1\], got 1.5."),
+    ],
+)
+def test_style_generator_refuses_bad_arguments(arguments, message):
+    given = {"mapping": nn.Identity(), "synthesis": nn.Identity(), "w_dim": 4, "num_layers": 2, **arguments}
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        StyleGenerator(**given)
+
+
+def test_style_generator_refuses_other_shapes_and_an_average_that_never_moved():
+    network = StyleGenerator(nn.Linear(5, 3), nn.Flatten(), w_dim=4, num_layers=2)
+    with pytest.raises(ValueError, match=r"^`mapping` must return w of shape \(2, 4\), got \(2, 3\).$"):
+        network(torch.randn(2, 5))
+    network = style()
+    network.truncation = 0.5
+    with pytest.raises(ValueError, match=r"^`truncation` pulls towards the average of w, which has not moved: call"):
+        network(torch.randn(2, 5, dtype=torch.float64))
+
+
 # MLP
 
 
@@ -241,7 +476,7 @@ def test_unconditional_networks_do_not_look_at_labels(kind):
     assert torch.equal(network(x), network(x, LABELS))
 
 
-@pytest.mark.parametrize("kind", DISCRIMINATORS)
+@pytest.mark.parametrize("kind", [DCGANDiscriminator, ResNetDiscriminator])
 def test_projection_is_an_inner_product_with_the_features(kind):
     network, samples = small(kind, 3).double(), inputs(kind).double()
     features = network.layers(samples)
@@ -397,10 +632,11 @@ def test_mlp_from_yaml():
 @pytest.mark.parametrize("kind", [*GENERATORS, *DISCRIMINATORS, AutoEncoder])
 def test_networks_from_yaml(kind):
     latent_dim = ", latent_dim: 5" if kind in GENERATORS else ""
+    size = "widths: [8, 4], blocks: 1, groups: [2, 1]" if kind in R3GAN else "size: 8, width: 4"
     network = from_yaml(f"""
         network:
           class_path: lightning_gan_stability.nets.{kind.__name__}
-          init_args: {{channels: 2, size: 8, width: 4{latent_dim}}}
+          init_args: {{channels: 2, {size}{latent_dim}}}
     """)
     assert type(network) is kind
     assert network(inputs(kind)).shape == ((3,) if kind in DISCRIMINATORS else (3, 2, 8, 8))

@@ -252,8 +252,10 @@ def test_detached_outputs_have_no_graph_anywhere():
     x = torch.ones(2, 1, requires_grad=True)
     fields = {name: {name: 2 * x} for name in GANOutputs.__dataclass_fields__}
     found = detached(GANOutputs(**fields))
-    assert found.real_activations == found.fake_activations == {}  # which nobody reads after the penalties
-    for name in fields.keys() - {"real_activations", "fake_activations"}:
+    # which nobody reads after the penalties
+    assert found.real_activations == found.fake_activations == {}
+    assert found.real_augmented is found.fake_augmented is None
+    for name in {name for name in fields if not name.endswith(("_activations", "_augmented"))}:
         assert torch.equal(getattr(found, name)[name], 2 * x)
         assert not getattr(found, name)[name].requires_grad
 

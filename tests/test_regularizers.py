@@ -27,6 +27,7 @@ from lightning_gan_stability import (
     R1Penalty,
     R2Penalty,
     Regularizer,
+    Schedule,
     SpectralNorm,
     UpdateRatio,
     Wasserstein,
@@ -210,7 +211,7 @@ def test_names_in_the_log():
 @pytest.mark.parametrize("penalty", [R1Penalty, R2Penalty])
 def test_gamma_follows_half_a_cosine(penalty):
     """R3GAN: γ(t) = γ₀ + (1 − ½(1 + cos πt/T)) (γ₁ − γ₀), and constant from T on."""
-    scheduled = penalty(gamma=2.0, final_gamma=0.2, steps=40)
+    scheduled = penalty(gamma=Schedule(2.0, 0.2, 40))
     for t in (0, 1, 10, 20, 39, 40, 41, 1000):
         progress = 1 - 0.5 * (1 + math.cos(math.pi * min(t, 40) / 40))
         assert 2 * scheduled.weight_at(t) == pytest.approx(2.0 + progress * (0.2 - 2.0))
@@ -220,7 +221,7 @@ def test_gamma_follows_half_a_cosine(penalty):
 def test_schedule_acts_in_training():
     gan = linear_gan([3.0, -4.0], d_optimizer=sgd(0.0))
     record = Record()
-    run = fit(gan, ZEROS * 5, callbacks=[R1Penalty(2.0, final_gamma=0.0, steps=4), record], log_every_n_steps=1)
+    run = fit(gan, ZEROS * 5, callbacks=[R1Penalty(Schedule(2.0, 0.0, 4)), record], log_every_n_steps=1)
     expected = [25 * 0.5 * (1 + math.cos(math.pi * t / 4)) for t in range(5)]
     assert record.logged("d/r1") == pytest.approx(expected, abs=1e-12)
     assert run.global_step == 5
@@ -240,15 +241,14 @@ class Record(Callback):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"final_gamma": 0.1}, "`final_gamma` and `steps` go together, got 0.1 and None."),
-        ({"steps": 10}, "`final_gamma` and `steps` go together, got None and 10."),
-        ({"final_gamma": -0.1, "steps": 10}, "`final_gamma` must be a finite number that is not negative, got -0.1."),
-        ({"final_gamma": 0.1, "steps": 0}, "`steps` must be a positive integer, got 0."),
+        ({"gamma": Schedule(1.0, -0.1, 10)}, "`gamma.end` must be a finite number that is not negative, got -0.1."),
+        ({"gamma": Schedule(-0.1, 1.0, 10)}, "`gamma.start` must be a finite number that is not negative, got -0.1."),
+        ({"gamma": Schedule(1.0, 1.0, 10, warm_up=2, warm_up_from=-1.0)}, "`gamma.warm_up_from` must be a finite"),
     ],
 )
 def test_schedules_are_checked(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        R1Penalty(1.0, **kwargs)
+        R1Penalty(**kwargs)
 
 
 # ---------- finite differences
@@ -664,7 +664,7 @@ def test_schedules_and_starts_count_the_players_own_steps():
             if "d" in module.moved:
                 shown.append(module.last_step.values["d/le_cam"].item() > 0)
 
-    fit(small(), points(12), callbacks=[Watched(1.0, final_weight=0.0, steps=4), lecam, UpdateRatio(3), Look()])
+    fit(small(), points(12), callbacks=[Watched(Schedule(1.0, 0.0, 4)), lecam, UpdateRatio(3), Look()])
     assert asked == [0, 1, 2, 3]
     assert shown == [False] * 2 + [True] * 10
 

@@ -362,7 +362,7 @@ def test_an_unknown_player_in_a_rule():
         fit(small(), points(1), callbacks=[Own()])
 
 
-@pytest.mark.parametrize("name", ["iteration", "weight", "steps", "every", "name"])
+@pytest.mark.parametrize("name", ["iteration", "weight", "every", "name"])
 def test_names_that_states_cannot_have(name):
     with pytest.raises(ValueError, match=f"`{name}` is an attribute of every callback of its kind"):
         Reconstruction().add_state(name, 0)

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_gan_stability import (
     MLP,
     Alternating,
+    AugmentPipe,
     DCGANDiscriminator,
     DCGANGenerator,
     GANModule,
@@ -200,6 +201,13 @@ def main() -> None:
         rounds,
         0.92,
         lambda: lightning(gan(pair, 128), steps(images, few), Alternating(share_fake=True)),
+        lambda: lightning(gan(pair, 128), steps(images, few)),
+    )
+    row(
+        f'DCGAN {size}x{size}: with AugmentPipe("bgc") / without',
+        rounds,
+        1.15,
+        lambda: lightning(GANModule(*deepcopy(pair), 128, augment=AugmentPipe("bgc")), steps(images, few)),
         lambda: lightning(gan(pair, 128), steps(images, few)),
     )
     for title, goal, callback, n in (

@@ -1,9 +1,13 @@
 from .adversarial_start import AdversarialStart as AdversarialStart
 from .adversarial_weight import AdaptiveAdversarialWeight as AdaptiveAdversarialWeight
 from .adversarial_weight import LossBalancer as LossBalancer
+from .augmentation import AdaptiveAugmentation as AdaptiveAugmentation
+from .augmentation import AugmentationSchedule as AugmentationSchedule
+from .augmentation import InstanceNoise as InstanceNoise
 from .averaging import GeneratorEMA as GeneratorEMA
 from .averaging import Lookahead as Lookahead
 from .fake_pool import FakePool as FakePool
+from .optimizer_schedule import OptimizerSchedule as OptimizerSchedule
 from .spectral_norm import SpectralNorm as SpectralNorm
 from .update_ratio import AdaptiveUpdateRatio as AdaptiveUpdateRatio
 from .update_ratio import UpdateRatio as UpdateRatio

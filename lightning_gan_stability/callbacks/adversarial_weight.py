@@ -15,6 +15,7 @@ from lightning_gan_stability.callback import GANCallback, Regularizer, as_gan, c
 from lightning_gan_stability.distributed import mean_over_ranks, world_size
 from lightning_gan_stability.outputs import GANOutputs, Player, Terms, tree_leaves
 from lightning_gan_stability.protocols import GANProtocol
+from lightning_gan_stability.schedules import Scheduled, check_scheduled, value_at
 
 
 class AdaptiveAdversarialWeight(GANCallback):
@@ -48,10 +49,10 @@ class AdaptiveAdversarialWeight(GANCallback):
 
     keeps_graphs = True
 
-    def __init__(self, layer: str, weight: float = 1.0, max: float = 1e4, terms: list[str] | None = None) -> None:
+    def __init__(self, layer: str, weight: Scheduled = 1.0, max: float = 1e4, terms: list[str] | None = None) -> None:
         super().__init__()
         self.layer = check_type("layer", layer, str)
-        self.weight = check_number("weight", weight)
+        self.weight = check_scheduled("weight", weight)
         self.max = check_number("max", max)
         self.terms = None if terms is None else [*check_type("terms", terms, list)]
         self._parameters: list[nn.Parameter] = []  # of the layer, without biases
@@ -121,7 +122,7 @@ class AdaptiveAdversarialWeight(GANCallback):
             flat = mean_over_ranks(torch.cat([g.flatten() for g in gradients]))
             norms.append(torch.linalg.vector_norm(flat))
         ratio = (norms[0] / (norms[1] + 1e-4)).clamp(0.0, self.max)
-        self._weight = self.weight * ratio.detach()
+        self._weight = value_at(self.weight, module.iteration) * ratio.detach()
         return {"adversarial": self._weight}
 
     def on_train_batch_end(

@@ -17,6 +17,7 @@ from lightning_gan_stability.callback import GANCallback, as_gan, callbacks_of, 
 from lightning_gan_stability.layers import clone, copy_network, follow_spectrum
 from lightning_gan_stability.outputs import PLAYERS
 from lightning_gan_stability.protocols import GANProtocol
+from lightning_gan_stability.schedules import Scheduled, check_scheduled, value_at
 
 
 class GeneratorEMA(GANCallback):
@@ -32,8 +33,9 @@ class GeneratorEMA(GANCallback):
     steps of 1 − β), and no forward pass.
 
     Args:
-        half_life: h, not negative: the steps after which a weight's share in the average is one half. 0: a copy.
-        decay: β in [0, 1) instead of ``half_life``; 0.999 if neither is given.
+        half_life: h, not negative: the steps after which a weight's share in the average is one half. 0: a copy. A
+            number, or a :class:`~lightning_gan_stability.Schedule` over such steps, as R3GAN's that rises from 0.
+        decay: β in [0, 1), a number or a schedule, instead of ``half_life``; 0.999 if neither is given.
         ramp_up: 0.05 in StyleGAN2-ADA; None: none.
         restart: begin with a copy of the generator, when a run begins that this callback does not go on with. False: go
             on from the average that the module has, such as published weights.
@@ -56,8 +58,8 @@ class GeneratorEMA(GANCallback):
 
     def __init__(
         self,
-        half_life: float | None = None,
-        decay: float | None = None,
+        half_life: Scheduled | None = None,
+        decay: Scheduled | None = None,
         ramp_up: float | None = None,
         restart: bool = True,
     ) -> None:
@@ -65,11 +67,8 @@ class GeneratorEMA(GANCallback):
         if half_life is not None and decay is not None:
             raise ValueError(f"Give `half_life` or `decay`, not both, got {half_life!r} and {decay!r}.")
         decay = 0.999 if half_life is None and decay is None else decay
-        if decay is not None:
-            check_share("decay", decay, open_end=True)
-            half_life = math.log(0.5) / math.log(decay) if decay else 0.0
-        self.half_life = check_number("half_life", half_life)
-        self.decay = decay
+        self.half_life = None if half_life is None else check_scheduled("half_life", half_life)
+        self.decay = None if decay is None else check_scheduled("decay", decay, check_share, open_end=True)
         self.ramp_up = None if ramp_up is None else check_number("ramp_up", ramp_up, positive=True)
         self.restart = check_bool("restart", restart)
         self.add_state("updates", 0)
@@ -77,9 +76,15 @@ class GeneratorEMA(GANCallback):
 
     def decay_at(self, n: int) -> float:
         """β at the update after n others."""
-        if self.decay is not None and self.ramp_up is None:
-            return self.decay
-        half_life = self.half_life if self.ramp_up is None else min(self.half_life, self.ramp_up * n)
+        if self.decay is not None:
+            decay = value_at(self.decay, n)
+            if self.ramp_up is None:
+                return decay
+            half_life = math.log(0.5) / math.log(decay) if decay else 0.0
+        else:
+            assert self.half_life is not None
+            half_life = value_at(self.half_life, n)
+        half_life = half_life if self.ramp_up is None else min(half_life, self.ramp_up * n)
         return float(0.5 ** (1 / half_life)) if half_life else 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -171,10 +176,10 @@ class Lookahead(GANCallback):
     steps: int
     slow: list[Tensor]
 
-    def __init__(self, k: int = 5, alpha: float = 0.5) -> None:
+    def __init__(self, k: int = 5, alpha: Scheduled = 0.5) -> None:
         super().__init__()
         self.k = check_integer("k", k)
-        self.alpha = check(is_number(alpha) and 0 < alpha <= 1, "alpha", "in (0, 1]", alpha)
+        self.alpha = check_scheduled("alpha", alpha, _check_alpha)
         self.add_state("steps", 0)
         self.add_state("slow", [])  # s, of both players
 
@@ -199,11 +204,16 @@ class Lookahead(GANCallback):
         self.steps += 1
         if self.steps % self.k == 0:
             weights = _weights(trainer)
-            lerp_(self.slow, weights, self.alpha)
+            lerp_(self.slow, weights, value_at(self.alpha, module.last_step.iteration))
             _copy(self.slow, weights)
             for player in PLAYERS:
                 module.constrain(player)
             _copy(weights, self.slow)
+
+
+def _check_alpha(name: str, value: Any) -> float:
+    found: float = check(is_number(value) and 0 < value <= 1, name, "in (0, 1]", value)
+    return found
 
 
 def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:

@@ -16,6 +16,7 @@ from lightning_gan_stability.distributed import gather_rows, is_distributed
 from lightning_gan_stability.noise import generator
 from lightning_gan_stability.outputs import GANOutputs, Player, detach, tree_leaves, tree_map
 from lightning_gan_stability.protocols import GANProtocol
+from lightning_gan_stability.schedules import Scheduled, check_scheduled, value_at
 
 
 class FakePool(GANCallback):
@@ -47,10 +48,10 @@ class FakePool(GANCallback):
     pools: list[list[Tensor]]
     seen: int
 
-    def __init__(self, size: int = 50, probability: float = 0.5, independent: bool = False) -> None:
+    def __init__(self, size: int = 50, probability: Scheduled = 0.5, independent: bool = False) -> None:
         super().__init__()
         self.size = check_integer("size", size)
-        self.probability = check_share("probability", probability)
+        self.probability = check_scheduled("probability", probability, check_share)
         self.independent = check_bool("independent", independent)
         self.add_state(
             "pools", []
@@ -79,7 +80,7 @@ class FakePool(GANCallback):
             return outputs
         shown: Any = {"fake": outputs.fake}
         if not self.independent:
-            shown["condition"] = outputs.condition
+            shown["condition"] = outputs.fake_condition
         leaves = [detach(leaf) for leaf in tree_leaves(shown)]
         groups = [[leaf] for leaf in leaves] if self.independent else [leaves]
         changed, total = [], 0
@@ -108,11 +109,12 @@ class FakePool(GANCallback):
             pool = [kept[: self.size].clone() for kept in pool]
         self.pools[number] = pool
         shown = [row.clone() for row in rows]
+        probability = value_at(self.probability, module.iteration)
         for i in range(max(room, 0), len(rows[0])):
             coin, place = torch.rand(
                 2, generator=generator(module.noise.seed, "pool", number, self.seen + i), dtype=torch.float64
             )
-            if coin < self.probability:
+            if coin < probability:
                 slot = int(place * self.size)
                 for kept, row, old in zip(pool, rows, shown, strict=True):
                     old[i] = kept[slot]

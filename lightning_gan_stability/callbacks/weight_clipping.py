@@ -9,10 +9,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_gan_stability._checks import check_choice, check_number
+from lightning_gan_stability._checks import check_choice
 from lightning_gan_stability.callback import GANCallback
 from lightning_gan_stability.outputs import NETWORKS, Player
 from lightning_gan_stability.protocols import GANProtocol
+from lightning_gan_stability.schedules import Scheduled, check_scheduled, value_at
 
 
 class WeightClipping(GANCallback):
@@ -34,9 +35,11 @@ class WeightClipping(GANCallback):
         'discriminator'
     """
 
-    def __init__(self, limit: float = 0.01, network: Literal["discriminator", "generator"] = "discriminator") -> None:
+    def __init__(
+        self, limit: Scheduled = 0.01, network: Literal["discriminator", "generator"] = "discriminator"
+    ) -> None:
         super().__init__()
-        self.limit = check_number("limit", limit, positive=True)
+        self.limit = check_scheduled("limit", limit, positive=True)
         self.network = check_choice("network", network, NETWORKS.values())
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -51,4 +54,5 @@ class WeightClipping(GANCallback):
         """Clamp the parameters of the network's player."""
         if NETWORKS[player] != self.network:
             return parameters
-        return [p.clamp(-self.limit, self.limit) for p in parameters]
+        limit = value_at(self.limit, module.iteration)
+        return [p.clamp(-limit, limit) for p in parameters]

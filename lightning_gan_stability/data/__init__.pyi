@@ -2,10 +2,11 @@ from .audio import Audio as Audio
 from .audio import Speech as Speech
 from .digit_domains import DigitDomains as DigitDomains
 from .digit_domains import SmallMNIST as SmallMNIST
+from .images import Images as Images
 from .modules import Digits as Digits
 from .modules import Grid as Grid
-from .modules import Images as Images
 from .modules import Ring as Ring
 from .photographs import Photographs as Photographs
+from .shards import ImageShards as ImageShards
 from .streams import Stream as Stream
 from .table import Table as Table

@@ -79,7 +79,14 @@ class StreamedDataModule(LightningDataModule):
         return self._prepared()[1]
 
     def split(
-        self, samples: Any, order: Tensor, rank: int, world: int, unit: str = "images", **options: Any
+        self,
+        samples: Any,
+        order: Tensor,
+        rank: int,
+        world: int,
+        unit: str = "images",
+        seed: int | None = None,
+        drop_last: bool = False,
     ) -> tuple[Rows, Rows]:
         """Return training batches of the last samples of an order, and batches of the held-out ones before them.
 
@@ -89,10 +96,12 @@ class StreamedDataModule(LightningDataModule):
             rank: Of this process.
             world: Number of processes.
             unit: What the samples are, for messages.
-            **options: For the training :class:`Rows` (`flip`), or for both (`seed`).
+            seed: Of the order of training; None: that of the data.
+            drop_last: Leave out the last held-out batch if it is incomplete.
 
         Raises:
-            ValueError: If all samples are held out, or one batch of all processes exceeds the training set.
+            ValueError: If all samples are held out, if one batch of all processes exceeds the training set, or with
+                `drop_last` the held-out set.
         """
         held_out, train = order[: self.holdout].sort()[0], order[self.holdout :].sort()[0]
         if not len(train):
@@ -103,9 +112,13 @@ class StreamedDataModule(LightningDataModule):
         if (total := self.batch_size * world) > len(train):
             sizes = f"{self.batch_size} * {world} = {total} for {len(train)} {unit}"
             raise ValueError(f"`batch_size` times processes must not exceed the training set, got {sizes}.")
-        place = self.batch_size, rank, world, options.pop("seed", self.seed)
-        shown = held_out if self.holdout else train
-        return Rows(samples, train, *place, shuffle=True, **options), Rows(samples, shown, *place)
+        drop_last = drop_last and self.holdout > 0
+        if drop_last and total > self.holdout:
+            sizes = f"{self.batch_size} * {world} = {total} for {self.holdout} {unit}"
+            raise ValueError(f"With `drop_last`, `batch_size` times processes must not exceed `holdout`, got {sizes}.")
+        place = self.batch_size, rank, world, self.seed if seed is None else seed
+        shown = Rows(samples, held_out if self.holdout else train, *place, drop_last=drop_last)
+        return Rows(samples, train, *place, shuffle=True, drop_last=True), shown
 
     def _prepared(self) -> tuple[Stream, Stream]:
         if self._streams is None or self._built_for != self.batch_size:  # which BatchSizeFinder sets

@@ -1,24 +1,23 @@
-"""Toy mixtures with known modes, real digits without a download, and your own images.
+"""Toy mixtures with known modes, and real digits without a download.
 
 Every training batch is a pure function of (seed, rank, position). So a resumed run sees exactly the batches of an
 uninterrupted one, ranks never share samples, and the global random state is neither read nor changed.
 """
 
 import math
-from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from lightning_gan_stability._checks import check_choice, check_integer, check_number
 from lightning_gan_stability.data.base import Source, StreamedDataModule
-from lightning_gan_stability.data.streams import Folder, Mixture, Pixels, Stream
+from lightning_gan_stability.data.streams import Mixture, Stream
 from lightning_gan_stability.datasets import digits, stratified
 from lightning_gan_stability.noise import generator
 
-__all__ = ["Digits", "Grid", "Images", "Ring", "Stream"]
+__all__ = ["Digits", "Grid", "Ring", "Stream"]
 
 RingProtocol: TypeAlias = Literal["unrolled", "wgan_gp", "pacgan", "conopt"]
 GridProtocol: TypeAlias = Literal["wgan_gp", "pacgan"]
@@ -185,70 +184,3 @@ class Digits(StreamedDataModule):
         images, labels = digits()
         order = stratified(labels, generator(self.seed, "holdout"))
         return self.split(TensorDataset(images, labels), order, rank, world)
-
-
-class Images(StreamedDataModule):
-    """Serve your own images: a folder of files, or any map-style data set.
-
-    x = pixel / 127.5 − 1, pixel = 0 ... 255.
-
-    An image is converted to RGB or greyscale, its shorter side resized to `size` (antialiased), and its centre cut out.
-    A batch is float32 of shape `(batch_size, channels, size, size)` in [-1, 1], or `(images, labels)` if there are
-    labels: what `dataset` gives, or the number (in order of name) of the first-level sub-folder if every image lies in
-    one. Order, shares and incomplete batches are as in :class:`Digits`.
-
-    Args:
-        folder: Path of the images, which are searched for in all sub-folders.
-        dataset: Gives `image` or `(image, label)` by index, the image from Pillow or a tensor of shape `(channels,
-            size, size)` that is in [-1, 1] already (`ToTensor` alone gives [0, 1], which is not noticed).
-        size: Height and width in pixels.
-        channels: 3 for RGB, 1 for greyscale.
-        batch_size: Images per batch and process.
-        holdout: Images for validation and prediction; 0: no validation (Lightning warns that it is empty, unless
-            `limit_val_batches` is 0), and predict the training images.
-        flip: Mirror every training image left to right with probability ½.
-        num_workers: Processes that read images ahead.
-        seed: Of the split, of the order and of the flips.
-
-    Raises:
-        ValueError: If an argument is out of its range; if not exactly one of `folder` and `dataset` is given; if there
-            are fewer images than one batch; if a file cannot be read; if a tensor has another shape or range.
-
-    Example:
-        >>> from torchvision.datasets import FakeData
-        >>> images = Images(dataset=FakeData(size=8, image_size=(3, 40, 50)), size=16, batch_size=4)
-        >>> pixels, labels = next(iter(images.train_dataloader()))
-        >>> pixels.shape, labels.shape
-        (torch.Size([4, 3, 16, 16]), torch.Size([4]))
-    """
-
-    def __init__(
-        self,
-        folder: str | None = None,
-        # bare: jsonargparse accepts no init_args for `Dataset[Any]`
-        dataset: Dataset | None = None,  # type: ignore[type-arg]
-        size: int = 64,
-        channels: int = 3,
-        batch_size: int = 64,
-        holdout: int = 0,
-        flip: bool = False,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(batch_size, check_integer("holdout", holdout, least=0), seed, num_workers)
-        if (folder is None) == (dataset is None):
-            raise ValueError(f"Exactly one of `folder` and `dataset` must be given, got {folder!r} and {dataset!r}.")
-        if folder is not None and not Path(folder).is_dir():
-            raise ValueError(f"`folder` does not exist: {folder}")
-        if dataset is not None and (isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")):
-            raise ValueError(f"`dataset` must have a length and give items by index, got {type(dataset).__name__}.")
-        self.folder = folder
-        self.dataset = dataset
-        self.size = check_integer("size", size)
-        self.channels = check_choice("channels", channels, (1, 3))
-        self.flip = flip
-
-    def sources(self, rank: int, world: int) -> tuple[Source, Source]:
-        source: Any = self.dataset if self.folder is None else Folder(Path(self.folder))
-        order = torch.randperm(len(source), generator=generator(self.seed, "holdout"))
-        return self.split(Pixels(source, self.size, self.channels), order, rank, world, flip=self.flip)

@@ -1,20 +1,14 @@
 """Batches as functions of their position in a stream: what the data modules serve, as plain torch objects."""
 
 import math
-import os
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.v2 import functional as transforms
 
 from lightning_gan_stability._checks import check_integer
 from lightning_gan_stability.noise import generator
@@ -112,19 +106,15 @@ class Rows:
     world: int
     seed: int
     shuffle: bool = False
-    flip: bool = False
+    drop_last: bool = False
 
     def __len__(self) -> int:
         batches = len(self.rows) / (self.batch_size * self.world)
-        return math.floor(batches) if self.shuffle else math.ceil(batches)
+        return math.floor(batches) if self.drop_last else math.ceil(batches)
 
     def __call__(self, position: int) -> Tensor | tuple[Tensor, ...]:
         batch = default_collate([self.samples[row] for row in self.share(position).tolist()])
-        image, *labels = batch if isinstance(batch, (tuple, list)) else [batch]
-        if self.flip:
-            coins = torch.rand(self.batch_size * self.world, generator=generator(self.seed, "flip", position)) < 0.5
-            image = torch.where(coins[self.rank :: self.world, None, None, None], image.flip(-1), image)
-        return (image, *labels) if labels else image
+        return tuple(batch) if isinstance(batch, list) else batch
 
     def share(self, position: int) -> Tensor:
         """Return the rows of one batch of this rank."""
@@ -135,63 +125,6 @@ class Rows:
         share = together[self.rank :: self.world]
         # Every rank needs as many batches as the others, or a collective call in validation waits for ever.
         return share if len(share) else together[:1]
-
-
-class Folder:
-    """The image files below a folder as `image` or `(image, label)`."""
-
-    def __init__(self, folder: Path) -> None:
-        found = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
-        self.files = sorted(file for file in found if file.suffix.lower() in IMG_EXTENSIONS)
-        if not self.files:
-            raise ValueError(f"`folder` has no images ({', '.join(IMG_EXTENSIONS)}): {folder}")
-        parts = [file.relative_to(folder).parts for file in self.files]
-        number = {name: label for label, name in enumerate(sorted({first for first, *_ in parts}))}
-        self.labels = [number[first] for first, *_ in parts] if all(len(part) > 1 for part in parts) else None
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Any:
-        file = self.files[index]
-        try:
-            with Image.open(file) as opened:
-                image = opened.copy()  # reads all of it, so that a file that breaks off is noticed here
-        except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-            raise ValueError(f"Pillow cannot read this image: {file} ({error})") from error
-        return image if self.labels is None else (image, self.labels[index])
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """Items of a data set with the image as a tensor in [-1, 1]."""
-
-    source: Any
-    size: int
-    channels: int
-
-    def __getitem__(self, index: int) -> Any:
-        item = self.source[index]
-        image, *labels = item if isinstance(item, (tuple, list)) else [item]
-        pixels = self._check(image) if isinstance(image, Tensor) else self._convert(image)
-        return (pixels, *labels) if labels else pixels
-
-    def _convert(self, image: Any) -> Tensor:
-        if not isinstance(image, Image.Image):
-            raise ValueError(f"`dataset` must give Pillow images or tensors, got {type(image).__name__}.")
-        if "transparency" in image.info:
-            image = image.convert("RGBA")  # Pillow warns about the direct way from a palette with transparency
-        image = transforms.resize(image.convert("RGB" if self.channels == 3 else "L"), [self.size], antialias=True)
-        pixels: Tensor = transforms.pil_to_tensor(transforms.center_crop(image, [self.size, self.size]))
-        return pixels / 127.5 - 1
-
-    def _check(self, image: Tensor) -> Tensor:
-        if image.shape != (shape := (self.channels, self.size, self.size)):
-            raise ValueError(f"`dataset` must give tensors of shape {shape}, got {tuple(image.shape)}.")
-        low, high = image.min().item(), image.max().item()
-        if not (low >= -1 and high <= 1):  # so written, it also catches NaN
-            raise ValueError(f"`dataset` must give tensors with values in [-1, 1], got [{low:g}, {high:g}].")
-        return image.float()
 
 
 @lru_cache(maxsize=4)  # asked for at every batch of an epoch

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import asdict
 from typing import Any, TypeAlias
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,11 +16,13 @@ from torch import Tensor
 from lightning_gan_stability._checks import check_choice, check_number
 from lightning_gan_stability._compat import scheduler_parts
 from lightning_gan_stability.callback import GANCallback, Regularizer, callbacks_of
+from lightning_gan_stability.callbacks.optimizer_schedule import OptimizerSchedule
 from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.outputs import PLAYERS, Player
+from lightning_gan_stability.schedules import Schedule
 
 State: TypeAlias = dict[str, Any]
-Weights: TypeAlias = Sequence[tuple[str, float, float | None]]
+Weights: TypeAlias = Sequence[tuple[str, float | dict[str, Any]]]
 
 
 def take(trainer: Trainer, module: GANModule) -> State:
@@ -50,8 +53,9 @@ def put_back(trainer: Trainer, module: GANModule, state: State) -> None:
 
 
 def weights_of(trainer: Trainer) -> Weights:
-    """The name, the weight, and the one at the end of a schedule, of each regularizer."""
-    return [(type(penalty).__name__, penalty.weight, penalty.final_weight) for penalty in _penalties(trainer)]
+    """The name and the weight, or the arguments of its schedule, of each regularizer."""
+    weights = [(type(penalty).__name__, penalty.weight) for penalty in _penalties(trainer)]
+    return [(name, asdict(weight) if isinstance(weight, Schedule) else weight) for name, weight in weights]
 
 
 def give_weights(trainer: Trainer, weights: Weights) -> None:
@@ -61,7 +65,8 @@ def give_weights(trainer: Trainer, weights: Weights) -> None:
         mine = next((entry for entry in left if entry[0] == type(penalty).__name__), None)
         if mine is not None:
             left.remove(mine)
-            _, penalty.weight, penalty.final_weight = mine
+            weight = mine[1]
+            penalty.weight = Schedule(**weight) if isinstance(weight, Mapping) else weight
 
 
 def _rolled_back(trainer: Trainer) -> list[GANCallback]:
@@ -106,6 +111,11 @@ class ScaleLearningRate(Remedy):
 
     def __call__(self, trainer: Trainer, module: GANModule) -> None:
         """Multiply the rates."""
+        if any("lr" in c.values for c in callbacks_of(trainer, OptimizerSchedule) if self.player in (*c.players, None)):
+            raise MisconfigurationException(
+                "OptimizerSchedule sets the learning rate on every batch, which ScaleLearningRate would change: remove "
+                "`lr` from the one, or the other."
+            )
         chosen = [module.optimizer(player).optimizer for player in PLAYERS if self.player in (player, None)]
         for optimizer in chosen:
             for group in optimizer.param_groups:
@@ -148,9 +158,7 @@ class ScalePenalty(Remedy):
         if not penalties:
             raise MisconfigurationException("ScalePenalty makes penalties stronger, but there is none: add R1Penalty.")
         for penalty in penalties:
-            penalty.weight *= self.factor
-            if penalty.final_weight is not None:
-                penalty.final_weight *= self.factor
+            penalty.weight = self.factor * penalty.weight
 
 
 def _penalties(trainer: Trainer) -> list[Regularizer]:

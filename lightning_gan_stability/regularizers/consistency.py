@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_gan_stability import penalties
-from lightning_gan_stability._checks import check, check_choice, check_number
+from lightning_gan_stability._checks import check, check_choice
 from lightning_gan_stability.callback import Regularizer, as_gan
 from lightning_gan_stability.outputs import (
     Condition,
@@ -24,6 +24,7 @@ from lightning_gan_stability.outputs import (
 from lightning_gan_stability.penalties import sum_over_entries
 from lightning_gan_stability.protocols import GANProtocol
 from lightning_gan_stability.regularizers.generator import refuse_without_latents
+from lightning_gan_stability.schedules import Scheduled, check_scheduled, value_at
 
 Consistency: TypeAlias = Literal["real", "balanced", "latent"]
 
@@ -67,9 +68,9 @@ class ConsistencyPenalty(Regularizer):
     def __init__(
         self,
         kind: Consistency = "real",
-        weight: float | None = None,
+        weight: Scheduled | None = None,
         transform: nn.Module | None = None,
-        radius: float | None = None,
+        radius: Scheduled | None = None,
         player: Player = "d",
         every: int = 1,
         separate: bool = False,
@@ -86,7 +87,7 @@ class ConsistencyPenalty(Regularizer):
         super().__init__(default if weight is None else weight, every, separate=separate)
         self.kind: Consistency = kind
         self.transform = transform
-        self.radius = check_number("radius", 0.05 if radius is None else radius, positive=True)
+        self.radius = check_scheduled("radius", 0.05 if radius is None else radius, positive=True)
         self.player = player
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -130,10 +131,11 @@ class ConsistencyPenalty(Regularizer):
                 "ConsistencyPenalty(kind='latent') compares samples with those of near latents, and FakePool shows "
                 "samples of earlier batches: remove one of them."
             )
-        near = outputs.latents + self.radius * module.noise.randn_like(outputs.latents)
+        radius = value_at(self.radius, module.iteration)
+        near = outputs.latents + radius * module.noise.randn_like(outputs.latents)
         fake = module.resample(outputs, near).fake
         if self.player == "g":
             changes = tree_leaves(tree_map(lambda x, y: (x - y).square().mean(), outputs.fake, fake))
             return -torch.stack(changes).sum()
-        logits = module.logits(fake, outputs.condition)
+        logits = module.logits(fake, outputs.fake_condition)
         return sum_over_entries(lambda x, y: (x - y).square().mean(), outputs.fake_logits, logits)

@@ -13,6 +13,7 @@ from lightning_gan_stability._checks import check, check_number, describe
 from lightning_gan_stability.callback import Regularizer, as_gan
 from lightning_gan_stability.outputs import GANOutputs, entries, tree_leaves
 from lightning_gan_stability.protocols import GANProtocol
+from lightning_gan_stability.schedules import Scheduled
 
 Weights: TypeAlias = list[float] | dict[str, float]
 
@@ -59,7 +60,7 @@ class FeatureMatching(Regularizer):
 
     def __init__(
         self,
-        weight: float = 1.0,
+        weight: Scheduled = 1.0,
         layers: list[str] | None = None,
         layer_weights: Weights | None = None,
         discriminator_weights: Weights | None = None,

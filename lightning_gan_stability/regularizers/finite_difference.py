@@ -7,11 +7,12 @@ from typing import get_args
 from torch import Tensor
 
 from lightning_gan_stability import penalties
-from lightning_gan_stability._checks import check_choice, check_number
+from lightning_gan_stability._checks import check_choice
 from lightning_gan_stability.callback import Regularizer
 from lightning_gan_stability.outputs import Condition, GANOutputs, Sample, tree_map
 from lightning_gan_stability.penalties import Patches
 from lightning_gan_stability.protocols import GANProtocol
+from lightning_gan_stability.schedules import Scheduled, check_scheduled, value_at
 
 
 class _FiniteDifference(Regularizer):
@@ -24,19 +25,20 @@ class _FiniteDifference(Regularizer):
 
     def __init__(
         self,
-        weight: float = 100.0,
-        sigma: float = 0.01,
+        weight: Scheduled = 100.0,
+        sigma: Scheduled = 0.01,
         every: int = 1,
         patches: Patches = "sum",
         separate: bool = False,
     ) -> None:
         super().__init__(weight, every, separate=separate)
-        self.sigma = check_number("sigma", sigma, positive=True)
+        self.sigma = check_scheduled("sigma", sigma, positive=True)
         self.patches: Patches = check_choice("patches", patches, get_args(Patches))
 
     def _values(self, module: GANProtocol, samples: Sample, condition: Condition) -> Tensor:
         noise = module.noise.randn_like(samples)
-        moved = tree_map(lambda x, n: x + self.sigma * n, samples, noise)
+        sigma = value_at(self.sigma, module.iteration)
+        moved = tree_map(lambda x, n: x + sigma * n, samples, noise)
         # the same dropout masks, augmentation and spectral norm for both, or their difference would not be the points'
         with module.frozen_buffers():
             with module.replay_randomness():

@@ -8,12 +8,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_gan_stability import penalties
-from lightning_gan_stability._checks import check_integer, check_type, describe
+from lightning_gan_stability._checks import check_bool, check_integer, check_type, describe
 from lightning_gan_stability.callback import Regularizer, as_gan
 from lightning_gan_stability.distributed import mean_over_ranks
 from lightning_gan_stability.outputs import GANOutputs, batch_size, take_rows, tree_leaves, tree_map
 from lightning_gan_stability.protocols import GANProtocol
 from lightning_gan_stability.regularizers.running_mean import RunningMeanRegularizer, at_least_float32
+from lightning_gan_stability.schedules import Scheduled
 
 
 def refuse_without_latents(regularizer: Regularizer, module: GANProtocol) -> None:
@@ -43,13 +44,16 @@ class PathLengthPenalty(RunningMeanRegularizer):
         latents: key of the extras that J is with respect to, such as ``"w"``, of shape (n, d) or (n, layers, d). None:
             the latents that samples are made from.
         shrink: the penalty takes one n-th of the batch; 2 in StyleGAN2.
+        include_batch: a is the mean with this batch in it, by a share of 1 − decay through which the gradient flows, as
+            in the authors' code. False: the mean of earlier batches.
 
     Attributes:
         means: a, a scalar; None before the first batch.
 
     Raises:
         ValueError: if an argument has a bad value.
-        MisconfigurationException: if the generator has BatchNorm in train mode, or takes no latents.
+        MisconfigurationException: if the generator has BatchNorm in train mode, or takes no latents, or for
+            ``include_batch`` with ``accumulate``, which would see parts of the batch alone.
 
     Example:
         >>> PathLengthPenalty().every
@@ -65,34 +69,45 @@ class PathLengthPenalty(RunningMeanRegularizer):
 
     def __init__(
         self,
-        weight: float = 2.0,
+        weight: Scheduled = 2.0,
         decay: float = 0.99,
         every: int = 4,
         separate: bool = False,
         latents: str | None = None,
         shrink: int = 1,
+        include_batch: bool = False,
     ) -> None:
         super().__init__(weight, every, decay, separate)
+        self.include_batch = check_bool("include_batch", include_batch)
         self.latents = None if latents is None else check_type("latents", latents, str)
         self.shrink = check_integer("shrink", shrink)
         self._lengths: list[Tensor] = []  # of the batch at hand
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a generator with BatchNorm, or without latents."""
+        """Refuse a generator with BatchNorm, or without latents, and micro-batches where they would be wrong."""
         super().on_fit_start(trainer, pl_module)
+        module = as_gan(pl_module)
         if self.latents is None:
-            refuse_without_latents(self, as_gan(pl_module))
+            refuse_without_latents(self, module)
+        if self.include_batch and module.accumulate > 1:
+            raise MisconfigurationException(
+                "PathLengthPenalty(include_batch=True) takes the mean length of the whole batch, which accumulate="
+                f"{module.accumulate} would take apart: drop one of them."
+            )
 
     def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
         """(‖J_zᵀ y‖ − a)² of each sample, (n,)."""
         if self.shrink > 1 and not self.separate:
             rows = self.rows_of(batch_size(outputs.fake))
-            condition, latents = (take_rows(tree, 0, rows) for tree in (outputs.condition, outputs.latents))
-            fewer = outputs.replace(real=None, condition=condition, fake=take_rows(outputs.fake, 0, rows))
+            condition, latents = (take_rows(tree, 0, rows) for tree in (outputs.fake_condition, outputs.latents))
+            fewer = outputs.replace(real=None, fake_condition=condition, fake=take_rows(outputs.fake, 0, rows))
             outputs = module.resample(fewer, latents)
         lengths = penalties.path_lengths(self._by(outputs), outputs.fake, module.noise.randn_like(outputs.fake))
         self._lengths.append(lengths.detach())
-        return (lengths - (0.0 if self.means is None else self.means)).square()
+        mean = torch.zeros_like(lengths[0]) if self.means is None else self.means
+        if self.include_batch:
+            mean = mean_over_ranks(lengths.mean()).lerp(mean.to(lengths.dtype), self.decay)
+        return (lengths - mean).square()
 
     def _by(self, outputs: GANOutputs) -> Tensor:
         """What the samples are differentiated by."""
@@ -131,11 +146,9 @@ class ModeSeeking(Regularizer):
         weight: not negative.
         every: due on every so many steps, and scaled by as much.
         separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
-        final_weight: what the weight becomes along half a cosine over ``steps`` steps. None: constant.
-        steps: length of this schedule, together with ``final_weight``.
 
     Raises:
-        ValueError: if an argument has a bad value, or one of ``final_weight`` and ``steps`` comes without the other.
+        ValueError: if an argument has a bad value.
         MisconfigurationException: if the generator takes no latents.
 
     Example:
@@ -149,13 +162,11 @@ class ModeSeeking(Regularizer):
 
     def __init__(
         self,
-        weight: float = 1.0,
+        weight: Scheduled = 1.0,
         every: int = 1,
-        final_weight: float | None = None,
-        steps: int | None = None,
         separate: bool = False,
     ) -> None:
-        super().__init__(weight, every, final_weight, steps, separate)
+        super().__init__(weight, every, separate)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a generator without latents."""

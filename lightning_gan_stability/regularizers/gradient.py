@@ -7,11 +7,12 @@ from typing import get_args
 from torch import Tensor
 
 from lightning_gan_stability import penalties
-from lightning_gan_stability._checks import check_bool, check_choice, check_number, check_schedule
+from lightning_gan_stability._checks import check_bool, check_choice
 from lightning_gan_stability.callback import Regularizer
 from lightning_gan_stability.outputs import GANOutputs, batch_size, tree_leaves
 from lightning_gan_stability.penalties import Patches
 from lightning_gan_stability.protocols import GANProtocol
+from lightning_gan_stability.schedules import Scheduled, check_scheduled, value_at
 
 
 class _ZeroCentered(Regularizer):
@@ -21,17 +22,15 @@ class _ZeroCentered(Regularizer):
 
     def __init__(
         self,
-        gamma: float = 1.0,
+        gamma: Scheduled = 1.0,
         every: int = 1,
-        final_gamma: float | None = None,
-        steps: int | None = None,
         patches: Patches = "sum",
         separate: bool = False,
+        augmented: bool = False,
     ) -> None:
-        check_number("gamma", gamma)
-        check_schedule("gamma", final_gamma, steps)
-        super().__init__(gamma / 2, every, None if final_gamma is None else final_gamma / 2, steps, separate)
+        super().__init__(check_scheduled("gamma", gamma) / 2, every, separate)
         self.patches: Patches = check_choice("patches", patches, get_args(Patches))
+        self.augmented = check_bool("augmented", augmented)
 
 
 class R1Penalty(_ZeroCentered):
@@ -42,16 +41,17 @@ class R1Penalty(_ZeroCentered):
     sample before augmentation, and shares the forward pass of the loss.
 
     Args:
-        gamma: γ, not negative. A start for images is 0.0002 · pixels / batch size, times 4 or ¼ as the run asks.
+        gamma: γ, not negative; a number or a :class:`~lightning_gan_stability.Schedule`. A start for images is 0.0002 ·
+            pixels / batch size, times 4 or ¼ as the run asks.
         every: due on every so many steps, and scaled by as much. 16 costs almost nothing.
         separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
-        final_gamma: what γ becomes along half a cosine over ``steps`` steps, as in R3GAN; None: it stays.
-        steps: how many steps that takes.
         patches: of a discriminator with several logits for a sample, what is differentiated: their ``"sum"``, as in
             papers, which grows with the size of the sample, or their ``"mean"``, with which γ need not change with it.
+        augmented: the gradient is with respect to what the discriminator saw, after augmentations; False: to the sample
+            before them, as in the code of StyleGAN2-ADA and R3GAN.
 
     Raises:
-        ValueError: if an argument has a bad value, or one of ``final_gamma`` and ``steps`` comes without the other.
+        ValueError: if an argument has a bad value.
         MisconfigurationException: if the discriminator has BatchNorm in train mode.
 
     Example:
@@ -64,7 +64,8 @@ class R1Penalty(_ZeroCentered):
 
     def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
         """‖∇ₓD(x)‖² of each real sample, (n,)."""
-        return penalties.zero_centered(outputs.real, outputs.real_logits, self.patches)
+        points = outputs.real_augmented if self.augmented else outputs.real
+        return penalties.zero_centered(points, outputs.real_logits, self.patches)
 
 
 class R2Penalty(_ZeroCentered):
@@ -75,16 +76,16 @@ class R2Penalty(_ZeroCentered):
     :class:`R1Penalty`.
 
     Args:
-        gamma: γ, not negative.
+        gamma: γ, not negative; a number or a :class:`~lightning_gan_stability.Schedule`.
         every: due on every so many steps, and scaled by as much.
         separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
-        final_gamma: what γ becomes along half a cosine over ``steps`` steps, as in R3GAN; None: it stays.
-        steps: how many steps that takes.
         patches: of a discriminator with several logits for a sample, what is differentiated: their ``"sum"``, as in
             papers, which grows with the size of the sample, or their ``"mean"``, with which γ need not change with it.
+        augmented: the gradient is with respect to what the discriminator saw, after augmentations; False: to the sample
+            before them, as in the code of StyleGAN2-ADA and R3GAN.
 
     Raises:
-        ValueError: if an argument has a bad value, or one of ``final_gamma`` and ``steps`` comes without the other.
+        ValueError: if an argument has a bad value.
         MisconfigurationException: if the discriminator has BatchNorm in train mode.
 
     Example:
@@ -97,7 +98,8 @@ class R2Penalty(_ZeroCentered):
 
     def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
         """‖∇ₓD(x)‖² of each fake sample, (n,)."""
-        return penalties.zero_centered(outputs.fake, outputs.fake_logits, self.patches)
+        points = outputs.fake_augmented if self.augmented else outputs.fake
+        return penalties.zero_centered(points, outputs.fake_logits, self.patches)
 
 
 class _Centered(Regularizer):
@@ -109,14 +111,14 @@ class _Centered(Regularizer):
 
     def __init__(
         self,
-        weight: float = 10.0,
-        target: float = 1.0,
+        weight: Scheduled = 10.0,
+        target: Scheduled = 1.0,
         every: int = 1,
         patches: Patches = "sum",
         separate: bool = False,
     ) -> None:
         super().__init__(weight, every, separate=separate)
-        self.target = check_number("target", target)
+        self.target = check_scheduled("target", target)
         self.patches: Patches = check_choice("patches", patches, get_args(Patches))
 
 
@@ -149,8 +151,8 @@ class GradientPenalty(_Centered):
 
     def __init__(
         self,
-        weight: float = 10.0,
-        target: float = 1.0,
+        weight: Scheduled = 10.0,
+        target: Scheduled = 1.0,
         one_sided: bool = False,
         every: int = 1,
         patches: Patches = "sum",
@@ -168,7 +170,8 @@ class GradientPenalty(_Centered):
         """(‖∇ₓD(x̂)‖ − target)² of each pair, (n,)."""
         points = penalties.interpolate(outputs.real, outputs.fake, _shares(module, outputs))
         logits = module.logits(points, outputs.condition)
-        return penalties.centered(points, logits, self.target, self.one_sided, self.patches)
+        target = value_at(self.target, module.iteration)
+        return penalties.centered(points, logits, target, self.one_sided, self.patches)
 
 
 class DRAGANPenalty(_Centered):
@@ -200,7 +203,9 @@ class DRAGANPenalty(_Centered):
         """(‖∇ₓD(x̂)‖ − target)² of each real sample, (n,)."""
         alpha = _shares(module, outputs)
         points = penalties.perturb(outputs.real, alpha, module.noise.rand_like(outputs.real))
-        return penalties.centered(points, module.logits(points, outputs.condition), self.target, patches=self.patches)
+        logits = module.logits(points, outputs.condition)
+        target = value_at(self.target, module.iteration)
+        return penalties.centered(points, logits, target, patches=self.patches)
 
 
 def _shares(module: GANProtocol, outputs: GANOutputs) -> Tensor:

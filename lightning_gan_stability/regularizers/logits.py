@@ -12,6 +12,7 @@ from lightning_gan_stability.outputs import GANOutputs
 from lightning_gan_stability.penalties import sum_over_entries
 from lightning_gan_stability.protocols import GANProtocol
 from lightning_gan_stability.regularizers.running_mean import RunningMeanRegularizer, at_least_float32
+from lightning_gan_stability.schedules import Scheduled
 
 
 class LeCam(RunningMeanRegularizer):
@@ -43,7 +44,7 @@ class LeCam(RunningMeanRegularizer):
     second_order = False
     weight = 0.3
 
-    def __init__(self, weight: float = 0.3, decay: float = 0.99, start: int = 1000, every: int = 1) -> None:
+    def __init__(self, weight: Scheduled = 0.3, decay: float = 0.99, start: int = 1000, every: int = 1) -> None:
         super().__init__(weight, every, decay)
         self.start = check_integer("start", start, least=0)
 
@@ -74,11 +75,9 @@ class LogitDrift(Regularizer):
     Args:
         weight: ε, not negative.
         every: due on every so many steps, and scaled by as much.
-        final_weight: what the weight becomes along half a cosine over ``steps`` steps. None: constant.
-        steps: length of this schedule, together with ``final_weight``.
 
     Raises:
-        ValueError: if an argument has a bad value, or one of ``final_weight`` and ``steps`` comes without the other.
+        ValueError: if an argument has a bad value.
 
     Example:
         >>> LogitDrift().weight
@@ -88,10 +87,8 @@ class LogitDrift(Regularizer):
     differentiates = ()
     second_order = False
 
-    def __init__(
-        self, weight: float = 1e-3, every: int = 1, final_weight: float | None = None, steps: int | None = None
-    ) -> None:
-        super().__init__(weight, every, final_weight, steps)
+    def __init__(self, weight: Scheduled = 1e-3, every: int = 1) -> None:
+        super().__init__(weight, every)
 
     def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
         """The mean of l(x)² over real logits, summed over discriminators."""

@@ -14,6 +14,7 @@ from lightning_gan_stability.callback import Regularizer
 from lightning_gan_stability.layers import parameter_dtype
 from lightning_gan_stability.outputs import GANOutputs, at_path, same_structure, shapes, tree_leaves
 from lightning_gan_stability.protocols import GANProtocol
+from lightning_gan_stability.schedules import Scheduled
 
 DistanceName = Literal["l1", "l2"]
 Distance: TypeAlias = DistanceName | nn.Module | Callable[[Tensor, Tensor], Tensor]
@@ -60,7 +61,7 @@ class Reconstruction(Regularizer):
 
     def __init__(
         self,
-        weight: float = 1.0,
+        weight: Scheduled = 1.0,
         distance: Distance = "l1",
         target: str = "real",
         sample: str = "fake",

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_gan_stability._checks import check_share
 from lightning_gan_stability.callback import Regularizer, as_gan
 from lightning_gan_stability.protocols import GANProtocol
+from lightning_gan_stability.schedules import Scheduled
 
 
 class RunningMeanRegularizer(Regularizer):
@@ -28,7 +29,7 @@ class RunningMeanRegularizer(Regularizer):
 
     means: Tensor | None
 
-    def __init__(self, weight: float, every: int, decay: float, separate: bool = False) -> None:
+    def __init__(self, weight: Scheduled, every: int, decay: float, separate: bool = False) -> None:
         super().__init__(weight, every, separate=separate)
         self.decay = check_share("decay", decay)
         self.add_state("means", None)

@@ -13,6 +13,7 @@ from lightning_gan_stability.callback import Regularizer
 from lightning_gan_stability.layers import matrices
 from lightning_gan_stability.outputs import NETWORKS, PLAYERS, GANOutputs, Player
 from lightning_gan_stability.protocols import GANProtocol
+from lightning_gan_stability.schedules import Scheduled
 
 
 class OrthogonalPenalty(Regularizer):
@@ -44,7 +45,7 @@ class OrthogonalPenalty(Regularizer):
 
     def __init__(
         self,
-        weight: float = 1e-4,
+        weight: Scheduled = 1e-4,
         off_diagonal: bool = True,
         player: Player = "g",
         every: int = 1,

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gan_stability._checks import check_number
 from lightning_gan_stability.callback import UpdateRule
 from lightning_gan_stability.distributed import mean_over_ranks
 from lightning_gan_stability.protocols import GANProtocol
+from lightning_gan_stability.schedules import Scheduled, check_scheduled, value_at
 
 
 class ConsensusOptimization(UpdateRule):
@@ -41,8 +41,8 @@ class ConsensusOptimization(UpdateRule):
     joint = True
     whole_batch = True
 
-    def __init__(self, gamma: float = 10.0) -> None:
-        self.gamma = check_number("gamma", gamma)
+    def __init__(self, gamma: Scheduled = 10.0) -> None:
+        self.gamma = check_scheduled("gamma", gamma)
 
     def __call__(self, module: GANProtocol, batch: Any) -> None:
         """Move the players on one batch."""
@@ -54,7 +54,8 @@ class ConsensusOptimization(UpdateRule):
             # over ranks, v is a mean: the gradient of ½‖v̄‖² is the mean of Jᵀv̄
             pull = torch.stack([(g * mean_over_ranks(g.detach())).sum() for g in v if g is not None]).sum()
             pulls = gradients(pull, everything, create_graph=False) if pull.requires_grad else [None] * len(v)
-        w = iter([_add(g, h, self.gamma) for g, h in zip(v, pulls, strict=True)])
+        gamma = value_at(self.gamma, module.iteration)
+        w = iter([_add(g, h, gamma) for g, h in zip(v, pulls, strict=True)])
         for player, parameters in moving.items():
             module.set_gradients(player, [next(w) for _ in parameters])
         for player in module.plan:
