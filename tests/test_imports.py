@@ -368,20 +368,24 @@ def test_one_name_does_not_import_its_siblings(name, loaded):
 
 
 def test_import_is_quick():
-    """At most 0.3 s more than Lightning itself, as the smallest of three measurements in fresh processes."""
+    """At most 0.055 of the time of Lightning's own import, which is 0.3 s where that takes 5.5 s.
+
+    Both in turn in one process, since seconds alone double on a busy machine; the smallest of three.
+    """
     code = (
-        "import time; import lightning.pytorch; t = time.process_time(); import lightning_gan_stability; "
-        "print(time.process_time() - t); import sys; print([m for m in ('wandb', 'sklearn', 'matplotlib.pyplot', "
-        "'torch_fidelity', 'jsonargparse', 'tensorboard') if m in sys.modules and m not in before])"
-    ).replace("t = time", "import sys; before = set(sys.modules); t = time", 1)
-    seconds = []
+        "import sys, time; start = time.process_time(); import lightning.pytorch; before = set(sys.modules); "
+        "t = time.process_time(); import lightning_gan_stability; print((time.process_time() - t) / (t - start)); "
+        "print([m for m in ('wandb', 'sklearn', 'matplotlib.pyplot', 'torch_fidelity', 'jsonargparse', 'tensorboard') "
+        "if m in sys.modules and m not in before])"
+    )
+    shares = []
     for _ in range(3):
         out = fresh(code).splitlines()
-        seconds.append(float(out[0]))
+        shares.append(float(out[0]))
         assert out[1] == "[]"
-        if seconds[-1] < 0.3:
+        if shares[-1] < 0.055:
             break
-    assert min(seconds) < 0.3
+    assert min(shares) < 0.055
 
 
 def test_every_public_name_has_a_docstring_with_an_example():
