@@ -126,6 +126,23 @@ def tensors(state_dict):
     return {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
 
 
+def gone_on(make, train):
+    """A module that stopped after one of two epochs and went on with other weights, as one that never stopped.
+
+    ``train`` takes a module, and in the place of two epochs ``max_epochs``, or a ``ckpt_path``.
+    """
+    whole, first, again = make(), make(), make()
+    train(whole)
+    train(first, max_epochs=1).save_checkpoint("first.ckpt")
+    for parameter in again.parameters():
+        parameter.data.normal_()
+    train(again, ckpt_path="first.ckpt")
+    found = tensors(again.state_dict())
+    for key, expected in tensors(whole.state_dict()).items():
+        assert torch.equal(found[key], expected), key
+    return again
+
+
 @contextmanager
 def ignoring():
     """Without a word of the monitors, whose warnings would be errors."""
