@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jobs import finish
+from classifiers import train_classifier
+from jobs import finish, spread
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
 from overhead import Steps, compare, lightning
@@ -51,7 +52,6 @@ START, WEIGHT, FLAT = "AdversarialStart", "AdaptiveAdversarialWeight", "R1Penalt
 
 
 @cache
-@torch.enable_grad()
 def patch_features() -> nn.Module:
     """Features of patches: a network that learned by which quarter turn patches of the photographs were turned."""
     torch.manual_seed(0)
@@ -60,20 +60,18 @@ def patch_features() -> nn.Module:
         nn.Conv2d(64, 64, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
     )  # fmt: skip
     network = nn.Sequential(features, nn.Linear(64, 4))
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     stream = Photographs(size=32, batch_size=64, seed=99).train_dataloader()
-    for step in range(QUICK or 800):
-        turns = torch.arange(64) % 4
-        images = torch.stack([image.rot90(int(k), (1, 2)) for image, k in zip(stream[step], turns, strict=True)])
-        loss = nn.functional.cross_entropy(network(images), turns)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    turns = torch.arange(64) % 4
+
+    def turned(step: int) -> tuple[Tensor, Tensor]:
+        images = zip(stream[step], turns, strict=True)
+        return torch.stack([image.rot90(int(k), (1, 2)) for image, k in images]), turns
+
+    train_classifier(network, turned, QUICK or 800)
     return features.eval().requires_grad_(False)
 
 
 @cache
-@torch.enable_grad()
 def digit_reader() -> nn.Module:
     """A classifier of MNIST's digits at 16 by 16 pixels."""
     torch.manual_seed(0)
@@ -81,14 +79,8 @@ def digit_reader() -> nn.Module:
         nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
         nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.3), nn.Linear(1024, 10),
     )  # fmt: skip
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     stream = SmallMNIST(batch_size=128, size=16, seed=99).train_dataloader()
-    for step in range(QUICK or 600):
-        images, labels = stream[step]
-        loss = nn.functional.cross_entropy(network(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    train_classifier(network, stream.batch, QUICK or 600)
     return network.eval().requires_grad_(False)
 
 
@@ -339,11 +331,6 @@ def run(study: str, steps: int | None, **job: Any) -> dict[str, float]:
     start = time.process_time()
     found = STUDIES[study](steps=steps or SHORTER.get(study), **job)
     return found | {"seconds": time.process_time() - start}
-
-
-def spread(values: list[float]) -> str:
-    """Mean, and the smallest and the largest."""
-    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def show(study: str, rows: list[dict[str, Any]]) -> None:

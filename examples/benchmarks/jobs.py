@@ -1,6 +1,7 @@
-"""The runs of a benchmark: finished ones from a file, the others in processes of one thread each."""
+"""The runs of a benchmark: finished ones from a file, the others in processes of one thread each; and their spread."""
 
 import json
+import statistics
 from collections.abc import Callable
 from datetime import date
 from functools import partial
@@ -27,6 +28,11 @@ def finish(
     else:
         rows += [_keep(_row(run, job), results) for job in left]
     return [next(row for row in rows if row.items() >= job.items()) for job in jobs]
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """The mean, and the smallest and the largest."""
+    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def _row(run: Callable[..., dict[str, Any]], job: dict[str, Any]) -> dict[str, Any]:

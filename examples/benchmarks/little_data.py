@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jobs import finish
+from classifiers import train_classifier
+from jobs import finish, spread
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torchvision.utils import save_image
@@ -57,7 +58,6 @@ METHODS: dict[str, Callable[[], tuple[nn.Module | None, list[Callback]]]] = {
 
 
 @cache
-@torch.enable_grad()
 def features() -> nn.Module:
     """64 features of digits at 16x16 pixels: the last hidden layer of a classifier of MNIST."""
     torch.manual_seed(0)
@@ -66,14 +66,8 @@ def features() -> nn.Module:
         nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.3), nn.Linear(1024, 64), nn.ReLU(),
     )  # fmt: skip
     network = nn.Sequential(layers, nn.Linear(64, 10))
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     stream = SmallMNIST(batch_size=128, size=16).train_dataloader()
-    for step in range(QUICK or 600):
-        images, labels = stream[step]
-        loss = nn.functional.cross_entropy(network(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    train_classifier(network, stream.batch, QUICK or 600)
     return layers.eval().requires_grad_(False)
 
 
@@ -132,12 +126,6 @@ def run(images: int, method: str, seed: int, steps: int, pictures: Path | None =
     }
 
 
-def spread(values: list[float], digits: int = 1) -> str:
-    """The mean, and the smallest and the largest."""
-    mean = sum(values) / len(values)
-    return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
 def show(rows: list[dict[str, Any]]) -> None:
     """For each number of images a line for each method, and what its distance is of that with nothing."""
     for images in dict.fromkeys(row["images"] for row in rows):
@@ -150,7 +138,11 @@ def show(rows: list[dict[str, Any]]) -> None:
             ends = [row["distances"][-1] for row in mine]
             ratios = [row["distances"][-1] / plain[row["seed"]][-1] for row in mine if row["seed"] in plain]
             over_time = [sum(values) / len(mine) for values in zip(*(row["r_v"] for row in mine), strict=True)]
-            cells = [spread(ends), spread(ratios, 2) if ratios else "", spread([min(row["distances"]) for row in mine])]
+            cells = [
+                spread(ends, 1),
+                spread(ratios, 2) if ratios else "",
+                spread([min(row["distances"]) for row in mine], 1),
+            ]
             print(f"| {method} | {' | '.join(cells)} | {' '.join(f'{value:.2f}' for value in over_time)} |")
             if mine[0]["p"] is not None:
                 print(f"  (p at the end: {spread([row['p'] for row in mine], 2)})")
