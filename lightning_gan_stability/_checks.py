@@ -84,16 +84,16 @@ def check_finite(name: str, value: Any) -> float:
     return value  # type: ignore[no-any-return]
 
 
-def check_share(name: str, value: Any, *, open_end: bool = False) -> float:
-    """Return a number in [0, 1], or in [0, 1).
+def check_share(name: str, value: Any, *, open_start: bool = False, open_end: bool = False) -> float:
+    """Return a number in [0, 1], without the ends that are open.
 
     Example:
         >>> check_share("decay", 1.0, open_end=True)
         Traceback (most recent call last):
         ValueError: `decay` must be in [0, 1), got 1.0.
     """
-    inside = is_number(value) and 0 <= value <= 1 and not (open_end and value == 1)
-    check(inside, name, "in [0, 1)" if open_end else "in [0, 1]", value)
+    inside = is_number(value) and 0 <= value <= 1 and not (open_start and value == 0) and not (open_end and value == 1)
+    check(inside, name, f"in {'(['[not open_start]}0, 1{')]'[not open_end]}", value)
     return value  # type: ignore[no-any-return]
 
 

@@ -28,7 +28,7 @@ Draws = dict[str, Tensor]
 class Augmentation(nn.Module):
     """What augmentations share: each leaf of a sample on its own, in float32 at least, outside of autocast.
 
-    Subclasses implement :meth:`draw` and :meth:`apply`.
+    Subclasses implement :meth:`draw` and :meth:`apply_to`.
     """
 
     def forward(self, sample: Sample) -> Sample:
@@ -265,8 +265,7 @@ class AugmentPipe(Augmentation):
         """An amount (n, ...) of one transform."""
         p, strength = self.p * self.multipliers[name], self.strengths.get(name, 1.0)
         if name == "imgfilter":
-            gains = (2 ** (strength * z.take(4))).where(u.take(4) < p, 1.0)
-            return gains
+            return (2 ** (strength * z.take(4))).where(u.take(4) < p, 1.0)
         chosen = u.take() < (1 - math.sqrt(max(1 - p, 0.0)) if name == "rotate" else p)
         if name in ("xflip", "lumaflip"):
             return (u.take() * 2).floor().where(chosen, 0.0)
@@ -288,7 +287,7 @@ class AugmentPipe(Augmentation):
         return (2 ** (z.take() * strength)).where(chosen, 1.0)  # scale, aniso, contrast, saturation
 
     def _check_samples(self, x: Tensor, names: list[str]) -> None:
-        if [*names] == ["noise"] or not names:
+        if names in ([], ["noise"]):
             return
         _, channels, _, _ = _check_images("AugmentPipe", x)
         colors = [name for name in names if name in TRANSFORMS["color"]]

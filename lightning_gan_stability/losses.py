@@ -19,13 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_gan_stability._checks import (
-    check,
     check_bool,
     check_choice,
     check_finite,
     check_number,
     check_share,
-    is_number,
     is_plain,
 )
 from lightning_gan_stability._compat import Float32Buffers
@@ -138,7 +136,7 @@ class NonSaturating(AdversarialLoss):
 
     def __init__(self, real_label: float = 1.0, reduction: Reduction = "sum") -> None:
         super().__init__(reduction)
-        self.real_label = check(is_number(real_label) and 0 < real_label <= 1, "real_label", "in (0, 1]", real_label)
+        self.real_label = check_share("real_label", real_label, open_start=True)
 
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         real, fake = _pair(real_logits, fake_logits)

@@ -142,15 +142,16 @@ class MLP(nn.Module):
 
 
 class _Generator(nn.Module):
-    """Latents and an embedding of the class, as long and at first N(0, 1) like them, through `layers`."""
+    """Latents and an embedding of the class, as long as they are unless told otherwise, and at first N(0, 1) too."""
 
     layers: nn.Sequential
 
-    def __init__(self, latent_dim: int, num_classes: int | None) -> None:
+    def __init__(self, latent_dim: int, num_classes: int | None, embedding_dim: int | None = None) -> None:
         super().__init__()
-        _check(latent_dim=latent_dim, num_classes=num_classes)
-        self.features = latent_dim if num_classes is None else 2 * latent_dim
-        self.embedding = None if num_classes is None else nn.Embedding(num_classes, latent_dim)
+        length = latent_dim if embedding_dim is None else embedding_dim
+        _check(latent_dim=latent_dim, num_classes=num_classes, embedding_dim=length)
+        self.features = latent_dim if num_classes is None else latent_dim + length
+        self.embedding = None if num_classes is None else nn.Embedding(num_classes, length)
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return one image for each latent vector."""
@@ -432,7 +433,7 @@ def _r3gan_stages(widths: Sequence[int], blocks: object, groups: object, expansi
     ]
 
 
-class R3GANGenerator(nn.Module):
+class R3GANGenerator(_Generator):
     """Generator of R3GAN: residual blocks of grouped convolutions without normalization, from learned 4x4 maps on.
 
     Channel c at 4x4 is bᶜ · (A [z, e_y])_c with learned maps b; a block is x + W3 a(W2 a(W1 x)) with a bias in each
@@ -474,26 +475,16 @@ class R3GANGenerator(nn.Module):
         embedding_dim: int = 64,
         expansion: int = 2,
     ) -> None:
-        super().__init__()
-        _check(latent_dim=latent_dim, channels=channels, num_classes=num_classes, embedding_dim=embedding_dim)
+        _check(channels=channels)
         first, *others = _r3gan_stages(widths, blocks, groups, expansion)
-        self.embedding = None
-        if num_classes is not None:
-            self.embedding = nn.Embedding(num_classes, embedding_dim)
-            nn.init.normal_(self.embedding.weight, std=num_classes**-0.5)
-        layers = [_Basis(latent_dim + (0 if num_classes is None else embedding_dim), widths[0]), *first]
+        super().__init__(latent_dim, num_classes, embedding_dim)
+        if self.embedding is not None:
+            nn.init.normal_(self.embedding.weight, std=self.embedding.num_embeddings**-0.5)
+        layers = [_Basis(self.features, widths[0]), *first]
         for (inside, outside), stage in zip(pairwise(widths), others, strict=True):
             change = [_convolution(inside, outside)] if inside != outside else []
             layers += [*change, _Resample(up=True), *stage]
         self.layers = nn.Sequential(*layers, _convolution(widths[-1], channels))
-
-    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return one image for each latent vector."""
-        if self.embedding is not None:
-            labels = _need(labels, self.embedding.num_embeddings, "generator")
-            latents = torch.cat([latents, self.embedding(labels)], dim=1)
-        images: Tensor = self.layers(latents)
-        return images
 
 
 class R3GANDiscriminator(nn.Module):

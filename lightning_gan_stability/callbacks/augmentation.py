@@ -21,8 +21,9 @@ from lightning_gan_stability.schedules import Schedule, Scheduled, check_schedul
 
 
 class _Pipe(GANCallback):
-    """What callbacks share that set the probability of an AugmentPipe: of the module's, or of their own."""
+    """What callbacks share that set the probability of an AugmentPipe, to `p`: of the module's, or of their own."""
 
+    p: Scheduled
     pipe: AugmentPipe
 
     def __init__(self, augment: AugmentPipe | None) -> None:
@@ -45,6 +46,10 @@ class _Pipe(GANCallback):
             )
         self.own = not theirs
         self.pipe = theirs[0] if theirs else self.given or AugmentPipe("bgc")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Give the pipe its probability."""
+        self.pipe.p = value_at(self.p, as_gan(pl_module).iteration)
 
     def augment(self, module: GANProtocol, sample: Sample) -> Sample:
         """Send samples through the pipe, unless the module does that."""
@@ -110,10 +115,6 @@ class AdaptiveAugmentation(_Pipe):
                 "threshold for that: use another loss, or AugmentationSchedule in the place of AdaptiveAugmentation."
             )
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Give the pipe its probability."""
-        self.pipe.p = self.p
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -177,10 +178,6 @@ class AugmentationSchedule(_Pipe):
     def __init__(self, p: Scheduled, augment: AugmentPipe | None = None) -> None:
         super().__init__(augment)
         self.p = check_scheduled("p", p, check_share)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Give the pipe its probability."""
-        self.pipe.p = value_at(self.p, as_gan(pl_module).iteration)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

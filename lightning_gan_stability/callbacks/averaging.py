@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_gan_stability._checks import check, check_bool, check_integer, check_number, check_share, is_number
+from lightning_gan_stability._checks import check_bool, check_integer, check_number, check_share
 from lightning_gan_stability._compat import is_spectral_norm, lerp_, register_like
 from lightning_gan_stability.callback import GANCallback, as_gan, callbacks_of, refuse_after_weight_averaging
 from lightning_gan_stability.layers import clone, copy_network, follow_spectrum
@@ -179,7 +179,7 @@ class Lookahead(GANCallback):
     def __init__(self, k: int = 5, alpha: Scheduled = 0.5) -> None:
         super().__init__()
         self.k = check_integer("k", k)
-        self.alpha = check_scheduled("alpha", alpha, _check_alpha)
+        self.alpha = check_scheduled("alpha", alpha, check_share, open_start=True)
         self.add_state("steps", 0)
         self.add_state("slow", [])  # s, of both players
 
@@ -209,11 +209,6 @@ class Lookahead(GANCallback):
             for player in PLAYERS:
                 module.constrain(player)
             _copy(weights, self.slow)
-
-
-def _check_alpha(name: str, value: Any) -> float:
-    found: float = check(is_number(value) and 0 < value <= 1, name, "in (0, 1]", value)
-    return found
 
 
 def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
