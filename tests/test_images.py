@@ -393,6 +393,29 @@ def test_an_archive_is_read_as_its_folder(tmp_path, folder, below):
     assert equal(list(inside.val_dataloader()), list(outside.val_dataloader()))
 
 
+@pytest.mark.parametrize("below", ["./", "/", "data\\", "./data/train/"])
+def test_names_of_members_as_other_programs_write_them(tmp_path, folder, below):
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+            name = below + file.relative_to(folder).as_posix()
+            entry = zipfile.ZipInfo()
+            entry.filename = name.replace("/", "\\") if "\\" in below else name
+            archive.writestr(entry, file.read_bytes())
+    found = Images(str(path), size=8, batch_size=3)
+    assert found.classes == ["cat", "dog"]
+    assert equal(read_all(found), read_all(Images(str(folder), size=8, batch_size=3)))
+
+
+def test_links_to_folders(tmp_path, folder):
+    """Those to a folder in which they lie would go on forever; others are as if the folder was there."""
+    (folder / "cat" / "up").symlink_to(folder)
+    (folder / "cat" / "here").symlink_to(folder / "cat")
+    assert read_all(Images(str(folder), labels=False, size=8, batch_size=12)).shape[0] == 12
+    (folder / "again").symlink_to(folder / "dog")
+    assert ready(Images(str(folder), size=8, batch_size=3)).classes == ["again", "cat", "dog"]
+
+
 def test_several_processes_read_one_archive(tmp_path, folder):
     path = zipped(folder, tmp_path / "x.zip")
     options = {"size": 8, "batch_size": 1, "seed": 3}

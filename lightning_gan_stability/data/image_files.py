@@ -74,7 +74,10 @@ class ImageFiles:
         self.folder = Path(folder)
         self.is_archive = not self.folder.is_dir()
         self._archive: tuple[int, ZipFile] | None = None  # the process that opened it, and the open archive
-        found = (PurePosixPath(path).parts for path in (self._in_archive() if self.is_archive else self._in_folder()))
+        self._members: dict[str, str] = self._in_archive() if self.is_archive else {}  # of an archive, by their paths
+        found = (
+            PurePosixPath(path).parts for path in (self._members if self.is_archive else self._in_folder(self.folder))
+        )
         files = sorted(
             parts
             for parts in found
@@ -101,13 +104,23 @@ class ImageFiles:
             number = {name: label for label, name in enumerate(self.classes)}
             self.labels = [number[first] for first, *_ in below]
 
-    def _in_folder(self) -> Iterator[str]:
-        for root, _, names in os.walk(self.folder, followlinks=True):
-            yield from (Path(root, name).relative_to(self.folder).as_posix() for name in names)
+    def _in_folder(self, folder: Path, above: tuple[Path, ...] = ()) -> Iterator[str]:
+        """The files below a folder; a link to a folder in which it lies is passed over."""
+        place = folder.resolve()
+        if place in above:
+            return
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    yield from self._in_folder(Path(entry), (*above, place))
+                else:
+                    yield Path(entry).relative_to(self.folder).as_posix()
 
-    def _in_archive(self) -> list[str]:
+    def _in_archive(self) -> dict[str, str]:
+        """The names of members by their paths; some programs write `./a.png`, `/a.png`, or backslashes."""
         try:
-            return [member.filename for member in self._opened().infolist() if not member.is_dir()]
+            names = [member.filename for member in self._opened().infolist() if not member.is_dir()]
+            return {"/".join(_path(name)): name for name in names if not name.endswith("\\")}
         except (BadZipFile, OSError) as error:
             raise ValueError(f"`folder` is neither a folder nor a zip archive: {self.folder} ({error})") from error
 
@@ -134,7 +147,7 @@ class ImageFiles:
 
     def _open(self, index: int) -> IO[bytes]:
         path = self.paths[index]
-        return self._opened().open(path) if self.is_archive else (self.folder / path).open("rb")
+        return self._opened().open(self._members[path]) if self.is_archive else (self.folder / path).open("rb")
 
     def drop_unreadable(self, on_error: OnError) -> None:
         """Look at all files, and leave out those that cannot be read, or refuse them.
@@ -174,6 +187,12 @@ class ImageFiles:
         item = self[index]
         with naming(self.name(self.paths[index])):
             opaque(item[0] if isinstance(item, tuple) else item)
+
+
+def _path(member: str) -> tuple[str, ...]:
+    """The parts of a member's path, from the root of its archive on."""
+    posix = PurePosixPath(member if "/" in member else member.replace("\\", "/"))
+    return posix.relative_to(posix.anchor).parts
 
 
 def _has_its_end(kind: str | None, file: IO[bytes]) -> bool:
