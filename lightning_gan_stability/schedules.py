@@ -23,9 +23,10 @@ class Schedule:
     which t is the number of batches so far: a length in images is divided by the images of a batch of all processes.
     Weights of regularizers count the steps of their player, which are as many unless an UpdateRatio is there.
 
-    Numeric arguments of callbacks take one in the place of a number, ``R1Penalty(gamma=Schedule(2.0, 0.2, 78125))``, in
-    YAML ``gamma: {start: 2.0, end: 0.2, steps: 78125}``; learning rates and betas do by
-    :class:`~lightning_gan_stability.OptimizerSchedule`. It needs no state: a resumed run goes on with it.
+    Arguments of callbacks that may change in a run take one in the place of a number,
+    ``R1Penalty(gamma=Schedule(2.0, 0.2, 78125))``, in YAML ``gamma: {start: 2.0, end: 0.2, steps: 78125}``: weights,
+    targets, decays, radii, probabilities, not numbers of steps or what a network is built with; learning rates and
+    betas do by :class:`~lightning_gan_stability.OptimizerSchedule`. It needs no state: a resumed run goes on with it.
 
     Args:
         start: the value at first.
@@ -82,7 +83,12 @@ class Schedule:
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Schedule:
-        """The schedule of all values over a divisor."""
+        """The schedule of all values over a divisor.
+
+        Raises:
+            ValueError: if it is 0.
+        """
+        check(is_number(divisor) and divisor != 0, "divisor", "a finite number other than 0", divisor)
         return self * (1 / divisor)
 
 

@@ -22,8 +22,12 @@ from lightning_gan_stability import (
     GANModule,
     GeneratorEMA,
     GradientPenalty,
+    LeCam,
     Lookahead,
+    LossBalancer,
+    NegativeMomentum,
     OptimizerSchedule,
+    PathLengthPenalty,
     R1Penalty,
     Ring,
     ScaleLearningRate,
@@ -157,7 +161,7 @@ def test_a_resumed_run_goes_on_with_the_schedule(tmp_path):
     assert torch.equal(weights(whole), weights(resumed))
 
 
-@pytest.mark.parametrize("key", ["rate", "betas", "betas.2", "lr.0", "params", "amsgrad"])
+@pytest.mark.parametrize("key", ["rate", "betas", "betas.2", "lr.0", "params", "amsgrad", "foreach", "eps.", "betas."])
 def test_numbers_that_an_optimizer_does_not_have(key):
     with pytest.raises(MisconfigurationException, match=rf"OptimizerSchedule sets '{key}', which Adam does not have"):
         fit(small(g_optimizer=adam, d_optimizer=adam), points(2), callbacks=[OptimizerSchedule({key: 0.5})])
@@ -176,6 +180,44 @@ def test_two_that_set_a_rate_are_refused():
 
     with pytest.raises(MisconfigurationException, match="OptimizerSchedule sets the learning rate on every batch"):
         fit(small(), points(2), callbacks=[OptimizerSchedule({"lr": 0.5}), Apply()])
+
+
+def test_two_that_set_a_number_are_refused():
+    schedules = [OptimizerSchedule({"lr": 0.5, "eps": 1e-8}), OptimizerSchedule({"eps": 1e-7}, player="g")]
+    with pytest.raises(MisconfigurationException, match="Two OptimizerSchedules set 'eps' of one optimizer"):
+        fit(small(), points(2), callbacks=schedules)
+    fit(small(), points(2), callbacks=[OptimizerSchedule({"lr": 0.5}, "d"), OptimizerSchedule({"lr": 0.4}, "g")])
+
+
+def test_a_negative_momentum_may_change():
+    def negative(parameters):
+        return NegativeMomentum(parameters, lr=0.1)
+
+    module = small(g_optimizer=negative, d_optimizer=negative)
+    fit(module, points(3), callbacks=[OptimizerSchedule({"momentum": Schedule(-0.5, -0.1, 2)})])
+    assert module.optimizer("d").param_groups[0]["momentum"] == pytest.approx(-0.1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("betas.1", 1.0, r"in \[0, 1\), got 1.0"),
+        ("betas.0", Schedule(0.5, 5.0, 9), r"in \[0, 1\), got 5.0"),
+        ("lr", -1.0, "a finite number that is not negative, got -1.0"),
+        ("weight_decay", math.nan, "a finite number that is not negative, got nan"),
+        ("momentum", math.inf, "a finite number, got inf"),
+        ("foreach", True, "a finite number, got True"),
+    ],
+)
+def test_what_no_optimizer_takes(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerSchedule({key: value})
+
+
+@pytest.mark.parametrize("divisor", [0, 0.0, math.nan, "2"])
+def test_a_schedule_over_nothing(divisor):
+    with pytest.raises(ValueError, match="`divisor` must be a finite number other than 0"):
+        Schedule(1.0, 0.0, 5) / divisor
 
 
 @pytest.mark.parametrize("values", [{}, None, [1], {1: 0.5}])
@@ -206,6 +248,15 @@ NUMBERS = {
     "AdaptiveAdversarialWeight.weight": (AdaptiveAdversarialWeight, {"layer": "layers.0"}, (0.0, 2.0)),
     "ConsensusOptimization.gamma": (ConsensusOptimization, {}, (0.0, 0.5)),
     "R1Penalty.weight": (R1Penalty, {}, (0.0, 2.0)),
+    "LeCam.decay": (LeCam, {"start": 0}, (0.0, 0.9)),
+    "PathLengthPenalty.decay": (PathLengthPenalty, {"every": 1, "include_batch": False}, (0.0, 0.9)),
+    "PathLengthPenalty.decay, with the batch": (PathLengthPenalty, {"every": 1}, (0.0, 0.9)),
+    "AdaptiveAdversarialWeight.max": (AdaptiveAdversarialWeight, {"layer": "layers.0"}, (0.0, 0.1)),
+    "LossBalancer.total_norm": (LossBalancer, {"weights": {"adversarial": 1.0, "norm": 1.0}}, (0.1, 2.0)),
+    "LossBalancer.decay": (LossBalancer, {"weights": {"adversarial": 1.0, "norm": 1.0}}, (0.0, 0.9)),
+    "AdaptiveAugmentation.speed": (
+        AdaptiveAugmentation, {"interval": 1, "p": 0.5, "augment": AugmentPipe("noise")}, (1000.0, 10.0)
+    ),
     "AdaptiveAugmentation.target": (
         AdaptiveAugmentation, {"interval": 1, "speed": 20.0, "p": 0.5, "augment": AugmentPipe("noise")}, (1.0, -1.0)
     ),
@@ -225,14 +276,15 @@ class Setting(Callback):
 @pytest.mark.parametrize("key", NUMBERS)
 def test_a_number_that_follows_a_schedule_is_the_one_of_its_batch(key):
     kind, arguments, (start, end) = NUMBERS[key]
-    name = {"R1Penalty.weight": "gamma"}.get(key, key.partition(".")[2])
+    attribute = key.partition(".")[2].partition(",")[0]
+    name = {"R1Penalty.weight": "gamma"}.get(key, attribute)
     found = []
     for given in (Schedule(start, end, 4, "linear"), start, None):
         callback = kind(**arguments, **{name: start if given is None else given})
         by_hand = [start + i / 4 * (end - start) for i in range(4)] + [end]
         if key == "R1Penalty.weight":
             by_hand = [value / 2 for value in by_hand]  # γ / 2
-        more = [Setting(callback, key.partition(".")[2], by_hand)] if given is None else []
+        more = [Setting(callback, attribute, by_hand)] if given is None else []
         torch.manual_seed(0)
         module = Reconstructing(MLP([3, 8, 2]), MLP([2, 8, 1]), 3)
         fit(module, points(5), callbacks=[callback, *more])

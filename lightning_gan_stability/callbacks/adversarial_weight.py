@@ -49,11 +49,13 @@ class AdaptiveAdversarialWeight(GANCallback):
 
     keeps_graphs = True
 
-    def __init__(self, layer: str, weight: Scheduled = 1.0, max: float = 1e4, terms: list[str] | None = None) -> None:
+    def __init__(
+        self, layer: str, weight: Scheduled = 1.0, max: Scheduled = 1e4, terms: list[str] | None = None
+    ) -> None:
         super().__init__()
         self.layer = check_type("layer", layer, str)
         self.weight = check_scheduled("weight", weight)
-        self.max = check_number("max", max)
+        self.max = check_scheduled("max", max)
         self.terms = None if terms is None else [*check_type("terms", terms, list)]
         self._parameters: list[nn.Parameter] = []  # of the layer, without biases
         self._weight: Tensor | None = None  # of the batch at hand
@@ -121,7 +123,7 @@ class AdaptiveAdversarialWeight(GANCallback):
                 )
             flat = mean_over_ranks(torch.cat([g.flatten() for g in gradients]))
             norms.append(torch.linalg.vector_norm(flat))
-        ratio = (norms[0] / (norms[1] + 1e-4)).clamp(0.0, self.max)
+        ratio = (norms[0] / (norms[1] + 1e-4)).clamp(0.0, value_at(self.max, module.iteration))
         self._weight = value_at(self.weight, module.iteration) * ratio.detach()
         return {"adversarial": self._weight}
 
@@ -173,14 +175,14 @@ class LossBalancer(GANCallback):
     sums: dict[str, Tensor]
     counts: dict[str, float]
 
-    def __init__(self, weights: dict[str, float], total_norm: float = 1.0, decay: float = 0.999) -> None:
+    def __init__(self, weights: dict[str, float], total_norm: Scheduled = 1.0, decay: Scheduled = 0.999) -> None:
         super().__init__()
         known = isinstance(weights, Mapping) and len(weights) > 0
         check(known, "weights", "a dict of numbers by the names of terms", weights)
         self.weights = {name: check_number(f"weights[{name!r}]", weight) for name, weight in weights.items()}
         check(sum(self.weights.values()) > 0, "weights", "a dict with at least one positive number", weights)
-        self.total_norm = check_number("total_norm", total_norm, positive=True)
-        self.decay = check_share("decay", decay, open_end=True)
+        self.total_norm = check_scheduled("total_norm", total_norm, positive=True)
+        self.decay = check_scheduled("decay", decay, check_share, open_end=True)
         self.add_state("sums", {})
         self.add_state("counts", {})
         self._factors: dict[str, Tensor] = {}  # of the batch at hand
@@ -203,11 +205,12 @@ class LossBalancer(GANCallback):
             return {}
         samples = tree_leaves(outputs.fake)
         norms = torch.stack([self._norm(module, name, terms[name], samples) for name in weights])
+        total_norm, decay = value_at(self.total_norm, module.iteration), value_at(self.decay, module.iteration)
         self._factors = {}
         for name, norm in zip(weights, mean_over_ranks(norms) / world_size(), strict=True):
-            self.sums[name] = self.decay * self.sums.get(name, 0.0) + norm
-            self.counts[name] = self.decay * self.counts.get(name, 0.0) + 1
-            share = self.total_norm * weights[name] / weight_sum
+            self.sums[name] = decay * self.sums.get(name, 0.0) + norm
+            self.counts[name] = decay * self.counts.get(name, 0.0) + 1
+            share = total_norm * weights[name] / weight_sum
             self._factors[name] = share / (self.sums[name] / self.counts[name] + 1e-12)
         return {**self._factors}
 

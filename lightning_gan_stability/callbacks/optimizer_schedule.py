@@ -9,8 +9,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_gan_stability._checks import check, check_choice
-from lightning_gan_stability.callback import GANCallback, as_gan
+from lightning_gan_stability._checks import check, check_choice, check_number, check_share, is_number
+from lightning_gan_stability.callback import GANCallback, as_gan, callbacks_of
 from lightning_gan_stability.outputs import PLAYERS, Player
 from lightning_gan_stability.schedules import Scheduled, check_scheduled, value_at
 
@@ -29,8 +29,8 @@ class OptimizerSchedule(GANCallback):
 
     Raises:
         ValueError: if an argument has a bad value.
-        MisconfigurationException: if an optimizer has no such number, or if it has a scheduler for its learning rate
-            too.
+        MisconfigurationException: if an optimizer has no such number, or if it has a scheduler for its learning rate,
+            or another OptimizerSchedule for the same number, too.
 
     Example:
         >>> from lightning_gan_stability import Schedule
@@ -42,7 +42,7 @@ class OptimizerSchedule(GANCallback):
         super().__init__()
         known = isinstance(values, Mapping) and bool(values) and all(isinstance(key, str) for key in values)
         check(known, "values", "a dict of numbers or schedules by the keys of parameter groups", values)
-        self.values = {key: check_scheduled(f"values[{key!r}]", value) for key, value in values.items()}
+        self.values = {key: _check_value(key, value) for key, value in values.items()}
         player = check_choice("player", player, (*PLAYERS, None))
         self.players: tuple[Player, ...] = PLAYERS if player is None else (player,)
 
@@ -50,6 +50,12 @@ class OptimizerSchedule(GANCallback):
         """Refuse what no optimizer has, or what somebody else sets."""
         super().on_train_start(trainer, pl_module)
         module = as_gan(pl_module)
+        for other in callbacks_of(trainer, OptimizerSchedule):
+            both = [key for key in self.values if key in other.values]
+            if other is not self and both and {*self.players} & {*other.players}:
+                raise MisconfigurationException(
+                    f"Two OptimizerSchedules set {both[0]!r} of one optimizer: remove it from one of them."
+                )
         for player in self.players:
             optimizer = module.optimizer(player).optimizer
             for key in self.values:
@@ -63,13 +69,9 @@ class OptimizerSchedule(GANCallback):
                 )
 
     def _check_key(self, key: str, group: dict[str, Any], optimizer: str) -> None:
-        name, _, index = key.partition(".")
-        value = group.get(name)
-        numbers = value if isinstance(value, tuple) else (value,)
-        fits = (index.isdigit() and int(index) < len(numbers)) if isinstance(value, tuple) else not index
-        if name not in group or name == "params" or not fits or any(isinstance(x, bool) for x in numbers):
-            known = [k for k, v in group.items() if isinstance(v, int | float) and not isinstance(v, bool)]
-            known += [f"{k}.{i}" for k, v in group.items() if isinstance(v, tuple) for i in range(len(v))]
+        known = [k for k, v in group.items() if _is_number(v)]
+        known += [f"{k}.{i}" for k, v in group.items() if isinstance(v, tuple) for i in range(len(v))]
+        if key not in known:
             raise MisconfigurationException(
                 f"OptimizerSchedule sets {key!r}, which {optimizer} does not have: it has {', '.join(known)}."
             )
@@ -89,3 +91,23 @@ class OptimizerSchedule(GANCallback):
                     group[name].fill_(number)
                 else:
                     group[name] = number
+
+
+def _check_value(key: str, value: Any) -> Scheduled:
+    """Return what a number is to be, in the range that torch's optimizers ask for."""
+    name, first = f"values[{key!r}]", key.partition(".")[0]
+    if first == "betas":
+        return check_scheduled(name, value, check_share, open_end=True)  # type: ignore[no-any-return]
+    if first in ("lr", "weight_decay", "eps", "lr_decay"):
+        return check_scheduled(name, value, check_number)  # type: ignore[no-any-return]
+    return check_scheduled(name, value, _check_finite)  # type: ignore[no-any-return]
+
+
+def _check_finite(name: str, value: Any) -> float:
+    found: float = check(is_number(value), name, "a finite number", value)
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    tensor = isinstance(value, Tensor) and value.numel() == 1
+    return tensor or (isinstance(value, int | float) and not isinstance(value, bool))

@@ -70,7 +70,7 @@ class PathLengthPenalty(RunningMeanRegularizer):
     def __init__(
         self,
         weight: Scheduled = 2.0,
-        decay: float = 0.99,
+        decay: Scheduled = 0.99,
         every: int = 4,
         separate: bool = False,
         latents: str | None = None,
@@ -106,7 +106,9 @@ class PathLengthPenalty(RunningMeanRegularizer):
         self._lengths.append(lengths.detach())
         mean = torch.zeros_like(lengths[0]) if self.means is None else self.means
         if self.include_batch:
-            mean = mean_over_ranks(lengths.mean()).lerp(mean.to(lengths.dtype), self.decay)
+            mean = mean_over_ranks(lengths.mean()).lerp(
+                mean.to(lengths.dtype), self.decay_at(module.steps[self.player])
+            )
         return (lengths - mean).square()
 
     def _by(self, outputs: GANOutputs) -> Tensor:

@@ -44,7 +44,7 @@ class LeCam(RunningMeanRegularizer):
     second_order = False
     weight = 0.3
 
-    def __init__(self, weight: Scheduled = 0.3, decay: float = 0.99, start: int = 1000, every: int = 1) -> None:
+    def __init__(self, weight: Scheduled = 0.3, decay: Scheduled = 0.99, start: int = 1000, every: int = 1) -> None:
         super().__init__(weight, every, decay)
         self.start = check_integer("start", start, least=0)
 
@@ -63,7 +63,7 @@ class LeCam(RunningMeanRegularizer):
         return module.loss.direction * torch.stack([torch.stack(row) for row in rows]).squeeze(0) if rows else None
 
     def decay_at(self, step: int) -> float:
-        return self.decay if step >= self.start else 0.0
+        return super().decay_at(step) if step >= self.start else 0.0
 
 
 class LogitDrift(Regularizer):

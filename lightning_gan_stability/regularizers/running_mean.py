@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_gan_stability._checks import check_share
 from lightning_gan_stability.callback import Regularizer, as_gan
 from lightning_gan_stability.protocols import GANProtocol
-from lightning_gan_stability.schedules import Scheduled
+from lightning_gan_stability.schedules import Scheduled, check_scheduled, value_at
 
 
 class RunningMeanRegularizer(Regularizer):
@@ -29,9 +29,9 @@ class RunningMeanRegularizer(Regularizer):
 
     means: Tensor | None
 
-    def __init__(self, weight: Scheduled, every: int, decay: float, separate: bool = False) -> None:
+    def __init__(self, weight: Scheduled, every: int, decay: Scheduled, separate: bool = False) -> None:
         super().__init__(weight, every, separate=separate)
-        self.decay = check_share("decay", decay)
+        self.decay = check_scheduled("decay", decay, check_share)
         self.add_state("means", None)
 
     def on_train_batch_end(
@@ -54,7 +54,7 @@ class RunningMeanRegularizer(Regularizer):
 
     def decay_at(self, step: int) -> float:
         """The share of the old mean after a step of the player."""
-        return self.decay
+        return value_at(self.decay, step)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
