@@ -116,10 +116,12 @@ class MinibatchStdDev(nn.Module):
             group -= 1
         if c % self.channels:
             raise ValueError(f"`channels` of MinibatchStdDev must divide the {c} of its input, got {self.channels}.")
-        groups = x.reshape(group, -1, self.channels, c // self.channels, height, width)
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))  # 10⁻⁸ is nothing in half precision
+        groups = precise.reshape(group, -1, self.channels, c // self.channels, height, width)
         variances = (groups - groups.mean(0)).square().mean(0)  # on CPUs a twentieth of the time of `var`
         deviations = (variances + 1e-8).sqrt().mean((2, 3, 4))
-        return torch.cat([x, deviations.repeat(group, 1)[..., None, None].expand(-1, -1, height, width)], 1)
+        deviations = deviations.to(x.dtype).repeat(group, 1)[..., None, None]
+        return torch.cat([x, deviations.expand(-1, -1, height, width)], 1)
 
 
 @contextmanager

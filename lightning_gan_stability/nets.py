@@ -420,7 +420,7 @@ def _r3gan_stages(widths: Sequence[int], blocks: object, groups: object, expansi
     check(_are_positive(widths, 1), "widths", "one or more positive integers, from 4x4 on", widths)
     _check(expansion=expansion)
     numbers = _per_stage("blocks", blocks, len(widths))
-    default = [max(expansion * width // 16, 1) for width in widths]
+    default = [_divisor(expansion * width, expansion * width // 16) for width in widths]
     cardinalities = default if groups is None else _per_stage("groups", groups, len(widths))
     for width, group in zip(widths, cardinalities, strict=True):
         if expansion * width % group:
@@ -431,6 +431,11 @@ def _r3gan_stages(widths: Sequence[int], blocks: object, groups: object, expansi
         [ResidualBlock(width, sum(numbers), expansion, group) for _ in range(number)]
         for width, number, group in zip(widths, numbers, cardinalities, strict=True)
     ]
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of a number up to another one."""
+    return next((part for part in range(most, 0, -1) if number % part == 0), 1)
 
 
 class R3GANGenerator(_Generator):
@@ -451,7 +456,7 @@ class R3GANGenerator(_Generator):
         widths: Channels of each stage, 4x4 first; each one after it has twice the size.
         blocks: Residual blocks in a stage, or one number for each stage.
         groups: Groups of the 3x3 convolutions (the cardinality), or one number for each stage; they divide expansion ·
-            width. None: as many as have 16 channels.
+            width. None: as many as have 16 channels, or the next fewer that divide.
         num_classes: Number of classes; their learned embedding is concatenated to the latents. None: no classes.
         embedding_dim: Length of the embedding.
         expansion: Channels inside of a block for each one outside.
@@ -501,7 +506,7 @@ class R3GANDiscriminator(nn.Module):
         widths: Channels of each stage, 4x4 first, as in the generator.
         blocks: Residual blocks in a stage, or one number for each stage.
         groups: Groups of the 3x3 convolutions (the cardinality), or one number for each stage; they divide expansion ·
-            width. None: as many as have 16 channels.
+            width. None: as many as have 16 channels, or the next fewer that divide.
         num_classes: Number of classes; None: no classes.
         embedding_dim: Length of the embedding. None: the width at 4x4, as in the paper.
         expansion: Channels inside of a block for each one outside.
@@ -574,7 +579,7 @@ class StyleGenerator(nn.Module):
         decay: β in [0, 1].
 
     Attributes:
-        w_average: w̄, a buffer (w_dim,).
+        w_average: w̄, a buffer (w_dim,), in float32 at least from its first move on.
         truncation: ψ of the next samples; ``GANModule.sample(truncation=...)`` sets it for its own ones.
 
     Raises:
@@ -611,7 +616,10 @@ class StyleGenerator(nn.Module):
         if w.shape != (len(latents), self.w_dim):
             raise ValueError(f"`mapping` must return w of shape {(len(latents), self.w_dim)}, got {tuple(w.shape)}.")
         if update_average:
-            mean = mean_over_ranks(w.detach().mean(0)).to(self.w_average.dtype)
+            precise = torch.promote_types(self.w_average.dtype, torch.float32)
+            if self.w_average.dtype != precise:  # of a network in half precision: there it would stand still
+                self.w_average = self.w_average.to(precise)
+            mean = mean_over_ranks(w.detach().mean(0, dtype=precise))
             self.w_average.copy_(mean.lerp(self.w_average, self.decay))
         if self.truncation != 1:
             if not self.w_average.any():

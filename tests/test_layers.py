@@ -385,6 +385,17 @@ def test_minibatch_deviations_are_twice_differentiable():
     assert torch.autograd.gradgradcheck(lambda x: MinibatchStdDev(2)(x).square(), (x,))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+def test_deviations_in_half_precision(dtype, scale):
+    """Squares of 300 are no numbers of float16, and ε is none."""
+    x = (scale * torch.randn(8, 6, 3, 3)).to(dtype)
+    found = MinibatchStdDev(4)(x)
+    assert found.dtype == dtype
+    expected = deviations(x.double().numpy(), 4, 1)
+    np.testing.assert_allclose(found[:, 6:, 0, 0].double().numpy(), expected, rtol=0.01)
+
+
 @pytest.mark.parametrize(("n", "group"), [(6, 3), (9, 3), (7, 1), (10, 2)])
 def test_an_incomplete_batch_is_refused_in_training_and_judged_in_smaller_groups_in_validation(n, group):
     layer, x = MinibatchStdDev(4), torch.randn(n, 2, 3, 3, dtype=torch.float64)

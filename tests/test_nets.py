@@ -320,6 +320,12 @@ def test_r3gan_discriminator_ends_with_an_inner_product_with_the_class():
 
 
 @pytest.mark.parametrize("kind", R3GAN)
+def test_widths_that_sixteen_does_not_divide_have_the_groups_that_fit(kind):
+    blocks = blocks_of(kind(widths=[24, 50, 10], blocks=1))
+    assert sorted(block.layers[2].groups for block in blocks) == [1, 3, 5]  # of 20, 48 and 100 channels
+
+
+@pytest.mark.parametrize("kind", R3GAN)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -362,6 +368,19 @@ def test_the_average_of_w_follows_its_formula():
         assert torch.equal(extras["w"], w.unsqueeze(1).expand(7, 3, 4))
         expected = 0.9 * expected + 0.1 * w.numpy().mean(0)
     np.testing.assert_allclose(network.w_average.numpy(), expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_average_of_w_moves_in_half_precision(dtype):
+    """In bfloat16, 0.5 + 0.002 · 0.5 is 0.5."""
+    network = style(decay=0.998).to(dtype)
+    network.mapping.weight.data.zero_()
+    network.mapping.bias.data.fill_(1.0)
+    for _ in range(2000):
+        network.styles(torch.zeros(2, 5, dtype=dtype), update_average=True)
+    np.testing.assert_allclose(network.w_average.numpy(), 1 - 0.998**2000, rtol=1e-4)
+    network.truncation = 0.5
+    assert network(torch.zeros(2, 5, dtype=dtype))[0].dtype == dtype
 
 
 @pytest.mark.parametrize("psi", [0.7, 0.0, -1.0, 1.0])
