@@ -1,7 +1,7 @@
 """Stable GAN training as PyTorch Lightning callbacks."""
 
 from lightning_gan_stability.audio import LogMelSpectrogram, MelDistance, STFTDistance
-from lightning_gan_stability.augment import AugmentPipe, DiffAugment
+from lightning_gan_stability.augment import Augmentation, AugmentPipe, DiffAugment
 from lightning_gan_stability.callback import Alternating, GANCallback, Regularizer, UpdateRule
 from lightning_gan_stability.callbacks.adversarial_start import AdversarialStart
 from lightning_gan_stability.callbacks.adversarial_weight import AdaptiveAdversarialWeight, LossBalancer
@@ -93,6 +93,7 @@ __all__ = [
     "ApproximateR2Penalty",
     "Audio",
     "AugmentPipe",
+    "Augmentation",
     "AugmentationSchedule",
     "AutoEncoder",
     "BoundaryEquilibrium",

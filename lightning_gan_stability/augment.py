@@ -2,7 +2,8 @@
 
 Give one to a module, ``GANModule(augment=DiffAugment())``. Every sample gets draws of its own, from the module's noise:
 a resumed run, micro-batches, and many processes in the place of one get the same. Gradients flow through them to any
-order, as penalties need.
+order, as penalties need. All parts of a sample, such as an image and its mask, get the same draws; and where the
+discriminator is told images as condition, these are turned, moved and cut with their samples.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn import functional
 from lightning_gan_stability._checks import check, check_number, check_share, describe
 from lightning_gan_stability._compat import grid_sample_transposed
 from lightning_gan_stability.noise import batch_rand, batch_randn
-from lightning_gan_stability.outputs import Sample, tree_map
+from lightning_gan_stability.outputs import Condition, Sample, tree_leaves, tree_map
 
 __all__ = ["AugmentPipe", "Augmentation", "DiffAugment"]
 
@@ -26,37 +27,114 @@ Draws = dict[str, Tensor]
 
 
 class Augmentation(nn.Module):
-    """What augmentations share: each leaf of a sample on its own, in float32 at least, outside of autocast.
+    """What augmentations share: one draw for each sample, and values in float32 at least, outside of autocast.
 
-    Subclasses implement :meth:`draw` and :meth:`apply_to`.
+    Subclasses implement :meth:`draw` and :meth:`apply_to`, and name in ``moves`` the draws that change where things
+    are: by these the images of a condition go along with their samples.
+
+    Example:
+        >>> class Mirror(Augmentation):
+        ...     moves = frozenset({"mirrored"})
+        ...
+        ...     def draw(self, x):
+        ...         return {"mirrored": batch_rand(len(x), device=x.device) < 0.5}
+        ...
+        ...     def apply_to(self, x, draws):
+        ...         return torch.where(draws["mirrored"][:, None, None, None], x.flip(3), x)
+        ...
+        >>> Mirror()(torch.ones(5, 3, 16, 16)).shape
+        torch.Size([5, 3, 16, 16])
     """
+
+    moves: frozenset[str] = frozenset()
 
     def forward(self, sample: Sample) -> Sample:
         """Augment samples (n, ...) by new draws."""
-        return tree_map(self._augmented, sample)
+        return self.augment_pairs(sample, None)[0]
 
-    def _augmented(self, x: Tensor) -> Tensor:
+    def augment_pairs(self, sample: Sample, condition: Condition) -> tuple[Sample, Condition]:
+        """Augment samples by new draws, and move the images (n, channels, height, width) of their condition with them.
+
+        Raises:
+            ValueError: if samples cannot be augmented; if the condition has maps of the samples' height and width that
+                are not images of floating point numbers, and would stay where they are.
+        """
+        leaves = tree_leaves(sample)
+        for leaf in leaves:
+            self.check_samples(leaf)
+        draws = self.draw(leaves[0])
+        augmented = tree_map(
+            lambda x: self._precisely(x, draws if x is leaves[0] else self.for_another_part(x, draws)), sample
+        )
+        moved = {name: value for name, value in draws.items() if name in self.moves}
+        if not moved or condition is None:
+            return augmented, condition
+        return augmented, tree_map(lambda x: self._precisely(x, moved) if _is_image(x, leaves[0]) else x, condition)
+
+    def _precisely(self, x: Tensor, draws: Draws) -> Tensor:
         precise = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         with torch.autocast(x.device.type, enabled=False):
-            return self.apply_to(precise, self.draw(precise)).to(x.dtype)
+            return self.apply_to(precise, draws).to(x.dtype)
+
+    def check_samples(self, x: Tensor) -> None:
+        """Refuse samples that cannot be augmented."""
+        if not x.is_floating_point() or x.dim() == 0 or len(x) == 0:
+            raise ValueError(
+                f"{type(self).__name__} takes floating point samples (n, ...), and at least one, got {describe(x)}."
+            )
 
     def draw(self, x: Tensor) -> Draws:
         """What is drawn for samples, each value (n, ...)."""
         raise NotImplementedError
 
+    def for_another_part(self, x: Tensor, draws: Draws) -> Draws:
+        """The draws for a further part of samples, from those for their first."""
+        return draws
+
     def apply_to(self, x: Tensor, draws: Draws) -> Tensor:
-        """Augment samples by given draws."""
+        """Augment samples by given draws; those that are not there change nothing."""
         raise NotImplementedError
 
 
-def _check_images(name: str, x: Tensor) -> tuple[int, int, int, int]:
+def augment_pairs(augment: nn.Module, sample: Sample, condition: Condition) -> tuple[Sample, Condition]:
+    """Send samples, and the images of their condition, through an augmentation, or several in a ``Sequential``.
+
+    Other modules get the samples alone.
+
+    Example:
+        >>> augment_pairs(nn.Identity(), torch.zeros(2, 1), None)
+        (tensor([[0.],
+                [0.]]), None)
+    """
+    if isinstance(augment, nn.Sequential):
+        for part in augment:
+            sample, condition = augment_pairs(part, sample, condition)
+        return sample, condition
+    if isinstance(augment, Augmentation) and condition is not None:
+        return augment.augment_pairs(sample, condition)
+    return augment(sample), condition
+
+
+def _is_image(x: Any, sample: Tensor) -> bool:
+    """Whether a part of a condition is an image."""
+    if not isinstance(x, Tensor) or x.dim() < 3:
+        return False
+    if x.dim() == 4 and x.is_floating_point():
+        return True
+    if x.shape[-2:] == sample.shape[-2:]:
+        raise ValueError(
+            f"An augmentation that moves images cannot move a condition {describe(x)} with them: give the "
+            "discriminator a floating point image (n, channels, height, width), such as one channel for each class."
+        )
+    return False
+
+
+def _check_images(name: str, x: Tensor) -> None:
     if x.dim() != 4:
         raise ValueError(
             f"{name} takes images (n, channels, height, width), got {describe(x)}: of other samples only AugmentPipe's "
             "'noise' makes sense."
         )
-    n, channels, height, width = x.shape
-    return n, channels, height, width
 
 
 def _as_rows(values: Tensor, x: Tensor) -> Tensor:
@@ -89,6 +167,8 @@ class DiffAugment(Augmentation):
         torch.Size([5, 3, 16, 16])
     """
 
+    moves = frozenset({"translation", "cutout"})
+
     def __init__(self, policy: str = "color,translation,cutout") -> None:
         super().__init__()
         names = [name.strip() for name in policy.split(",")] if isinstance(policy, str) else []
@@ -101,13 +181,17 @@ class DiffAugment(Augmentation):
         """The policy."""
         return repr(self.policy)
 
+    def check_samples(self, x: Tensor) -> None:
+        """Refuse what is no image."""
+        super().check_samples(x)
+        _check_images("DiffAugment", x)
+        if "cutout" in self.names and min(x.shape[2:]) < 2:
+            raise ValueError(f"DiffAugment's cutout needs images of 2 by 2 pixels or more, got {describe(x)}.")
+
     def draw(self, x: Tensor) -> Draws:
         """Uniform values in [0, 1) for each image: three of colours, two of the translation, two of the cutout."""
-        n, _, height, width = _check_images("DiffAugment", x)
-        if "cutout" in self.names and min(height, width) < 2:
-            raise ValueError(f"DiffAugment's cutout needs images of 2 by 2 pixels or more, got {describe(x)}.")
         shapes = {"color": 3, "translation": 2, "cutout": 2}
-        return {name: batch_rand(n, shapes[name], device=x.device) for name in self.names}
+        return {name: batch_rand(len(x), shapes[name], device=x.device) for name in self.names}
 
     def apply_to(self, x: Tensor, draws: Draws) -> Tensor:
         """Augment images by given uniform values."""
@@ -117,7 +201,8 @@ class DiffAugment(Augmentation):
             "cutout": _cut_box,
         }
         for name in self.names:
-            x = steps[name](x, draws[name])
+            if name in draws:
+                x = steps[name](x, draws[name])
         return x
 
 
@@ -224,6 +309,8 @@ class AugmentPipe(Augmentation):
         torch.Size([5, 1, 16, 16])
     """
 
+    moves = frozenset({*GEOMETRY, "rotate0", "rotate1", "cutout"})
+
     def __init__(
         self,
         transforms: str | Mapping[str, float] = "bgc",
@@ -243,12 +330,28 @@ class AugmentPipe(Augmentation):
         """Probability and multipliers."""
         return f"p={self.p:g}, {self.multipliers}"
 
+    def _names(self) -> list[str]:
+        return [name for name in self.multipliers if self.multipliers[name]]
+
+    def check_samples(self, x: Tensor) -> None:
+        """Refuse samples that a transform is not for."""
+        super().check_samples(x)
+        names = self._names()
+        if names in ([], ["noise"]):
+            return
+        _check_images("AugmentPipe", x)
+        colors = [name for name in names if name in TRANSFORMS["color"]]
+        if colors and x.shape[1] not in (1, 3):
+            raise ValueError(
+                f"AugmentPipe's {colors[0]!r} is a colour transform, for images with one or three channels, got "
+                f"{describe(x)}: leave out 'color'."
+            )
+
     # ---------- what is drawn
 
     def draw(self, x: Tensor) -> Draws:
         """The amount of each transform for each sample; that of one that is not chosen changes nothing."""
-        n, names = len(x), [name for name in self.multipliers if self.multipliers[name]]
-        self._check_samples(x, names)
+        n, names = len(x), self._names()
         amounts = {name: 2 if name == "rotate" else 1 for name in names}
         u = _Columns(batch_rand(n, 3 * len(names) + 16, device=x.device))
         z = _Columns(batch_randn(n, 2 * len(names) + 16, device=x.device))
@@ -260,6 +363,10 @@ class AugmentPipe(Augmentation):
         if "noise" in draws:
             draws["values"] = batch_randn(*x.shape, device=x.device)
         return draws
+
+    def for_another_part(self, x: Tensor, draws: Draws) -> Draws:
+        """The same draws, and noise of its own."""
+        return draws | {"values": batch_randn(*x.shape, device=x.device)} if "noise" in draws else draws
 
     def _draw_one(self, name: str, u: _Columns, z: _Columns) -> Tensor:
         """An amount (n, ...) of one transform."""
@@ -285,17 +392,6 @@ class AugmentPipe(Augmentation):
             size = torch.full_like(u.values[:, :1], strength).where(chosen[:, None], 0.0)
             return torch.cat([size, u.take(2)], 1)
         return (2 ** (z.take() * strength)).where(chosen, 1.0)  # scale, aniso, contrast, saturation
-
-    def _check_samples(self, x: Tensor, names: list[str]) -> None:
-        if names in ([], ["noise"]):
-            return
-        _, channels, _, _ = _check_images("AugmentPipe", x)
-        colors = [name for name in names if name in TRANSFORMS["color"]]
-        if colors and channels not in (1, 3):
-            raise ValueError(
-                f"AugmentPipe's {colors[0]!r} is a colour transform, for images with one or three channels, got "
-                f"{describe(x)}: leave out 'color'."
-            )
 
     # ---------- what is done
 

@@ -22,7 +22,16 @@ from lightning_gan_stability._checks import (
     is_term_name,
 )
 from lightning_gan_stability.layers import has_batch_norm
-from lightning_gan_stability.outputs import NETWORKS, PLAYERS, GANOutputs, Player, Sample, Terms, micro_batches
+from lightning_gan_stability.outputs import (
+    NETWORKS,
+    PLAYERS,
+    Condition,
+    GANOutputs,
+    Player,
+    Sample,
+    Terms,
+    micro_batches,
+)
 from lightning_gan_stability.schedules import Scheduled, check_scheduled, value_at
 
 if TYPE_CHECKING:
@@ -226,7 +235,7 @@ class GANCallback(Callback):
         """
         return outputs
 
-    def augment(self, module: GANProtocol, sample: Sample) -> Sample:
+    def augment(self, module: GANProtocol, sample: Sample, condition: Condition) -> tuple[Sample, Condition]:
         """What the discriminator sees of real and of generated samples, after ``module.augment``; in a step alone.
 
         Draw what each sample needs with :func:`~lightning_gan_stability.noise.batch_rand`, so that many processes are
@@ -235,8 +244,9 @@ class GANCallback(Callback):
         Args:
             module: whose samples.
             sample: (n, ...), with a graph in the generator's turn, and where a penalty differentiates by it.
+            condition: what the discriminator is told; return it as it is unless samples are moved in their images.
         """
-        return sample
+        return sample, condition
 
     def weigh_terms(
         self, module: GANProtocol, player: Player, outputs: GANOutputs, terms: Terms

@@ -32,11 +32,13 @@ from lightning_gan_stability._checks import (
     is_plain,
 )
 from lightning_gan_stability._compat import given_hyperparameters, is_compiled, original_module
+from lightning_gan_stability.augment import augment_pairs
 from lightning_gan_stability.callback import Regularizer, find_rule
 from lightning_gan_stability.engine import Engine, Objective
 from lightning_gan_stability.guard import Guard, check_run, find_guard
 from lightning_gan_stability.layers import (
     Packed,
+    condition_parameter,
     copy_network,
     parameter_dtype,
     restore_parametrizations,
@@ -114,7 +116,8 @@ class GANModule(LightningModule):
             ``{"d": 10.0, "g": 1000.0}``. None: no limit.
         accumulate: micro-batches per update: less memory, the same gradient (unless a network has BatchNorm).
         plan: the players that move on each batch, in order; ``("g", "d")``: the generator first.
-        augment: what every sample goes through before the discriminator, in training alone.
+        augment: what every sample goes through before the discriminator, in training alone. Like networks it is not
+            kept in checkpoints of Python runs: give it again when a run goes on.
         noise_seed: seed of the module's own noise, together with the process's rank and the iteration.
         compile: compile both networks in place when a fit begins; True, or a dict of arguments of ``torch.compile``.
             Plain steps run compiled; penalties and rules with second derivatives, which compiled graphs do not have,
@@ -563,18 +566,30 @@ class GANModule(LightningModule):
             changes |= {f"{side}_{kind}": value for kind, value in zip(kinds, found, strict=True)}
         return outputs.replace(**changes)
 
-    def augment_samples(self, sample: Sample) -> Sample:
+    def augment_samples(self, sample: Sample, condition: Condition) -> tuple[Sample, Condition]:
         """Samples as the discriminator sees them in training: through ``augment``, and through those of callbacks.
+
+        Images that the discriminator is told as condition are moved with their samples; see
+        :class:`~lightning_gan_stability.Augmentation`. A condition that no discriminator takes stays as it is.
 
         Args:
             sample: (n, ...).
+            condition: what the discriminator is told, or None.
         """
+        told = condition if self._tells_condition() else None
         with self.noise.of_samples():
-            sample = self.augment(sample)
+            sample, told = augment_pairs(self.augment, sample, told)
             if self.noise.in_step:
                 for callback in self.engine.callbacks():
-                    sample = callback.augment(self, sample)
-        return sample
+                    sample, told = callback.augment(self, sample, told)
+        return sample, condition if told is None else told
+
+    def _tells_condition(self) -> bool:
+        """Whether a discriminator may be told the condition."""
+        network = self.discriminator
+        parts = network.children() if isinstance(network, nn.ModuleDict | nn.ModuleList) else [network]
+        overridden = type(self).discriminate is not GANModule.discriminate
+        return overridden or any(condition_parameter(part)[0] for part in parts)
 
     def watch_layers(self, layers: Sequence[str]) -> Callable[[], None]:
         """Keep what layers of the discriminator return, as ``real_activations`` and ``fake_activations`` of outputs.

@@ -153,7 +153,7 @@ class NetworkRunner:
         augmented = sample
         if module.training:
             with nullcontext() if randomness is None else module.replay_randomness(randomness):
-                augmented = module.augment_samples(sample)
+                augmented, condition = module.augment_samples(sample, condition)
         self._seen = {}
         network = module.discriminator
         if is_compiled(network):

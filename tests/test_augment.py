@@ -28,6 +28,7 @@ from lightning_gan_stability import (
     Hinge,
     InstanceNoise,
     LeastSquares,
+    PairedTranslation,
     R1Penalty,
     R2Penalty,
     Relativistic,
@@ -36,7 +37,7 @@ from lightning_gan_stability import (
     Schedule,
     Wasserstein,
 )
-from lightning_gan_stability.augment import SYM6, TRANSFORMS
+from lightning_gan_stability.augment import SYM6, TRANSFORMS, augment_pairs
 from lightning_gan_stability.noise import batch_rand, batch_randn
 
 N = 4000
@@ -410,11 +411,64 @@ def test_types(dtype):
         assert torch.allclose(pipe(x.float()).double(), precise, atol=1e-3)
 
 
-def test_trees():
-    pipe = AugmentPipe("bg", 0.9)
-    found = pipe({"a": torch.ones(3, 1, 16, 16), "b": torch.ones(3, 3, 8, 8)})
-    assert found["a"].shape == (3, 1, 16, 16)
-    assert found["b"].shape == (3, 3, 8, 8)
+GEOMETRIC = {
+    "DiffAugment": lambda: DiffAugment("translation,cutout"),
+    "AugmentPipe": lambda: AugmentPipe({"bg": 1.0, "cutout": 0.5}, 0.9),
+    "both": lambda: nn.Sequential(DiffAugment("translation"), AugmentPipe("bg", 0.9)),
+}
+
+
+@pytest.mark.parametrize("make", GEOMETRIC.values(), ids=GEOMETRIC)
+def test_all_parts_of_a_sample_have_its_draws(make):
+    x = noisy(5, 3, 16, 16)
+    found = make()({"image": x, "mask": x.clone(), "smaller": x[:, :1, :8, :8]})
+    assert torch.equal(found["image"], found["mask"])
+    assert not torch.equal(found["image"], x)
+    assert found["smaller"].shape == (5, 1, 8, 8)
+
+
+def test_noise_of_each_part_is_its_own():
+    found = AugmentPipe("noise", 1.0)({"a": torch.zeros(2000, 4), "b": torch.zeros(2000, 4)})
+    assert abs(torch.corrcoef(torch.stack([found["a"].flatten(), found["b"].flatten()]))[0, 1]) < 0.05
+    widths = found["a"].std(1), found["b"].std(1)  # with one standard deviation for both
+    assert torch.corrcoef(torch.stack(widths))[0, 1] > 0.5
+
+
+@pytest.mark.parametrize("make", GEOMETRIC.values(), ids=GEOMETRIC)
+def test_images_of_a_condition_move_with_their_samples(make):
+    x = noisy(5, 3, 16, 16)
+    labels = torch.arange(5)
+    sample, condition = augment_pairs(make(), x, {"source": x, "mask": x[:, :1], "label": labels})
+    assert torch.equal(sample, condition["source"])
+    assert torch.equal(sample[:, :1], condition["mask"])
+    assert condition["label"] is labels
+    assert not torch.equal(sample, x)
+
+
+@pytest.mark.parametrize("make", [lambda: DiffAugment("color"), lambda: AugmentPipe("color", 1.0)])
+def test_images_of_a_condition_keep_their_colours(make):
+    x, source = noisy(5, 3, 16, 16), noisy(5, 7, 16, 16)
+    sample, condition = augment_pairs(make(), x, source)
+    assert condition is source
+    assert not torch.equal(sample, x)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (3, 1, 16, 16)])
+def test_maps_that_would_not_move_are_refused(shape):
+    x, classes = noisy(3, 1, 16, 16), torch.zeros(shape, dtype=torch.long)
+    with pytest.raises(ValueError, match="cannot move a condition"):
+        augment_pairs(AugmentPipe("bg"), x, classes)
+    assert augment_pairs(AugmentPipe("color"), x, classes)[1] is classes
+    assert augment_pairs(AugmentPipe("bg"), x, torch.zeros(3, 5, 8))[1].shape == (3, 5, 8)  # words are no map
+
+
+@pytest.mark.parametrize(
+    "augment", [lambda: DiffAugment(), lambda: AugmentPipe("bgcfn", 0.0), lambda: AugmentPipe("noise")]
+)
+@pytest.mark.parametrize("x", [torch.zeros(2, 1, 16, 16, dtype=torch.uint8), torch.zeros(0, 1, 16, 16)])
+def test_samples_that_are_no_floats_or_none_are_refused(augment, x):
+    with pytest.raises(ValueError, match="takes floating point samples"):
+        augment()(x)
 
 
 # ---------- in a module
@@ -508,6 +562,57 @@ def test_penalties_through_augmentations(augment, augmented):
     batches = [torch.randn(4, 1, size, size).tanh() for _ in range(2)]
     run = fit(module, batches, callbacks=[R1Penalty(augmented=augmented), R2Penalty(), ConsistencyPenalty("latent")])
     assert run.callback_metrics["d/r1"] > 0
+
+
+class Pairs(nn.Module):
+    """A discriminator that keeps how far the images that it is shown are from those that it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.apart, self.shown = nn.Parameter(torch.ones(1)), [], []
+
+    def forward(self, x, condition):
+        self.apart.append((x - condition).abs().max().item())
+        self.shown.append(x.detach())
+        return self.weight * (x - condition).mean((1, 2, 3)) + self.weight
+
+
+class Source(nn.Module):
+    """A generator that returns its condition."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, source):
+        return self.weight * source
+
+
+class Stacked(Pairs):
+    def forward(self, x):
+        return super().forward(*x.chunk(2, 1))
+
+
+@pytest.mark.parametrize("place", ["module", "callback"])
+@pytest.mark.parametrize("recipe", ["discriminator with a condition", "PairedTranslation"])
+def test_the_discriminator_sees_pairs_that_match(recipe, place):
+    """What a source is translated to is the source itself: so it must be after augmentation."""
+    discriminator = Stacked() if recipe == "PairedTranslation" else Pairs()
+    augment = DiffAugment("translation,cutout") if place == "module" else None
+    callbacks = [] if augment else [AugmentationSchedule(0.9, AugmentPipe("bg"))]
+    optimizers = {"g_optimizer": lambda p: torch.optim.SGD(p, 0.0), "d_optimizer": lambda p: torch.optim.SGD(p, 0.0)}
+    kind = PairedTranslation if recipe == "PairedTranslation" else GANModule
+    module = kind(Source(), discriminator, augment=augment, **optimizers)
+    fit(module, [(x, x) for x in pictures(3)], callbacks=[R1Penalty(), *callbacks])
+    assert max(discriminator.apart) == 0
+    assert not torch.equal(discriminator.shown[0], pictures(1)[0])
+
+
+def test_a_condition_that_no_discriminator_is_told_does_not_matter():
+    judge = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
+    module = GANModule(ResNetGenerator(4, 1, 8, 4), judge, 4, augment=DiffAugment())
+    condition = torch.zeros(6, 8, 8, dtype=torch.long)
+    assert module.train().augment_samples(pictures(1)[0], condition)[1] is condition
 
 
 # ---------- ADA's rule
@@ -774,6 +879,12 @@ def test_other_numbers_of_channels():
 def test_losses_without_a_threshold_are_refused(loss):
     with pytest.raises(MisconfigurationException, match="has no threshold for that: use another loss"):
         fit(convolutional(loss=loss), pictures(1), callbacks=[AdaptiveAugmentation()])
+
+
+def test_two_pipes_in_a_module_are_refused():
+    pipes = nn.Sequential(AugmentPipe("bg"), nn.Sequential(AugmentPipe("color")))
+    with pytest.raises(MisconfigurationException, match="The module has 2 AugmentPipes, and AugmentationSchedule sets"):
+        fit(convolutional(augment=pipes), pictures(1), callbacks=[AugmentationSchedule(0.3)])
 
 
 def test_two_that_set_p_are_refused():

@@ -22,6 +22,7 @@ DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
 METHODS = [pytest.param(method, id=method.names[0]) for rows in tables.METHODS.values() for method in rows]
 BASES = {
+    "Augmentation",
     "AdversarialLoss",
     "GANCallback",
     "GANModule",

@@ -37,7 +37,7 @@ class Module:
         self.discriminator = MLP([2, 1])
         self.training, self.packing, self.iteration = training, packing, 0
         self.loss = NonSaturating() if loss is None else loss
-        self.augment_samples = lambda x: x
+        self.augment_samples = lambda x, condition: (x, condition)
         self.made, self.judged = made, judged
         self.networks = NetworkRunner(self)
 
@@ -406,7 +406,7 @@ def test_one_discriminator_stays_one(first, second):
 @pytest.mark.parametrize("training", [True, False])
 def test_samples_are_augmented_in_training_alone(training):
     module = Module(judged=lambda sample, condition: sample.sum(1), training=training)
-    module.augment_samples = lambda x: x + 1
+    module.augment_samples = lambda x, condition: (x + 1, condition)
     logits, *_ = module.networks.discriminate(torch.zeros(6, 2), None)
     assert torch.equal(logits, torch.full((6,), 2.0 * training))
 
@@ -420,7 +420,7 @@ def test_reconstructions_are_judged_by_their_mean_absolute_error():
 
 def test_reconstructions_after_augmentation():
     module = Module(judged=lambda sample, condition: 0 * sample, loss=BoundaryEquilibrium())
-    module.augment_samples = lambda x: x + 1
+    module.augment_samples = lambda x, condition: (x + 1, condition)
     assert torch.equal(module.networks.discriminate(torch.zeros(6, 2), None)[0], torch.ones(6))
 
 

@@ -52,6 +52,7 @@ METHODS: dict[str, Callable[[], tuple[nn.Module | None, list[Callback]]]] = {
     "nothing": lambda: (None, []),
     "DiffAugment": lambda: (DiffAugment("translation,cutout"), []),
     "ADA": lambda: (AugmentPipe("bgc", p=0.0), [AdaptiveAugmentation(speed=100_000)]),
+    "ADA, target 0.3": lambda: (AugmentPipe("bgc", p=0.0), [AdaptiveAugmentation(target=0.3, speed=100_000)]),
     "LeCam": lambda: (None, [LeCam(0.3, start=500)]),
     "consistency": lambda: (None, [ConsistencyPenalty("balanced", transform=DiffAugment("translation"))]),
 }

@@ -10,12 +10,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_gan_stability._checks import check, check_integer, check_number, check_share, check_type, is_number
-from lightning_gan_stability.augment import AugmentPipe
+from lightning_gan_stability._checks import check, check_integer, check_share, check_type, is_number
+from lightning_gan_stability.augment import AugmentPipe, augment_pairs
 from lightning_gan_stability.callback import GANCallback, as_gan, callbacks_of
 from lightning_gan_stability.distributed import is_distributed
 from lightning_gan_stability.noise import batch_randn
-from lightning_gan_stability.outputs import Sample, tree_map
+from lightning_gan_stability.outputs import Condition, Sample, tree_map
 from lightning_gan_stability.protocols import GANProtocol
 from lightning_gan_stability.schedules import Schedule, Scheduled, check_scheduled, value_at
 
@@ -39,6 +39,11 @@ class _Pipe(GANCallback):
                 f"{type(self).__name__} and {others[0]} both set the probability of augmentations: remove one of them."
             )
         theirs = [part for part in as_gan(pl_module).augment.modules() if isinstance(part, AugmentPipe)]
+        if len(theirs) > 1:
+            raise MisconfigurationException(
+                f"The module has {len(theirs)} AugmentPipes, and {type(self).__name__} sets the probability of one: "
+                "make them one, with multipliers for its transforms."
+            )
         if self.given is not None and theirs:
             raise MisconfigurationException(
                 f"The module has an AugmentPipe already, and so has {type(self).__name__}: remove the one of "
@@ -51,9 +56,9 @@ class _Pipe(GANCallback):
         """Give the pipe its probability."""
         self.pipe.p = value_at(self.p, as_gan(pl_module).iteration)
 
-    def augment(self, module: GANProtocol, sample: Sample) -> Sample:
+    def augment(self, module: GANProtocol, sample: Sample, condition: Condition) -> tuple[Sample, Condition]:
         """Send samples through the pipe, unless the module does that."""
-        return self.pipe(sample) if self.own else sample
+        return augment_pairs(self.pipe, sample, condition) if self.own else (sample, condition)
 
 
 class AdaptiveAugmentation(_Pipe):
@@ -78,7 +83,7 @@ class AdaptiveAugmentation(_Pipe):
     Raises:
         ValueError: if an argument has a bad value.
         MisconfigurationException: with a loss whose logits have no threshold between real and fake, such as
-            ``Wasserstein`` or ``Relativistic``; if there are two AugmentPipes.
+            ``Wasserstein`` or ``Relativistic``; if there are two AugmentPipes, in the module or beside it.
 
     Example:
         >>> AdaptiveAugmentation(target=0.5).p
@@ -93,14 +98,14 @@ class AdaptiveAugmentation(_Pipe):
         self,
         target: Scheduled = 0.6,
         interval: int = 4,
-        speed: float = 500_000,
+        speed: Scheduled = 500_000,
         p: float = 0.0,
         augment: AugmentPipe | None = None,
     ) -> None:
         super().__init__(augment)
         self.target = check_scheduled("target", target, _check_target)
         self.interval = check_integer("interval", interval)
-        self.speed = check_number("speed", speed, positive=True)
+        self.speed = check_scheduled("speed", speed, positive=True)
         self.add_state("p", float(check_share("p", p)))
         self.add_state("counts", torch.zeros(3, dtype=torch.float64))  # sum of signs, logits and samples
         self.add_state("batches", 0)
@@ -143,9 +148,10 @@ class AdaptiveAugmentation(_Pipe):
             dist.all_reduce(counts)
         signs, logits, samples = counts.tolist()
         overfitting = signs / logits
-        target = value_at(self.target, module.last_step.iteration)
+        iteration = module.last_step.iteration
+        target, speed = value_at(self.target, iteration), value_at(self.speed, iteration)
         step = (overfitting > target) - (overfitting < target)
-        self.p = max(self.p + step * samples / self.speed, 0.0)
+        self.p = max(self.p + step * samples / speed, 0.0)
         self.counts = torch.zeros_like(self.counts)
         module.log("balance/overfitting", overfitting)
 
@@ -168,7 +174,7 @@ class AugmentationSchedule(_Pipe):
 
     Raises:
         ValueError: if an argument has a bad value.
-        MisconfigurationException: if there are two AugmentPipes.
+        MisconfigurationException: if there are two AugmentPipes, in the module or beside it.
 
     Example:
         >>> AugmentationSchedule(Schedule(0.0, 0.3, 100)).p(100)
@@ -217,12 +223,12 @@ class InstanceNoise(GANCallback):
                 raise ValueError(f"Give `std` as a number or leave out `steps`, got {std} and {steps}.")
             self.std = Schedule(std, 0.0, check_integer("steps", steps), "linear")
 
-    def augment(self, module: GANProtocol, sample: Sample) -> Sample:
+    def augment(self, module: GANProtocol, sample: Sample, condition: Condition) -> tuple[Sample, Condition]:
         """Add the noise."""
         std = value_at(self.std, module.iteration)
-        return (
-            tree_map(lambda x: x + std * batch_randn(*x.shape, device=x.device).to(x.dtype), sample) if std else sample
-        )
+        if std:
+            sample = tree_map(lambda x: x + std * batch_randn(*x.shape, device=x.device).to(x.dtype), sample)
+        return sample, condition
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -169,6 +169,10 @@ class UnpairedTranslation(Recipe):
         assert isinstance(network, nn.ModuleDict)
         return logits_and_features({domain: network[domain](sample[domain]) for domain in DOMAINS})
 
+    def augment_samples(self, sample: Sample, condition: Condition) -> tuple[Sample, Condition]:
+        """Images as the discriminators see them in training; they are told no condition."""
+        return super().augment_samples(sample, None)[0], condition
+
     def forward(self, inputs: Any, condition: Condition = None) -> Sample:
         """Translate images of both domains, ``{"a": images, "b": images}``; see :meth:`translate` for one."""
         if isinstance(inputs, Tensor):
