@@ -18,6 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm as OldWeightNorm
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.strategies import DDPStrategy
+    from lightning.pytorch.utilities import CombinedLoader
     from torch.optim.lr_scheduler import LRScheduler
 
 
@@ -169,6 +170,18 @@ def allow_unused_parameters(strategy: DDPStrategy) -> None:
 def saves_by_time(callback: Callback) -> bool:
     """Whether a callback is a ModelCheckpoint with ``train_time_interval``."""
     return getattr(callback, "_train_time_interval", None) is not None
+
+
+def mode_of(loader: CombinedLoader) -> Any:
+    """How a CombinedLoader combines the batches of its loaders."""
+    return loader._mode
+
+
+def to_device(trainer: Trainer, batch: Any) -> Any:
+    """A batch as a training step gets it: converted, moved, and through the hooks of module and data module."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch)
+    return trainer.strategy.batch_to_device(batch)
 
 
 def loader_of(trainer: Trainer, split: Literal["train", "val"]) -> Any:

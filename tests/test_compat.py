@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.mixins import hparams_mixin
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -37,11 +38,13 @@ from lightning_gan_stability._compat import (
     lerp_,
     loader_of,
     mark_dynamic,
+    mode_of,
     norms,
     original_module,
     register_like,
     saves_by_time,
     scheduler_parts,
+    to_device,
     trainer_of,
     without_fsdp_hooks,
 )
@@ -74,6 +77,8 @@ RELIES_ON = {
     "allow_unused_parameters": {"_ddp_kwargs"},
     "saves_by_time": {"_train_time_interval"},
     "loader_of": {"_data_source"},
+    "mode_of": {"_mode"},
+    "to_device": {"_on_before_batch_transfer"},
     "grid_sample_transposed": set(),  # an operator of torch.ops.aten, which has no promise of stability either
 }
 
@@ -589,3 +594,34 @@ def test_loader_of_gives_the_object_itself():
 
 def test_loader_of_a_trainer_that_has_not_run():
     assert loader_of(trainer(), "train") == loader_of(trainer(), "val") == []
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle", "sequential"])
+def test_mode_of_a_combined_loader(mode):
+    """`CombinedLoader._mode`."""
+    assert mode_of(CombinedLoader({"a": TRAIN}, mode)) == mode
+
+
+def test_to_device_is_what_a_training_step_gets():
+    """`LightningModule._on_before_batch_transfer`, which the loop calls beside `Strategy.batch_to_device`."""
+
+    class Hooks(BoringModel):
+        def __init__(self):
+            super().__init__()
+            self.got = []
+
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return batch + 1
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return 2 * batch
+
+        def training_step(self, batch, batch_idx):
+            self.got.append(batch.clone())
+            return super().training_step(batch, batch_idx)
+
+    look, module = Look(lambda run, _: to_device(run, torch.zeros(4, 32, dtype=torch.float64))), Hooks()
+    with ignoring():
+        trainer(max_steps=1, limit_val_batches=0, callbacks=[look]).fit(module, DataLoader(torch.zeros(4, 32)))
+    assert torch.equal(look.seen["on_fit_start"], torch.full((4, 32), 2.0, dtype=torch.float64))
+    assert torch.equal(module.got[0], torch.full((1, 32), 2.0))

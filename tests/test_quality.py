@@ -394,7 +394,7 @@ def test_modes_that_are_not_known_are_refused():
 
 def test_a_split_without_data_is_refused():
     loader = DataLoader(TensorDataset(torch.randn(64, 2)), 16)
-    with pytest.raises(MisconfigurationException, match=r"\(split='val'\) needs one val loader, but .* 0"):
+    with pytest.raises(MisconfigurationException, match=r"\(split='val'\) found no batch in the val loader"):
         fit(small(), loader, QualityMonitor(split="val", **FEW))
 
 
@@ -404,7 +404,7 @@ def test_a_loader_without_batches_is_refused():
     monitor = QualityMonitor(split="val", **FEW)
     run = trainer(callbacks=[monitor], max_steps=2, num_sanity_val_steps=0)
     empty = DataLoader([], batch_size=None)
-    with pytest.raises(MisconfigurationException, match=r"QualityMonitor\(split='val'\) found no batch in the loader"):
+    with pytest.raises(MisconfigurationException, match=r"found no batch in the val loader"):
         run.fit(small(), loader, empty)
 
 

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any, TypeAlias
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -19,16 +20,15 @@ from lightning_gan_stability.callback import GANCallback
 from lightning_gan_stability.layers import evaluation
 from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.monitors.latents import fixed_latents
-from lightning_gan_stability.monitors.real_data import loader_of, real_samples
+from lightning_gan_stability.monitors.real_data import RealData, loader_to_read, rebatched
 from lightning_gan_stability.outputs import (
     PLAYERS,
-    Condition,
     Logits,
     Sample,
+    Unpacked,
     batch_size,
     entries,
     tree_leaves,
-    tree_map,
 )
 
 Evidence: TypeAlias = dict[str, float]
@@ -44,7 +44,7 @@ ADVICE = {
     "noisy_gradient": "Use larger batches or `accumulate`, add GeneratorEMA, or lower the generator's learning rate.",
     "weak_discriminator": "Add UpdateRatio(d_steps=2), raise `d_optimizer`'s learning rate, or weaken D's penalties.",
     "oscillation": "The players circle. Add R1Penalty, Extragradient or Lookahead, or use OptimisticAdam.",
-    "overfitting_discriminator": "D learns the data by heart. Add LeCam or ConsistencyPenalty, or get more data.",
+    "overfitting_discriminator": "D learns the data by heart. Augment images, add ConsistencyPenalty, or get more data.",
     "not_finite": "Lower the learning rates, set `clip_norm`, add R1Penalty, or CollapseDetector(action='rollback').",
     "loss_tells_nothing": "For information: do not select by loss. Use ModelCheckpoint(monitor='quality/fid').",
 }
@@ -213,7 +213,7 @@ class HealthMonitor(GANCallback):
         self.add_state("positions_seen", 0)
         self.add_state("counts", {})  # decisions in a row
         self.add_state("fids", [])  # generator loss and FID at each measurement
-        self._held: tuple[Sample, Condition] | None = None
+        self._held: list[Unpacked] = []  # held-out data, in main memory
         self._followed: list[nn.Parameter] = []  # each player's two largest, the discriminator's first
         self._watched = 0
 
@@ -227,7 +227,7 @@ class HealthMonitor(GANCallback):
         moving = [sorted(module.trainable_parameters(p), key=Tensor.numel, reverse=True)[:2] for p in PLAYERS]
         self._followed = [p for two in moving for p in two]
         with isolate_rng():
-            self._held = _held_out(trainer) if self.held_out else None
+            self._held = _held_out(trainer) if self.held_out else []
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -307,22 +307,26 @@ class HealthMonitor(GANCallback):
         networks = module.generator, module.discriminator
         with module.noise.of("health"), module.frozen_buffers(), evaluation(*networks):
             fake = module.sample(n, condition, fixed_latents(module, n, "health"))
-            pairs = [(real, condition), (fake, condition), *([] if self._held is None else [self._held])]
-            logits = [module.loss.direction * _flat_logits(module.logits(*pair)) for pair in pairs]
+            held = [move_data_to_device(part, module.device) for part in rebatched(self._held, n)]  # as training has it
+            parts = [[(real, condition)], [(fake, condition)], *([held] if held else [])]
+            logits = [
+                module.loss.direction * torch.cat([_flat_logits(module.logits(*pair)) for pair in pairs])
+                for pairs in parts
+            ]
         x, y = _flat_samples(real), _flat_samples(fake)
         total = x.var(0, correction=0).sum().clamp(min=1e-12)
         moments = [torch.cat([s.mean(0), s.std(0, correction=0)]) for s in (x, y)]
         apart = (moments[0] - moments[1]).square().sum()
-        train, made, held = logits[0], logits[1], logits[0 if self._held is None else 2]
+        train, made, other = logits[0], logits[1], logits[-1 if self._held else 0]
         gap = (train.mean() - made.mean()).abs().clamp(min=1e-12)
-        chance = (train.var(correction=0) / len(train) + held.var(correction=0) / len(held)).sqrt() / gap
+        chance = (train.var(correction=0) / len(train) + other.var(correction=0) / len(other)).sqrt() / gap
         return {
             "apart": torch.where(total > 1e-12, apart / total, 0.0),  # of a single point there is no measure
             "apart_by_chance": apart.new_tensor(8 / n),
-            "r_v": (train.mean() - held.mean()) / gap,
+            "r_v": (train.mean() - other.mean()) / gap,
             "r_v_by_chance": chance,
             "train_logit": train.mean(),
-            "held_out_logit": held.mean(),
+            "held_out_logit": other.mean(),
         }
 
     def _rotation(self) -> Evidence | None:
@@ -353,15 +357,10 @@ class HealthMonitor(GANCallback):
             print(f"  {said['step']:>10}  {said['verdict']:<25}  {_text(said['evidence'])}; {said['advice']}")
 
 
-def _held_out(trainer: Trainer) -> tuple[Sample, Condition] | None:
-    """This rank's samples of the (first) validation loader, and their conditions; the loader stays where it is."""
-    loader = loader_of(trainer, "val")
-    while isinstance(loader, Mapping | list | tuple):
-        if not loader:
-            return None
-        loader = next(iter(loader.values() if isinstance(loader, Mapping) else loader))
-    parts, condition = real_samples(trainer, loader, HELD_OUT * trainer.world_size)
-    return (tree_map(lambda *leaves: torch.cat(leaves), *parts), condition) if parts else None
+def _held_out(trainer: Trainer) -> list[Unpacked]:
+    """This rank's samples of the first validation loader, and their conditions."""
+    parts = RealData(trainer, loader_to_read(trainer, "val"), HELD_OUT * trainer.world_size)
+    return [move_data_to_device(part, "cpu") for part in parts]
 
 
 def _flat_logits(logits: Logits) -> Tensor:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
@@ -20,7 +22,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_gan_stability._checks import check, check_choice, check_integer, check_type, describe
+from lightning_gan_stability._checks import check, check_choice, check_integer, check_type, describe, is_number
 from lightning_gan_stability.callback import GANCallback
 from lightning_gan_stability.distributed import is_distributed
 from lightning_gan_stability.layers import evaluation
@@ -37,14 +39,15 @@ from lightning_gan_stability.metrics.values import (
 from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.monitors.files import save_atomically
 from lightning_gan_stability.monitors.latents import fixed_latents
-from lightning_gan_stability.monitors.real_data import loader_of, real_samples
+from lightning_gan_stability.monitors.real_data import RealData, loader_to_read, rebatched
 from lightning_gan_stability.noise import seed_of
-from lightning_gan_stability.outputs import tree_map
+from lightning_gan_stability.outputs import Condition, Sample, Unpacked, batch_size, take_rows, tree_leaves
 
 Split = Literal["train", "val"]
 Name = Literal["fid", "kid", "precision", "recall", "density", "coverage", "diversity", "modes", "ndb"]
 Values = dict[str, float]
-BATCH = 256  # generated at once
+BATCH, VALUES = 256, 2**20  # samples that are generated at once, and their values, of which networks hold many more
+KEPT = 2**27  # bytes of conditions that are kept
 LEAST = 20  # real samples: halves of them are compared, and 5 neighbours in a half
 
 # what each function of (real, fake) features gives
@@ -87,9 +90,15 @@ class QualityMonitor(GANCallback):
         metrics: which of ``fid``, ``kid``, ``precision``, ``recall``, ``density``, ``coverage``, ``diversity`` (mean
             pairwise distance, relative to real), ``modes`` (with ``high_quality`` and ``reverse_kl``) and ``ndb``.
             None: all but ``ndb``; ``modes`` if they are known.
-        n_samples: generated, and at most as many real ones. FIDs that are published have 50,000.
+        n_samples: generated; with conditions at most as many as there are real samples. FIDs that are published have
+            50,000.
+        n_real: real samples at most, or ``"all"``, as published FIDs have it. None: ``n_samples``.
         every: steps between measurements.
-        split: real samples of the ``"train"`` or the ``"val"`` loader. FID is mostly against training data.
+        split: real samples of the ``"train"`` or the (first) ``"val"`` loader. FID is mostly against training data.
+            They are read as the run reads them: its sampler says which there are, and how often.
+        truncation: ψ of the generated samples; see :meth:`GANModule.sample`.
+        name: what the log's keys begin with. Several monitors in a run have names of their own, for several
+            extractors, splits or truncations.
         cache: folder for real features, by a hash of data and extractor. None: they are extracted in each fit.
 
     Attributes:
@@ -122,6 +131,9 @@ class QualityMonitor(GANCallback):
         every: int = 1000,
         split: Split = "train",
         cache: str | Path | None = None,
+        n_real: int | Literal["all"] | None = None,
+        truncation: float = 1.0,
+        name: str = "quality",
     ) -> None:
         super().__init__()
         self.extractor = extractor if extractor is None else check_type("extractor", extractor, nn.Module)
@@ -132,6 +144,11 @@ class QualityMonitor(GANCallback):
         self.every = check_integer("every", every)
         self.split: Split = check_choice("split", split, get_args(Split))
         self.cache = cache
+        n_real = n_samples if n_real is None else n_real
+        self.n_real = None if n_real == "all" else check_integer("n_real", n_real, least=LEAST)
+        check(is_number(truncation), "truncation", "a finite number", truncation)
+        self.truncation = truncation
+        self.name = check_type("name", name, str)
         self.null: Values = {}
         self.add_state("values", {})
         self.add_state("history", [])
@@ -151,7 +168,7 @@ class QualityMonitor(GANCallback):
             self._prepare(trainer, module)
         if self.measured_at < 0:
             self._measure(trainer, module)
-        trainer.callback_metrics.update(_named(self.values))
+        trainer.callback_metrics.update(self._named())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -165,7 +182,7 @@ class QualityMonitor(GANCallback):
         rows = [[row.get(name) for name in columns] for row in self.history]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_table("quality/table", columns, rows, step=trainer.global_step)
+                logger.log_table(f"{self.name}/table", columns, rows, step=trainer.global_step)
 
     def observe(self, trainer: Trainer, module: GANModule) -> bool:
         """Measure if this step is due and has not been measured; say whether there is a measurement of this step."""
@@ -184,11 +201,11 @@ class QualityMonitor(GANCallback):
         self.values["moved"] = distance(shares, self.shares) if self.shares else 0.0
         self.shares, self.measured_at = shares, trainer.global_step
         self.history.append({"step": trainer.global_step} | self.values)
-        trainer.callback_metrics.update(_named(self.values))
+        trainer.callback_metrics.update(self._named())
         time_share = self._spent / max(time.monotonic() - self._started, 1e-9)
         for logger in trainer.loggers:
-            scalars = {f"quality/{name}": value for name, value in (self.values | {"time_share": time_share}).items()}
-            logger.log_metrics(scalars, step=trainer.global_step)
+            values = self.values | {"time_share": time_share}
+            logger.log_metrics({f"{self.name}/{name}": x for name, x in values.items()}, step=trainer.global_step)
 
     def _evaluate(self, fake: Seen) -> tuple[Values, list[float]]:
         if not bool(fake.features.isfinite().all() and fake.modes.isfinite().all()):
@@ -209,15 +226,28 @@ class QualityMonitor(GANCallback):
         return {name: value for name, value in values.items() if name in self._wanted}
 
     def _generate(self, trainer: Trainer, module: GANModule) -> Seen:
-        latents = fixed_latents(module, self.n_samples, "quality")
-        mine = torch.arange(trainer.global_rank, self.n_samples, trainer.world_size, device=module.device)
+        latents = fixed_latents(module, self._n_fake, "quality")
+        mine = torch.arange(trainer.global_rank, self._n_fake, trainer.world_size, device=module.device)
         seen = []
-        for rows in mine.split(BATCH):  # type: ignore[no-untyped-call]
-            chosen = tree_map(lambda leaf, rows=rows: leaf[rows % len(leaf)].to(module.device), self._condition)
-            z = None if latents is None else latents[rows]
+        for condition in self._each_condition(len(mine)):
+            n = condition if isinstance(condition, int) else batch_size(condition)
+            rows, mine = mine[:n], mine[n:]
+            given = None if isinstance(condition, int) else condition
             with evaluation(module):
-                seen.append(self._see(module.sample(len(rows), chosen, z)))
-        return _together(_joined(seen))
+                z = None if latents is None else latents[rows]
+                seen.append(self._see(module.sample(n, given, z, self.truncation)))
+        return Seen(*map(_interleaved, _joined(seen)))
+
+    def _each_condition(self, n: int) -> Iterator[Condition]:
+        """The conditions of n samples, some at a time; their number, where there are no conditions."""
+        if self._conditions is None:
+            yield from (min(self._at_once, n - start) for start in range(0, n, self._at_once))
+            return
+        parts = self._conditions.parts
+        for part in rebatched((part.condition for part in self._data) if parts is None else parts, self._at_once):
+            if n > 0:
+                yield take_rows(part, 0, n)
+            n -= batch_size(part)
 
     def _see(self, samples: Tensor) -> Seen:
         assert self.extractor is not None
@@ -228,7 +258,8 @@ class QualityMonitor(GANCallback):
         if not isinstance(features, Tensor) or len(features) != len(samples):
             raise ValueError(f"`extractor` must give one row of features per sample, got {describe(features)}.")
         home = _home(samples.device)
-        return Seen(features.flatten(1).to(home), modes.flatten(1).to(home))
+        modes = modes.flatten(1) if self._known else features.new_empty(len(features), 0)  # samples are large
+        return Seen(features.flatten(1).to(home), modes.to(home))
 
     @contextmanager
     def _isolated(self) -> Iterator[None]:
@@ -243,11 +274,16 @@ class QualityMonitor(GANCallback):
     def _prepare(self, trainer: Trainer, module: GANModule) -> None:
         data = getattr(trainer, "datamodule", None)
         centers, std = getattr(data, "centers", None), getattr(data, "std", None)
-        parts, condition = real_samples(trainer, self._loader(trainer), self.n_samples)
-        if not parts:
-            raise MisconfigurationException(f"QualityMonitor(split='{self.split}') found no batch in the loader.")
+        self._data = RealData(trainer, loader_to_read(trainer, self.split), self.n_real)
+        first = next(iter(self._data), None)
+        if first is None:
+            raise MisconfigurationException(
+                f"QualityMonitor(split='{self.split}') found no batch in the {self.split} loader: give one, or "
+                "another `split`."
+            )
         if self.extractor is None:
-            self.extractor = nn.Identity() if parts[0].dim() == 2 else Inception()
+            sample = first.real
+            self.extractor = nn.Identity() if isinstance(sample, Tensor) and sample.dim() == 2 else Inception()
             rank_zero_info(f"QualityMonitor: no extractor is given, so it takes {type(self.extractor).__name__}.")
         self._classified = hasattr(self.extractor, "classify")
         known = self._classified or (isinstance(centers, Tensor) and std is not None)
@@ -258,8 +294,14 @@ class QualityMonitor(GANCallback):
             )
         default = [name for name in get_args(Name) if name != "ndb" and (known or name != "modes")]
         self._wanted = frozenset(default if self.metrics is None else self.metrics)
-        self._condition = tree_map(_interleaved, condition)
-        self._real = self._features(parts)
+        self._known = known
+        values = sum(leaf[0].numel() for leaf in tree_leaves(first.real))
+        self._at_once = max(1, min(BATCH, VALUES // max(values, 1)))
+        self._conditions = None if first.condition is None else _Kept()
+        self._real = self._features(first)
+        self._n_fake = self.n_samples
+        if self._conditions is not None:
+            self._n_fake = min(self.n_samples, _sum_over_ranks(self._conditions.n, module.device))
         if (n := len(self._real.features)) < LEAST:
             raise MisconfigurationException(
                 f"QualityMonitor(split='{self.split}') compares with real samples, and the loader has {n}: give at "
@@ -270,19 +312,12 @@ class QualityMonitor(GANCallback):
         self._cells = Cells(self._real, centers if known else None, std, self._classified)
         self.null = trainer.strategy.broadcast(self._compare(self._real.features[::2], self._real.features[1::2]))
         for logger in trainer.loggers:
-            logger.log_hyperparams({"quality": self.protocol})
+            logger.log_hyperparams({self.name: self.protocol})
 
-    def _loader(self, trainer: Trainer) -> Any:
-        loader = loader_of(trainer, self.split)
-        if isinstance(loader, list | tuple) and len(loader) == 1:
-            loader = loader[0]
-        a_list_of_batches = isinstance(loader, list) and loader and self.split == "train"
-        if isinstance(loader, dict | list | tuple) and not a_list_of_batches:
-            raise MisconfigurationException(
-                f"QualityMonitor(split='{self.split}') needs one {self.split} loader, but there are {len(loader)}: set "
-                f"split='{'val' if self.split == 'train' else 'train'}', or give one."
-            )
-        return loader
+    @property
+    def state_key(self) -> str:
+        """What its state is called in checkpoints."""
+        return type(self).__qualname__ if self.name == "quality" else f"{type(self).__qualname__}({self.name})"
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -290,27 +325,58 @@ class QualityMonitor(GANCallback):
         return {
             "extractor": type(self.extractor).__name__,
             "n_real": len(self._real.features),
-            "n_fake": self.n_samples,
+            "n_fake": self._n_fake,
             "split": self.split,
             "every": self.every,
+            "truncation": self.truncation,
             "null": self.null,
         }
 
-    def _features(self, samples: list[Tensor]) -> Seen:
+    def _features(self, first: Unpacked) -> Seen:
         """Real features of all ranks: from the cache, or seen now."""
-        mine = self._cached(Path(self.cache), samples) if self.cache else _joined(map(self._see, samples))
-        whole = _together(mine)
-        return Seen(whole.features[: self.n_samples], whole.modes[: self.n_samples])
+        if self.cache:
+            self._see(take_rows(first.real, 0, 1))  # lets a lazy extractor read its weights
+            mine = self._cached(Path(self.cache))
+        else:
+            mine = _joined(map(self._see, self._read()))
+        return Seen(*map(_interleaved, mine))
 
-    def _cached(self, folder: Path, samples: list[Tensor]) -> Seen:
-        self._see(samples[0][:1])  # lets a lazy extractor read its weights
-        file = folder / f"{_digest(self.extractor, samples)}.pt"
+    def _read(self) -> Iterator[Sample]:
+        """The real samples, in parts; their conditions are kept."""
+        kept = None if self._conditions is None else _Kept()
+        for part in self._data:
+            if kept is not None:
+                kept.add(part.condition)
+            yield part.real
+        self._conditions = kept
+
+    def _cached(self, folder: Path) -> Seen:
+        file = folder / f"{_digest(self.extractor, self._known, self._read())}.pt"
         try:
             mine = Seen(*torch.load(file, weights_only=True))
         except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError):  # none, or one that was torn
-            mine = _joined(map(self._see, samples))
+            mine = _joined(map(self._see, self._read()))
             save_atomically(tuple(column.cpu() for column in mine), file)
-        return Seen(*(column.to(_home(samples[0].device)) for column in mine))
+        return Seen(*(column.to(_home(self._data.trainer.strategy.root_device)) for column in mine))
+
+    def _named(self) -> dict[str, Tensor]:
+        return {f"{self.name}/{name}": torch.tensor(value) for name, value in self.values.items()}
+
+
+class _Kept:
+    """Conditions, in main memory while they are small."""
+
+    def __init__(self) -> None:
+        self.parts: list[Condition] | None = []
+        self.n = self.bytes = 0
+
+    def add(self, condition: Condition) -> None:
+        self.n += batch_size(condition)
+        self.bytes += sum(leaf.nbytes for leaf in tree_leaves(condition))
+        if self.parts is not None:
+            self.parts.append(move_data_to_device(condition, "cpu"))
+        if self.bytes > KEPT:
+            self.parts = None  # they are read again for each measurement
 
 
 def _home(device: torch.device) -> torch.device:
@@ -322,13 +388,9 @@ def _joined(parts: Iterable[Seen]) -> Seen:
     return Seen(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _together(seen: Seen) -> Seen:
-    """What all ranks have seen, in the order of one process that takes every rank's rows in turn."""
-    return Seen(*map(_interleaved, seen))
-
-
 def _interleaved(rows: Tensor) -> Tensor:
-    if not (is_distributed()):
+    """The rows of all ranks, in the order of one process that takes every rank's rows in turn."""
+    if not is_distributed():
         return rows
     parts = gather_all_tensors(rows)
     whole = rows.new_empty(sum(map(len, parts)), *rows.shape[1:])
@@ -339,13 +401,17 @@ def _interleaved(rows: Tensor) -> Tensor:
     return whole
 
 
-def _named(values: Values) -> dict[str, Tensor]:
-    return {f"quality/{name}": torch.tensor(value) for name, value in values.items()}
+def _sum_over_ranks(n: int, device: torch.device) -> int:
+    if not is_distributed():
+        return n
+    total = torch.tensor(n, device=device)
+    dist.all_reduce(total)
+    return int(total)
 
 
-def _digest(extractor: nn.Module | None, samples: list[Tensor]) -> str:
+def _digest(extractor: nn.Module | None, known: bool, samples: Iterable[Tensor]) -> str:
     """A hash of an extractor and of data; any other data, weights or layers give another one."""
-    digest = hashlib.sha256(repr(extractor).encode())
+    digest = hashlib.sha256(repr((extractor, known)).encode())
     for tensor in (*(extractor.state_dict().values() if extractor else ()), *samples):
         digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -1,72 +1,356 @@
-"""Real data of a run, read without moving its loaders."""
+"""Real data of a run, read as their owner reads them, while the run's loaders stay where they are."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import random
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from copy import deepcopy
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
-from lightning_gan_stability._compat import loader_of as loader_of
+from lightning_gan_stability._compat import loader_of, mode_of, to_device
 from lightning_gan_stability.data.streams import Stream
-from lightning_gan_stability.noise import generator
-from lightning_gan_stability.outputs import Condition, batch_size, tree_map
+from lightning_gan_stability.noise import generator, seed_of
+from lightning_gan_stability.outputs import Unpacked, batch_size, shapes, take_rows, tree_leaves, tree_map
+
+LARGE = 1000  # values: arrays with more of them are shared by copies, as nobody counts in them
 
 
-def real_samples(trainer: Trainer, loader: Any, n: int) -> tuple[list[Tensor], Condition]:
-    """This rank's share of n real samples, in parts, and their conditions, on its device; the loader does not move.
+class RealData:
+    """This rank's share of n real samples of a loader, batch by batch, on its device: the same ones each time.
 
-    A map-style data set gives a random choice of its samples, the same each time; another loader its first ones.
-    """
-    parts: list[Tensor] = []
-    conditions: list[Condition] = []
-    left = math.ceil(n / trainer.world_size)
-    batches = from_start(loader, n, trainer.global_rank, trainer.world_size)
-    if isinstance(loader, CombinedLoader):  # which gives the numbers of the batch and of its loader too
-        batches = (batch for batch, *_ in batches)
-    for batch in batches:
-        moved = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
-        real, condition = trainer.lightning_module.unpack(moved)  # type: ignore[operator]
-        parts.append(tree_map(lambda leaf, left=left: leaf[:left], real))
-        conditions += [] if condition is None else [tree_map(lambda leaf, left=left: leaf[:left], condition)]
-        left -= batch_size(real)
-        if left <= 0:
-            break
-    return parts, tree_map(lambda *leaves: torch.cat(leaves), *conditions) if conditions else None
-
-
-def from_start(loader: Any, n: int, rank: int, world: int) -> Iterator[Any]:
-    """Yield a loader's batches from its start, and leave it where it is.
-
-    Of a map-style data set it is a rank's share of n samples chosen at random, the same ones each time.
+    The sampler says which samples there are and how often, and of these a random choice is read, in batches as large as
+    the loader's, with its workers and its ``collate_fn``. A loader that is no ``DataLoader`` gives its first batches.
+    Loaders, data sets and samplers stay where they are, with their own generators. Read it while random states are
+    isolated.
 
     Args:
-        loader: Any iterable of batches.
-        n: Samples of all ranks.
-        rank: Whose share.
-        world: Number of ranks.
+        trainer: whose run.
+        loader: any iterable of batches, or a dict or list of such iterables.
+        n: samples of all ranks; None: all.
+
+    Raises:
+        MisconfigurationException: where it cannot be read without moving it.
+    """
+
+    def __init__(self, trainer: Trainer, loader: Any, n: int | None) -> None:
+        self.trainer, self.loader = trainer, loader
+        self.n = n
+
+    def __iter__(self) -> Iterator[Unpacked]:
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        left = math.inf if self.n is None else len(range(rank, self.n, world))
+        _seed_everything("real", rank)
+        module: Any = self.trainer.lightning_module
+        with closing(from_start(self.loader, self.n, rank, world)) as batches:
+            for batch in batches if left > 0 else ():
+                unpacked = Unpacked(*module.unpack(to_device(self.trainer, batch)))
+                size = batch_size(unpacked.real)
+                if size > left:
+                    unpacked = take_rows(unpacked, 0, int(left))
+                yield unpacked
+                left -= size
+                if left <= 0:
+                    return
+
+
+def loader_to_read(trainer: Trainer, split: Literal["train", "val"]) -> Any:
+    """The loader of a split: of several validation loaders the first; an empty list if there is none."""
+    loader = loader_of(trainer, split)
+    while split == "val" and isinstance(loader, Mapping | list | tuple) and len(loader):
+        loader = next(iter(loader.values() if isinstance(loader, Mapping) else loader))
+    return loader
+
+
+def rebatched(parts: Iterable[Any], size: int) -> Iterator[Any]:
+    """Batches of one size, from parts of any sizes; parts whose samples have other shapes are not joined.
+
+    Example:
+        >>> [len(part) for part in rebatched([torch.zeros(3), torch.zeros(4)], 5)]
+        [5, 2]
+    """
+    waiting: Any = None
+    for part in parts:
+        if waiting is not None and shapes(waiting) != shapes(part):
+            yield waiting
+        elif waiting is not None:
+            part = tree_map(lambda *leaves: torch.cat(leaves), waiting, part)
+        n = batch_size(part)
+        whole = n // size * size
+        for start in range(0, whole, size):
+            yield take_rows(part, start, start + size)
+        waiting = take_rows(part, whole, n) if whole < n else None
+    if waiting is not None:
+        yield waiting
+
+
+# ---------- batches of any loader
+
+
+def from_start(loader: Any, n: int | None, rank: int, world: int) -> Generator[Any]:
+    """A loader's batches, of one rank's share of n samples or more, without moving it.
+
+    Args:
+        loader: any iterable of batches, or a dict or list of such iterables.
+        n: samples of all ranks; None: all.
+        rank: whose share.
+        world: number of ranks.
     """
     if isinstance(loader, Stream):
-        yield from map(loader.batch, range(len(loader)))
-    elif isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-        # not by iterating over it: persistent workers have one iterator, which is in use
-        data, size = loader.dataset, len(loader.dataset)  # type: ignore[arg-type]
-        if loader.batch_size is None and loader.batch_sampler is None:
-            yield from (loader.collate_fn(data[row]) for row in range(rank, size, world))
-            return
-        rows = torch.randperm(size, generator=generator("real"))[:n][rank::world]
-        for part in rows.split(loader.batch_size or 64):  # type: ignore[no-untyped-call]
-            yield loader.collate_fn([data[row] for row in part.tolist()])
-    else:
-        state = deepcopy(loader.state_dict()) if hasattr(loader, "state_dict") else None
+        return (loader.batch(position) for position in range(len(loader)))
+    if isinstance(loader, CombinedLoader):
+        return _of_several(loader, n, rank, world)
+    several = isinstance(loader, Mapping) or type(loader) in (list, tuple)
+    if several and any(map(_is_loader, tree_leaves(loader))):
+        return _of_several(CombinedLoader(loader, "max_size_cycle"), n, rank, world)
+    if _is_loader(loader):
+        if isinstance(loader.dataset, IterableDataset):
+            return _of_iterable_dataset(loader)
+        return _of_map_dataset(loader, n, rank, world)
+    return _of_others(loader)
+
+
+def _is_loader(thing: Any) -> bool:
+    """Whether it is a ``DataLoader``, or has what one has."""
+    return all(hasattr(thing, name) for name in ("dataset", "batch_sampler", "collate_fn", "num_workers"))
+
+
+@dataclass
+class _Share:
+    """A loader that is read from its start each time."""
+
+    loader: Any
+    n: int | None
+    rank: int
+    world: int
+
+    def __iter__(self) -> Iterator[Any]:
+        return from_start(self.loader, self.n, self.rank, self.world)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+def _of_several(loader: CombinedLoader, n: int | None, rank: int, world: int) -> Generator[Any]:
+    """Batches of several loaders, combined as they are in the run."""
+    mode, parts = mode_of(loader), tree_leaves(loader.iterables)
+    each = math.ceil(n / len(parts)) if n is not None and mode == "sequential" else n
+    read = CombinedLoader(tree_map(lambda part: _Share(part, each, rank, world), loader.iterables), mode)
+    return (batch for batch, *_ in read)
+
+
+def _of_map_dataset(loader: Any, n: int | None, rank: int, world: int) -> Generator[Any]:
+    """A random choice of what the sampler gives in an epoch, read from the data set in new batches."""
+    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    batched = type(sampler) is BatchSampler and loader.batch_sampler is not None
+    size = sampler.batch_size if batched else None
+    indices, shared = _indices(sampler.sampler if batched else sampler, loader.dataset, n)
+    order = torch.randperm(len(indices), generator=generator("real")).tolist()
+    order = order[:n] if batched else order
+    mine = [indices[i] for i in (order if shared else order[rank::world])]
+    if shared and batched and n is not None:
+        mine = mine[: len(range(rank, n, world))]
+    parts = mine if size is None else [mine[i : i + size] for i in range(0, len(mine), size)]
+    if loader.num_workers == 0:
+        yield from _fetched(loader, parts)
+    elif parts:
+        how = {"sampler": parts, "batch_size": None} if loader.batch_sampler is None else {"batch_sampler": parts}
+        yield from _like(loader, loader.dataset, min(loader.num_workers, len(parts)), how)
+
+
+def _indices(sampler: Any, dataset: Any, n: int | None) -> tuple[Sequence[Any], bool]:
+    """What a sampler gives in an epoch, in any order, and whether it is a rank's share."""
+    whole = type(sampler) in (SequentialSampler, DistributedSampler)
+    whole |= type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(sampler.data_source)
+    if whole:
+        return range(len(dataset)), False
+    shared = hasattr(sampler, "num_replicas") or hasattr(getattr(sampler, "sampler", None), "num_replicas")
+    with isolate_rng(), _untouched(sampler, dataset) as copy:
+        _seed_everything("rows")
+        sized = _has_length(sampler)
+        if n is None and not sized:
+            raise MisconfigurationException(
+                f"All samples of a loader are to be read, and its sampler {type(sampler).__name__} has no length, so "
+                "that it may never end: give it `__len__`, or a number of real samples."
+            )
+        return list(islice(copy, None if sized else n)), shared
+
+
+def _has_length(sampler: Any) -> bool:
+    try:
+        return len(sampler) >= 0
+    except (TypeError, NotImplementedError):  # which torch's own classes raise for what has none
+        return False
+
+
+def _fetched(loader: Any, parts: Sequence[Any]) -> Iterator[Any]:
+    """Batches of a data set that this process reads; its own generators are put back."""
+    dataset, collate = loader.dataset, loader.collate_fn
+    with _put_back(_generators_of(dataset, collate)):
+        for part in parts:
+            if loader.batch_sampler is None:
+                found = dataset[part]
+            elif getattr(dataset, "__getitems__", None):
+                found = dataset.__getitems__(part)
+            else:
+                found = [dataset[index] for index in part]
+            yield collate(found)
+
+
+def _of_iterable_dataset(loader: Any) -> Generator[Any]:
+    """Batches of a copy of the data set: that of new workers, or one that is made here."""
+    how = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+    if loader.num_workers:
+        yield from _like(loader, loader.dataset, loader.num_workers, how)
+        return
+    with _refused_if_stuck(loader.dataset):
+        dataset = _copied(loader.dataset)
+    yield from _like(loader, dataset, 0, how)
+
+
+def _like(loader: Any, dataset: Any, num_workers: int, how: dict[str, Any]) -> DataLoader[Any]:
+    """A new loader, with workers of its own and seeds that are the same each time."""
+    own = generator("workers")
+    options = {"collate_fn": loader.collate_fn, "num_workers": num_workers, "generator": own}
+    if num_workers:
+        options |= {name: getattr(loader, name) for name in ("timeout", "worker_init_fn", "multiprocessing_context")}
+    return DataLoader(dataset, **how, **options)
+
+
+def _of_others(loader: Any) -> Generator[Any]:
+    """Batches of a loader of which nothing is known but that it can be iterated over."""
+    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+        state = deepcopy(loader.state_dict())
         try:
             yield from loader
         finally:
-            if state is not None:
-                loader.load_state_dict(state)
+            loader.load_state_dict(state)
+        return
+    if type(loader) in (list, tuple):
+        yield from loader
+        return
+    with _refused_if_stuck(loader):
+        copy = _copied(loader)
+    yield from copy
+
+
+@contextmanager
+def _refused_if_stuck(data: Any) -> Iterator[None]:
+    """Refuse what cannot be copied, and so not be read twice."""
+    try:
+        yield
+    except Exception as error:
+        raise MisconfigurationException(
+            f"A monitor would take the batches that it reads from {type(data).__name__} away from training, since it "
+            f"cannot be copied ({error}): give it `state_dict` and `load_state_dict`, use num_workers=1 or more, or "
+            "let `__iter__` make what it goes through."
+        ) from error
+
+
+# ---------- what an object holds
+
+
+def _copied(thing: Any, *kept: Any) -> Any:
+    """A deep copy that shares large arrays, and what is to be kept, with the original."""
+    memo = {id(part): part for part in kept}
+    for part in _parts_of(thing, *kept):
+        if (isinstance(part, Tensor) and part.numel() > LARGE) or (isinstance(part, np.ndarray) and part.size > LARGE):
+            memo[id(part)] = part
+    return deepcopy(thing, memo)
+
+
+@contextmanager
+def _untouched(thing: Any, *kept: Any) -> Iterator[Any]:
+    """A copy; where there can be none the thing itself, whose generators are put back."""
+    try:
+        copy = _copied(thing, *kept)
+    except Exception:  # of open files, locks and the like
+        with _put_back(_generators_of(thing)):
+            yield thing
+    else:
+        yield copy
+
+
+RandomSource: TypeAlias = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
+
+
+def _generators_of(*things: Any) -> list[RandomSource]:
+    return [part for part in _parts_of(*things) if isinstance(part, RandomSource)]
+
+
+@contextmanager
+def _put_back(generators: list[RandomSource]) -> Iterator[None]:
+    """Leave generators as they were."""
+    before = [_state(one) for one in generators]
+    try:
+        yield
+    finally:
+        for one, state in zip(generators, before, strict=True):
+            _set_state(one, state)
+
+
+def _state(one: RandomSource) -> Any:
+    if isinstance(one, np.random.Generator):
+        return deepcopy(one.bit_generator.state)
+    return one.getstate() if isinstance(one, random.Random) else one.get_state()
+
+
+def _set_state(one: RandomSource, state: Any) -> None:
+    if isinstance(one, np.random.Generator):
+        one.bit_generator.state = state
+    elif isinstance(one, random.Random):
+        one.setstate(state)
+    else:
+        one.set_state(state)
+
+
+def _parts_of(*things: Any) -> Iterator[Any]:
+    """Objects, and what they hold in attributes, lists, tuples and dicts; of a long list the first element alone."""
+    seen: set[int] = set()
+    waiting = [*things]
+    while waiting:
+        thing = waiting.pop()
+        if isinstance(thing, str | bytes | int | float | type | None) or id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        yield thing
+        if isinstance(thing, Mapping):
+            waiting += islice(thing.values(), LARGE)
+        elif isinstance(thing, list | tuple | set | frozenset):
+            waiting += islice(thing, LARGE if len(thing) <= LARGE else 1)
+        elif isinstance(thing, partial):
+            waiting += [thing.func, thing.args, thing.keywords]
+        elif isinstance(thing, MethodType):
+            waiting.append(thing.__self__)
+        elif isinstance(thing, FunctionType):
+            waiting += [cell.cell_contents for cell in thing.__closure__ or () if cell != CellType()]
+        if not isinstance(thing, Tensor | np.ndarray | ModuleType):
+            waiting += getattr(thing, "__dict__", {}).values()
+
+
+def _seed_everything(*key: object) -> None:
+    seed = seed_of(*key)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
