@@ -3,6 +3,7 @@
 import math
 import re
 from copy import deepcopy
+from typing import get_args
 
 import pytest
 import torch
@@ -54,7 +55,17 @@ def monitored(values):
         last[0] = next(rest, last[0])
         monitor.values, monitor.null, monitor.measured_at = dict(last[0]), NULL, trainer.global_step
 
-    monitor._measure = measure
+    def confirm(trainer, module, least_coverage):
+        """A generator that is as bad as it was measured is as bad when it is looked at again."""
+        values = last[0]
+        doubts = {
+            "missing": values.get("missing", 0) > 0.03,
+            "diversity": values.get("diversity", 1) < 0.2,
+            "coverage": values.get("coverage", 1) < least_coverage,
+        }
+        return {"mass": values["missing"]} | {name: 0.0 if doubt else 1.0 for name, doubt in doubts.items()}
+
+    monitor._measure, monitor.confirm = measure, confirm
     return monitor
 
 
@@ -155,6 +166,47 @@ def test_modes_are_held_after_as_many_measurements_in_a_row_as_are_lost():
 
 def test_the_same_trouble_is_said_again_after_it_was_gone():
     assert said([GOOD, GOOD, LOST, LOST, LOST, LOST, GOOD, LOST, LOST, LOST]) == [(4, "collapse"), (9, "collapse")]
+
+
+def test_a_suspicion_that_is_not_confirmed_is_dropped():
+    detector = CollapseDetector()
+    monitor = monitored([GOOD] * 2 + [LOST] * 20)
+    looked = []
+
+    def healthy(trainer, module, least_coverage):
+        looked.append(trainer.global_step)
+        return {"mass": 0.5, "missing": 0.01, "diversity": 1.0, "coverage": 1.0}
+
+    monitor.confirm = healthy
+    trainer(callbacks=[monitor, detector], max_steps=11, max_epochs=-1, limit_val_batches=0).fit(small(), ring())
+    assert detector.events == []
+    assert detector.looks == len(looked) == 3  # each after three more measurements
+    sure = CollapseDetector(false_alarms=0.5)
+    monitor = monitored([GOOD] * 2 + [LOST] * 20)
+    monitor.confirm = healthy
+    with ignoring():
+        trainer(callbacks=[monitor, sure], max_steps=11, max_epochs=-1, limit_val_batches=0).fit(small(), ring())
+    assert [event["evidence"]["p"] for event in sure.events] == [0.03]  # three times that of one of three tests
+
+
+NOISE = GOOD | {"missing": 0.9, "imbalance": 0.4, "diversity": 0.6, "coverage": 0.0, "recall": 0.0, "precision": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [({}, "never learned"), ({"diversity": 0.1, "coverage": 0.5}, "no variation"), ({"coverage": 0.5}, None)],
+)
+def test_a_generator_that_never_was_good_is_said_whatever_its_fid_does(change, verdict, monkeypatch):
+    monkeypatch.setattr(collapse, "YOUNG", 5)
+    falling = [NOISE | change | {"fid": 1000 * 0.8**i} for i in range(14)]
+    assert said(falling) == ([] if verdict is None else [(9, verdict)])
+    monkeypatch.setattr(collapse, "YOUNG", 500)
+    assert said(falling) == []
+
+
+def test_diversity_that_grows_is_none():
+    assert collapse.stuck([{"diversity": 0.02 * i} for i in range(9)], {}) is None
+    assert collapse.stuck([{"diversity": 0.1}] * 9, {}) == "no variation"
 
 
 def test_what_is_not_finite_is_a_divergence_at_once():
@@ -431,7 +483,7 @@ def test_stronger_penalties_need_penalties():
 
 
 def test_every_verdict_has_advice():
-    assert set(collapse.ADVICE) == {"collapse", "partial collapse", "mode hopping", "divergence"}
+    assert set(collapse.ADVICE) == {*get_args(collapse.Verdict)}
 
 
 # ---------- remedies under schedulers, and what they leave

@@ -211,13 +211,16 @@ class Cells:
             return mode_coverage(modes, classes=modes.shape[1])
         return mode_coverage(modes, self.centers, self.std)
 
-    def split(self, seen: Seen) -> list[float]:
-        """The share of samples in each mode or cell, by the nearest centre or the likeliest class."""
+    def assign(self, seen: Seen) -> tuple[Tensor, int]:
+        """The mode or cell (n,) of each sample, by the nearest centre or likeliest class, and their number."""
         if self.centers is None:
-            nearest, k = seen.modes.argmax(1), seen.modes.shape[1]
-        else:
-            samples, k = seen.modes if self.known else seen.features, len(self.centers)
-            nearest = torch.cdist(samples.double(), self.centers.double()).argmin(1)
+            return seen.modes.argmax(1), seen.modes.shape[1]
+        samples = seen.modes if self.known else seen.features
+        return torch.cdist(samples.double(), self.centers.double()).argmin(1), len(self.centers)
+
+    def split(self, seen: Seen) -> list[float]:
+        """The share of samples in each mode or cell."""
+        nearest, k = self.assign(seen)
         shares: list[float] = (torch.bincount(nearest, minlength=k) / len(nearest)).tolist()
         return shares
 

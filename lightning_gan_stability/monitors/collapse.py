@@ -13,26 +13,32 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_gan_stability._checks import check, check_integer
+from lightning_gan_stability._checks import check, check_integer, check_share
 from lightning_gan_stability.callback import GANCallback, callbacks_of
+from lightning_gan_stability.metrics.decisions import level
 from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.monitors.files import save_atomically
 from lightning_gan_stability.monitors.quality import QualityMonitor, Values
 from lightning_gan_stability.monitors.rollback import Remedy, Weights, give_weights, put_back, take, weights_of
 from lightning_gan_stability.protocols import GANProtocol
 
-Verdict = Literal["collapse", "partial collapse", "mode hopping", "divergence"]
+Verdict = Literal["collapse", "partial collapse", "mode hopping", "divergence", "no variation", "never learned"]
 Event: TypeAlias = dict[str, Any]
 Act = Literal["warn", "alert", "stop", "rollback"]
 
 MISSED = 0.03  # share of the real data that a healthy generator may miss
 NOWHERE = 0.02  # below this part of its null, coverage says that samples are nowhere near the data
+VARIED = 0.2  # part of the real data's diversity below which samples do not vary
+COVERED = 0.1  # part of its null that a healthy generator's coverage has, at least, where it is confirmed
+YOUNG = 500  # steps before which nobody is said not to have learned
 GAIN = 0.05  # what counts as progress of a share; of FID, twice that part of it
 ADVICE = {
     "collapse": "Add Unrolling, nets.Packed or R1Penalty and R2Penalty with a relativistic loss.",
     "partial collapse": "Add nets.Packed, R1Penalty and R2Penalty, or a GeneratorEMA; lower the learning rates.",
     "mode hopping": "Add Unrolling, Extragradient, or R1Penalty and R2Penalty with a higher gamma.",
     "divergence": "Lower the learning rates, set `clip_norm`, or add R1Penalty.",
+    "no variation": "Add R1Penalty and R2Penalty or nets.Packed; compare both players' learning rates.",
+    "never learned": "Compare both players' learning rates, add R1Penalty, and look at the data as they are loaded.",
 }
 
 
@@ -53,13 +59,18 @@ def is_bad(values: Mapping[str, float], best: Mapping[str, float], null: Mapping
     """
     if not _finite(values):
         return True
-    fell = [values[name] < best.get(name, 0.0) / 2 for name in ("recall", "coverage") if name in values]
     return (
         values["missing"] > MISSED
         or values.get("diversity", 1.0) < 0.1
         or values.get("coverage", 1.0) < NOWHERE * null.get("coverage", 1.0)
-        or (bool(fell) and all(fell))
+        or _fell(values, best)
     )
+
+
+def _fell(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
+    """Whether recall and coverage are both below half of their best."""
+    fell = [values[name] < best.get(name, 0.0) / 2 for name in ("recall", "coverage") if name in values]
+    return bool(fell) and all(fell)
 
 
 def has_lost(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
@@ -94,6 +105,27 @@ def name_trouble(recent: Sequence[Mapping[str, float]]) -> Verdict:
     if mean.get("diversity", 1.0) < 0.3:
         return "collapse"
     return "divergence" if mean["missing"] >= 0.5 or mean.get("coverage", 1.0) < NOWHERE else "partial collapse"
+
+
+def stuck(course: Sequence[Mapping[str, float]], null: Mapping[str, float]) -> Verdict | None:
+    """What a generator suffers from that never was good, whatever its FID does.
+
+    * ``"no variation"``: no measurement has a fifth of the real data's diversity, and it has not grown.
+    * ``"never learned"``: in none do samples lie among the data: coverage is below 2 % of its null, and precision and
+      recall are below 2 %.
+
+    Example:
+        >>> stuck([{"diversity": 0.1}, {"diversity": 0.1}], {})
+        'no variation'
+    """
+    varied = [values["diversity"] for values in course if "diversity" in values]
+    if varied and max(varied) < min(VARIED, varied[0] + GAIN):
+        return "no variation"
+    shares = [values[name] for values in course for name in ("precision", "recall") if name in values]
+    covered = [values["coverage"] for values in course if "coverage" in values]
+    if covered and max(covered) < NOWHERE * null.get("coverage", 1.0) and max(shares, default=0.0) < NOWHERE:
+        return "never learned"
+    return None
 
 
 def is_progress(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
@@ -157,12 +189,21 @@ class CollapseDetector(GANCallback):
     questions: is this bad (:func:`is_bad`), and is it better than ever before (:func:`is_progress`)? ``patience``
     measurements in a row that are bad, and none of them progress (or all the same modes are lost that were held before,
     :func:`has_lost`), are a ``"collapse"``, ``"partial collapse"``, ``"mode hopping"`` or ``"divergence"``
-    (:func:`name_trouble`). Samples that are not finite are a divergence at once. All ranks decide from the same reduced
-    values.
+    (:func:`name_trouble`). Three times as many in a row that do not vary, or do not lie among the data, are ``"no
+    variation"`` or ``"never learned"`` (:func:`stuck`), after step 500. Samples that are not finite are a divergence at
+    once. All ranks decide from the same reduced values.
 
-    Every event has ``step`` (Trainer's), ``verdict``, ``action`` and ``evidence`` (the measurement, and the best so
-    far); it goes into ``events``, to the loggers as ``health/<verdict>`` and ``collapse/<evidence>``, and is a warning.
-    The same trouble is one event, unless the action is a rollback, until a measurement is good or progress.
+    Such measurements are a suspicion, since few samples miss modes by chance. Before it is said it is confirmed with
+    2,500 samples or more that nobody has seen, and as many real ones, by exact tests
+    (:mod:`lightning_gan_stability.metrics.decisions`), of which the i-th has the level 6 / (π i)² times
+    ``false_alarms``: a generator that holds every mode with a fifth of its share, varies a fifth as much as the data,
+    and covers a tenth of what real data cover, or half of the best so far where it lost that, is accused in a share of
+    ``false_alarms`` of the runs at most.
+
+    Every event has ``step`` (Trainer's), ``verdict``, ``action`` and ``evidence``: the measurement, the best so far,
+    and ``p``, the p-value of a healthy generator. It goes into ``events``, to the loggers as ``health/<verdict>`` and
+    ``collapse/<evidence>``, and is a warning. The same trouble is one event, unless the action is a rollback, until a
+    measurement is good or progress.
 
     Args:
         action: ``"warn"``; ``"alert"``: also an alert of Weights & Biases; ``"stop"``: training ends; ``"rollback"``:
@@ -175,6 +216,7 @@ class CollapseDetector(GANCallback):
             (trainer, module), or a list of these. Applied anew with each rollback.
         folder: where the healthy state lies, a file per process. None: in memory, and in checkpoints.
         alert_every: seconds between alerts.
+        false_alarms: share of healthy runs in which something may be said, in (0, 1).
 
     Attributes:
         events: what has happened.
@@ -194,7 +236,9 @@ class CollapseDetector(GANCallback):
     best: Values
     seen: list[Values]
     recent: list[Values]
+    course: list[Values]
     said: Verdict | None
+    looks: int
     rollbacks: int
     healthy: dict[str, Any] | None
     weights: Weights
@@ -207,6 +251,7 @@ class CollapseDetector(GANCallback):
         remedy: Remedy | list[Remedy] | Callable[[Trainer, Any], None] | None = None,
         folder: str | Path | None = None,
         alert_every: int = 300,
+        false_alarms: float = 0.01,
     ) -> None:
         super().__init__()
         if not callable(action):
@@ -223,7 +268,10 @@ class CollapseDetector(GANCallback):
         self.remedies = remedies
         self.folder = folder
         self.alert_every = check_integer("alert_every", alert_every)
+        self.false_alarms = check_share("false_alarms", false_alarms, open_start=True, open_end=True)
         self.add_state("events", [])
+        self.add_state("looks", 0)  # at suspicions
+        self.add_state("course", [])  # the last measurements, three times ``patience``
         self.add_state("best", {})  # of each value so far
         self.add_state("seen", [])  # the last measurements
         self.add_state("recent", [])  # bad measurements in a row
@@ -234,7 +282,7 @@ class CollapseDetector(GANCallback):
         self._given: Weights = []  # before any
 
     def _begin(self) -> None:
-        self.best, self.seen, self.recent, self.said = {}, [], [], None
+        self.best, self.seen, self.course, self.recent, self.said = {}, [], [], [], None
 
     def reset(self, module: GANProtocol) -> None:
         """Begin anew, without the remedies of the module before."""
@@ -268,27 +316,51 @@ class CollapseDetector(GANCallback):
         module: GANModule = pl_module  # type: ignore[assignment]
         monitor = self._monitor(trainer)
         if monitor.observe(trainer, module):
-            self._judge(trainer, module, monitor.values, monitor.null)
+            self._judge(trainer, module, monitor)
 
     # ---------- deciding
 
-    def _judge(self, trainer: Trainer, module: GANModule, values: Values, null: Values) -> None:
-        progress = is_progress(values, self.best) and not has_lost(values, self.best)
-        bad = is_bad(values, self.best, null)
-        if _finite(values):
+    def _judge(self, trainer: Trainer, module: GANModule, monitor: QualityMonitor) -> None:
+        values, null, best = monitor.values, monitor.null, self.best
+        finite = _finite(values)
+        progress = is_progress(values, best) and not has_lost(values, best)
+        bad = is_bad(values, best, null)
+        self.course = [*self.course, dict(values)][-3 * self.patience :]
+        if finite:
             self.seen = [*self.seen, dict(values)][-self.patience :]
-            self.best = better_of(values | {"held": held(self.seen, null, self.patience)}, self.best)
-        if progress or not bad:
-            self.recent, self.said = [], None
-            if not bad and self.action == "rollback":
-                self._keep(trainer, module)
+            self.best = better_of(values | {"held": held(self.seen, null, self.patience)}, best)
+        self.recent = [] if progress or not bad else [*self.recent, dict(values)][-self.patience :]
+        if not bad and self.action == "rollback":
+            self._keep(trainer, module)
+        verdict = self._suspicion(module, finite, null)
+        if verdict is None and not self.recent:
+            self.said = None
+        if verdict in (None, self.said):
             return
-        self.recent = [*self.recent, dict(values)][-self.patience :]
-        if len(self.recent) == self.patience or not _finite(values):
-            verdict = name_trouble(self.recent)
-            if verdict != self.said:
-                self.said = verdict
-                self._act(trainer, module, verdict, values | {f"best_{k}": v for k, v in self.best.items()})
+        p = self._p_value(trainer, module, monitor, best) if finite else 0.0
+        if finite and p > level(self.false_alarms, self.looks):
+            self.recent, self.course = [], []
+            return
+        self.said = verdict
+        evidence = values | {f"best_{name}": value for name, value in self.best.items()} | {"p": p}
+        self._act(trainer, module, verdict, evidence)
+
+    def _suspicion(self, module: GANModule, finite: bool, null: Values) -> Verdict | None:
+        """What the last measurements look like."""
+        if len(self.recent) == self.patience or not finite:
+            return name_trouble(self.recent)
+        late = len(self.course) == 3 * self.patience and module.iteration >= YOUNG
+        return stuck(self.course, null) if late else None
+
+    def _p_value(self, trainer: Trainer, module: GANModule, monitor: QualityMonitor, best: Values) -> float:
+        """The p-value of a healthy generator, from samples that nobody has seen."""
+        self.looks += 1
+        least = COVERED * monitor.null.get("coverage", 1.0)
+        if self.recent and all(_fell(values, best) for values in self.recent):
+            least = max(least, best.get("coverage", 0.0) / 2)
+        found = monitor.confirm(trainer, module, least)
+        missing = found["missing"] if found["mass"] > MISSED else 1.0
+        return min(1.0, 3 * min(missing, found["diversity"], found["coverage"]))
 
     def _act(self, trainer: Trainer, module: Any, verdict: Verdict, evidence: Values) -> None:
         action = self.action if isinstance(self.action, str) else getattr(self.action, "__name__", "function")

@@ -44,7 +44,7 @@ ADVICE = {
     "noisy_gradient": "Use larger batches or `accumulate`, add GeneratorEMA, or lower the generator's learning rate.",
     "weak_discriminator": "Add UpdateRatio(d_steps=2), raise `d_optimizer`'s learning rate, or weaken D's penalties.",
     "oscillation": "The players circle. Add R1Penalty, Extragradient or Lookahead, or use OptimisticAdam.",
-    "overfitting_discriminator": "D learns the data by heart. Augment images, add ConsistencyPenalty, or get more data.",
+    "overfitting_discriminator": "D learns the data by heart. Augment images, or add ConsistencyPenalty or data.",
     "not_finite": "Lower the learning rates, set `clip_norm`, add R1Penalty, or CollapseDetector(action='rollback').",
     "loss_tells_nothing": "For information: do not select by loss. Use ModelCheckpoint(monitor='quality/fid').",
 }

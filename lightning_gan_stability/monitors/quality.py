@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -26,6 +25,12 @@ from lightning_gan_stability._checks import check, check_choice, check_integer, 
 from lightning_gan_stability.callback import GANCallback
 from lightning_gan_stability.distributed import is_distributed
 from lightning_gan_stability.layers import evaluation
+from lightning_gan_stability.metrics.decisions import (
+    covered_by,
+    lost_modes,
+    too_little_coverage,
+    too_little_variation,
+)
 from lightning_gan_stability.metrics.extractors import Inception
 from lightning_gan_stability.metrics.statistics import Cells, Seen, distance
 from lightning_gan_stability.metrics.values import (
@@ -48,6 +53,7 @@ Name = Literal["fid", "kid", "precision", "recall", "density", "coverage", "dive
 Values = dict[str, float]
 BATCH, VALUES = 256, 2**20  # samples that are generated at once, and their values, of which networks hold many more
 KEPT = 2**27  # bytes of conditions that are kept
+CONFIRMED = 2500  # samples, real and generated, from which a suspicion is confirmed
 LEAST = 20  # real samples: halves of them are compared, and 5 neighbours in a half
 
 # what each function of (real, fake) features gives
@@ -197,7 +203,8 @@ class QualityMonitor(GANCallback):
     def _measure(self, trainer: Trainer, module: GANModule) -> None:
         with self._isolated(), module.noise.of("quality"):
             # the same on all ranks, whose sums may differ by a rounding
-            self.values, shares = trainer.strategy.broadcast(self._evaluate(self._generate(trainer, module)))
+            fake = self._generate(module, self._real, self.n_samples, "quality")
+            self.values, shares = trainer.strategy.broadcast(self._evaluate(fake))
         self.values["moved"] = distance(shares, self.shares) if self.shares else 0.0
         self.shares, self.measured_at = shares, trainer.global_step
         self.history.append({"step": trainer.global_step} | self.values)
@@ -211,7 +218,7 @@ class QualityMonitor(GANCallback):
         if not bool(fake.features.isfinite().all() and fake.modes.isfinite().all()):
             gone = dict.fromkeys(self._wanted, math.nan) | {"missing": 1.0, "imbalance": 1.0}
             return gone, [0.0] * len(self._cells.shares)
-        values = self._compare(self._real.features, fake.features)
+        values = self._compare(self._real.seen.features, fake.features)
         if "modes" in self._wanted:
             found = self._cells.cover(fake.modes)
             values |= {"modes": float(found.modes), "high_quality": found.high_quality, "reverse_kl": found.reverse_kl}
@@ -225,29 +232,20 @@ class QualityMonitor(GANCallback):
                 values |= dict(zip(names, map(float, function(real, fake)), strict=True))
         return {name: value for name, value in values.items() if name in self._wanted}
 
-    def _generate(self, trainer: Trainer, module: GANModule) -> Seen:
-        latents = fixed_latents(module, self._n_fake, "quality")
-        mine = torch.arange(trainer.global_rank, self._n_fake, trainer.world_size, device=module.device)
+    def _generate(self, module: GANModule, real: _Reading, n: int, *key: object) -> Seen:
+        trainer = module.trainer
+        n = real.conditions_of(n)
+        latents = fixed_latents(module, n, *key)
+        mine = torch.arange(trainer.global_rank, n, trainer.world_size, device=module.device)
         seen = []
-        for condition in self._each_condition(len(mine)):
-            n = condition if isinstance(condition, int) else batch_size(condition)
-            rows, mine = mine[:n], mine[n:]
+        for condition in real.each_condition(len(mine), self._at_once):
+            size = condition if isinstance(condition, int) else batch_size(condition)
+            rows, mine = mine[:size], mine[size:]
             given = None if isinstance(condition, int) else condition
             with evaluation(module):
                 z = None if latents is None else latents[rows]
-                seen.append(self._see(module.sample(n, given, z, self.truncation)))
+                seen.append(self._see(module.sample(size, given, z, self.truncation)))
         return Seen(*map(_interleaved, _joined(seen)))
-
-    def _each_condition(self, n: int) -> Iterator[Condition]:
-        """The conditions of n samples, some at a time; their number, where there are no conditions."""
-        if self._conditions is None:
-            yield from (min(self._at_once, n - start) for start in range(0, n, self._at_once))
-            return
-        parts = self._conditions.parts
-        for part in rebatched((part.condition for part in self._data) if parts is None else parts, self._at_once):
-            if n > 0:
-                yield take_rows(part, 0, n)
-            n -= batch_size(part)
 
     def _see(self, samples: Tensor) -> Seen:
         assert self.extractor is not None
@@ -274,8 +272,8 @@ class QualityMonitor(GANCallback):
     def _prepare(self, trainer: Trainer, module: GANModule) -> None:
         data = getattr(trainer, "datamodule", None)
         centers, std = getattr(data, "centers", None), getattr(data, "std", None)
-        self._data = RealData(trainer, loader_to_read(trainer, self.split), self.n_real)
-        first = next(iter(self._data), None)
+        data = RealData(trainer, loader_to_read(trainer, self.split), self.n_real)
+        first = next(iter(data), None)
         if first is None:
             raise MisconfigurationException(
                 f"QualityMonitor(split='{self.split}') found no batch in the {self.split} loader: give one, or "
@@ -297,20 +295,19 @@ class QualityMonitor(GANCallback):
         self._known = known
         values = sum(leaf[0].numel() for leaf in tree_leaves(first.real))
         self._at_once = max(1, min(BATCH, VALUES // max(values, 1)))
-        self._conditions = None if first.condition is None else _Kept()
-        self._real = self._features(first)
-        self._n_fake = self.n_samples
-        if self._conditions is not None:
-            self._n_fake = min(self.n_samples, _sum_over_ranks(self._conditions.n, module.device))
-        if (n := len(self._real.features)) < LEAST:
+        self._real = self._features(data, first, self.cache)
+        self._confirming: _Reading | None = None
+        if (n := len(self._real.seen.features)) < LEAST:
             raise MisconfigurationException(
                 f"QualityMonitor(split='{self.split}') compares with real samples, and the loader has {n}: give at "
                 f"least {LEAST}, better thousands, or remove QualityMonitor."
             )
-        if not bool(self._real.features.isfinite().all()):
+        if not bool(self._real.seen.features.isfinite().all()):
             raise ValueError("QualityMonitor: the real samples have features that are not finite.")
-        self._cells = Cells(self._real, centers if known else None, std, self._classified)
-        self.null = trainer.strategy.broadcast(self._compare(self._real.features[::2], self._real.features[1::2]))
+        self._cells = Cells(self._real.seen, centers if known else None, std, self._classified)
+        self.null = trainer.strategy.broadcast(
+            self._compare(self._real.seen.features[::2], self._real.seen.features[1::2])
+        )
         for logger in trainer.loggers:
             logger.log_hyperparams({self.name: self.protocol})
 
@@ -324,40 +321,71 @@ class QualityMonitor(GANCallback):
         """What a value of this monitor depends on, besides the generator."""
         return {
             "extractor": type(self.extractor).__name__,
-            "n_real": len(self._real.features),
-            "n_fake": self._n_fake,
+            "n_real": len(self._real.seen.features),
+            "n_fake": self._real.conditions_of(self.n_samples),
             "split": self.split,
             "every": self.every,
             "truncation": self.truncation,
             "null": self.null,
         }
 
-    def _features(self, first: Unpacked) -> Seen:
-        """Real features of all ranks: from the cache, or seen now."""
-        if self.cache:
+    def _features(self, data: RealData, first: Unpacked, cache: str | Path | None) -> _Reading:
+        """Real features of all ranks, from the cache or seen now, and the conditions of this rank."""
+        reading = _Reading(data, None if first.condition is None else _Kept())
+        if cache:
             self._see(take_rows(first.real, 0, 1))  # lets a lazy extractor read its weights
-            mine = self._cached(Path(self.cache))
+            mine = self._cached(Path(cache), reading)
         else:
-            mine = _joined(map(self._see, self._read()))
-        return Seen(*map(_interleaved, mine))
+            mine = _joined(map(self._see, reading.read()))
+        reading.see(Seen(*map(_interleaved, mine)))
+        return reading
 
-    def _read(self) -> Iterator[Sample]:
-        """The real samples, in parts; their conditions are kept."""
-        kept = None if self._conditions is None else _Kept()
-        for part in self._data:
-            if kept is not None:
-                kept.add(part.condition)
-            yield part.real
-        self._conditions = kept
-
-    def _cached(self, folder: Path) -> Seen:
-        file = folder / f"{_digest(self.extractor, self._known, self._read())}.pt"
+    def _cached(self, folder: Path, reading: _Reading) -> Seen:
+        file = folder / f"{_digest(self.extractor, self._known, reading.read())}.pt"
         try:
             mine = Seen(*torch.load(file, weights_only=True))
         except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError):  # none, or one that was torn
-            mine = _joined(map(self._see, self._read()))
+            mine = _joined(map(self._see, reading.read()))
             save_atomically(tuple(column.cpu() for column in mine), file)
-        return Seen(*(column.to(_home(self._data.trainer.strategy.root_device)) for column in mine))
+        return Seen(*(column.to(_home(reading.data.trainer.strategy.root_device)) for column in mine))
+
+    # ---------- looking again
+
+    def confirm(self, trainer: Trainer, module: GANModule, least_coverage: float) -> Values:
+        """Look again, at samples that nobody has seen and as many as it takes: p-values of a healthy generator.
+
+        Args:
+            trainer: whose run.
+            module: whose samples.
+            least_coverage: what a healthy generator covers at least.
+
+        Returns:
+            By ``"missing"``, ``"diversity"`` and ``"coverage"``; see :mod:`lightning_gan_stability.metrics.decisions`.
+            With ``"mass"``, the share of the data that is surely missed.
+        """
+        with self._isolated(), module.noise.of("confirmation"):
+            if self._confirming is None:
+                enough = self.n_real is None or len(self._real.seen.features) >= CONFIRMED
+                data = RealData(trainer, self._real.data.loader, CONFIRMED)
+                self._confirming = self._real if enough else self._features(data, next(iter(data)), None)
+                self._finer = self._cells if enough or self._known else Cells(self._confirming.seen, None, None, False)
+            real = self._confirming
+            fake = self._generate(module, real, max(self.n_samples, CONFIRMED), "confirmation", trainer.global_step)
+            return trainer.strategy.broadcast(self._p_values(real.seen, fake, least_coverage))
+
+    def _p_values(self, real: Seen, fake: Seen, least_coverage: float) -> Values:
+        if not bool(fake.features.isfinite().all()):
+            return {"mass": 1.0, "missing": 0.0, "diversity": 0.0, "coverage": 0.0}
+        covered = covered_by(fake.features, real.features)
+        (cells, k), (theirs, _) = self._finer.assign(real), self._finer.assign(fake)
+        lost = lost_modes(cells, theirs, covered, k)
+        as_many = covered_by(fake.features[: len(real.features)], real.features)
+        return {
+            "mass": lost.mass,
+            "missing": lost.p,
+            "diversity": too_little_variation(fake.features, pairwise_diversity(real.features)),
+            "coverage": too_little_coverage(as_many, least_coverage),
+        }
 
     def _named(self) -> dict[str, Tensor]:
         return {f"{self.name}/{name}": torch.tensor(value) for name, value in self.values.items()}
@@ -377,6 +405,43 @@ class _Kept:
             self.parts.append(move_data_to_device(condition, "cpu"))
         if self.bytes > KEPT:
             self.parts = None  # they are read again for each measurement
+
+
+class _Reading:
+    """Real samples as they were read: their features, and the conditions of this rank."""
+
+    seen: Seen
+
+    def __init__(self, data: RealData, conditions: _Kept | None) -> None:
+        self.data, self.conditions = data, conditions
+        self.n = 0
+
+    def read(self) -> Iterator[Sample]:
+        """The real samples, in parts; their conditions are kept."""
+        self.conditions = None if self.conditions is None else _Kept()
+        for part in self.data:
+            if self.conditions is not None:
+                self.conditions.add(part.condition)
+            yield part.real
+
+    def see(self, seen: Seen) -> None:
+        """Take the features of all ranks."""
+        self.seen, self.n = seen, len(seen.features)
+
+    def conditions_of(self, n: int) -> int:
+        """How many samples can be generated where n are wanted: with conditions as many as there are."""
+        return n if self.conditions is None else min(n, self.n)
+
+    def each_condition(self, n: int, at_once: int) -> Iterator[Condition]:
+        """The conditions of n samples, some at a time; their number, where there are no conditions."""
+        if self.conditions is None:
+            yield from (min(at_once, n - start) for start in range(0, n, at_once))
+            return
+        parts = self.conditions.parts
+        for part in rebatched((part.condition for part in self.data) if parts is None else parts, at_once):
+            if n > 0:
+                yield take_rows(part, 0, n)
+            n -= batch_size(part)
 
 
 def _home(device: torch.device) -> torch.device:
@@ -399,14 +464,6 @@ def _interleaved(rows: Tensor) -> Tensor:
     for rank, part in enumerate(parts):
         whole[rank :: len(parts)] = part
     return whole
-
-
-def _sum_over_ranks(n: int, device: torch.device) -> int:
-    if not is_distributed():
-        return n
-    total = torch.tensor(n, device=device)
-    dist.all_reduce(total)
-    return int(total)
 
 
 def _digest(extractor: nn.Module | None, known: bool, samples: Iterable[Tensor]) -> str:
