@@ -17,6 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm as OldWeightNorm
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
     from lightning.pytorch.strategies import DDPStrategy
     from lightning.pytorch.utilities import CombinedLoader
     from torch.optim.lr_scheduler import LRScheduler
@@ -182,6 +183,20 @@ def to_device(trainer: Trainer, batch: Any) -> Any:
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch)
     return trainer.strategy.batch_to_device(batch)
+
+
+def save_triggers(checkpoint: ModelCheckpoint, trainer: Trainer) -> tuple[int, bool]:
+    """When a ModelCheckpoint saves: its ``every_n_train_steps`` or 0, and whether otherwise with training epochs.
+
+    If not with training epochs, it saves with validations.
+    """
+    return checkpoint._every_n_train_steps, checkpoint._should_save_on_train_epoch_end(trainer)
+
+
+def check_on_train_epoch_end(stopping: EarlyStopping, setting: bool) -> bool:
+    """Set whether an EarlyStopping checks when a training epoch ends, or a validation; return what it was set to."""
+    before, stopping._check_on_train_epoch_end = bool(stopping._check_on_train_epoch_end), setting
+    return before
 
 
 def loader_of(trainer: Trainer, split: Literal["train", "val"]) -> Any:

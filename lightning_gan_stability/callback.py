@@ -6,7 +6,7 @@ import abc
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar, cast, get_args
 
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound=Callback)
 
 RealBatches = Literal["same", "split"]
+#: When a value is new: after so many steps of ``trainer.global_step``, in every validation, or on every step.
+Cadence: TypeAlias = int | Literal["validation", "step"]
 
 
 def as_gan(pl_module: LightningModule) -> GANProtocol:
@@ -209,6 +211,21 @@ class GANCallback(Callback):
                 setattr(self, name, move_data_to_device(getattr(self, name), module.device))
 
     # ---------- what the module asks
+
+    def logged(self, trainer: Trainer) -> Mapping[str, Cadence]:
+        """The keys of its values in ``trainer.callback_metrics``, and when these are new.
+
+        ``EarlyStopping`` counts a value under such a key once, and ``ModelCheckpoint`` saves it with the weights of its
+        own step; a run in which that cannot be is refused.
+
+        Args:
+            trainer: of the run, which may be about to begin.
+
+        Returns:
+            By key ``"validation"``, ``"step"`` (Lightning may read it at any time), or how many steps lie between two
+            measurements, which are at multiples of that.
+        """
+        return {}
 
     def rescue(self, trainer: Trainer, module: GANProtocol) -> bool:
         """Put the module back to where it was good; say whether that was done. Called on all ranks, or on none."""

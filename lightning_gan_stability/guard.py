@@ -23,6 +23,7 @@ from lightning_gan_stability._compat import is_wrapped_by_compile, saves_by_time
 from lightning_gan_stability.callback import GANCallback, callbacks_of, find_rule
 from lightning_gan_stability.distributed import any_rank, is_distributed
 from lightning_gan_stability.layers import parameter_dtype
+from lightning_gan_stability.monitored import Monitored
 from lightning_gan_stability.outputs import NETWORKS, StepRecord
 from lightning_gan_stability.sharding import check_equal_batches, check_strategy
 from lightning_gan_stability.signals import SignalHold
@@ -50,6 +51,7 @@ class Guard(Callback):
         self._reached = False  # a training step of this fit has come to the package's
         self._running = False
         self._signals = SignalHold(rank_zero_info)
+        self._read = Monitored()
 
     def is_visible(self, trainer: Trainer) -> bool:
         """Whether somebody looks at this step's values: logging costs as much as a small network's step."""
@@ -78,6 +80,7 @@ class Guard(Callback):
             )
         if stage == "fit":
             self._check_settings(trainer)
+            self._read.check(trainer)
             # Lightning asks for the state before the step; resuming exactly needs the one after it, which it saves
             warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
             find_rule(trainer)
@@ -204,6 +207,7 @@ class Guard(Callback):
         callbacks = callbacks_of(trainer, Callback)
         shown = [f"{{{getattr(c, 'monitor', '')}}}{getattr(c, 'filename', '')}" for c in callbacks]
         self._monitored = any(key in text for key in ("{d/", "{g/", "{balance/") for text in shown)
+        self._read.start(trainer)
         self._running = True
         self._signals.start()
 
@@ -220,6 +224,8 @@ class Guard(Callback):
                 "those of evaluation: call `module.train()` after `module.eval()`."
             )
         self._seen = self.module.last_step
+        if self._running:
+            self._read.show(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check and clip the gradient; here, because here a gradient scaler has unscaled it."""
@@ -239,6 +245,8 @@ class Guard(Callback):
                 self._refuse_other_steps(callbacks)
         for callback in callbacks:
             callback.iteration = self.module.iteration
+        step = self.module.last_step
+        self._read.after_batch(trainer, pl_module, bool(step.moved) and self.module.iteration != step.iteration + 1)
         self._release_signals()
 
     def _refuse_other_steps(self, callbacks: list[GANCallback]) -> None:
@@ -256,12 +264,15 @@ class Guard(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let signals in at once, where one process trains: between two batches nothing is cut."""
-        if self._running and not is_distributed():
-            self._signals.stop()
+        if self._running:
+            self._read.before_validation()
+            if not is_distributed():
+                self._signals.stop()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hold signals back again, of several processes after those that have come."""
         if self._running:
+            self._read.after_validation(trainer, pl_module)
             self._release_signals()
             self._signals.start()
 
@@ -270,19 +281,25 @@ class Guard(Callback):
         self._signals.release(lambda come: any_rank(come, self.module.device))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if there was nothing to train on."""
-        if pl_module is self.module and trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
+        """Say so if there was nothing to train on; hide what was not measured at this step."""
+        if pl_module is not self.module:
+            return
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
             raise MisconfigurationException(_NO_BATCHES)
+        self._read.after_epoch(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave signals alone again."""
+        """Leave signals alone again, and each EarlyStopping as it was."""
         if self._running:
             self._release_signals()
+            self._read.stop(trainer)
         self._running = False
         self._signals.stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave signals alone again; name the file if a checkpoint could not be read."""
+        """Leave signals and EarlyStopping alone again; name the file if a checkpoint could not be read."""
+        if self._running:
+            self._read.stop(trainer, failed=True)
         self._running = False
         self._signals.stop(run_handlers=False)
         path = trainer.ckpt_path

@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.mixins import hparams_mixin
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,6 +28,7 @@ from lightning_gan_stability._compat import (
     Float32Buffers,
     allow_unused_parameters,
     buffer_names,
+    check_on_train_epoch_end,
     computed_weights,
     given_hyperparameters,
     grid_sample_transposed,
@@ -42,6 +44,7 @@ from lightning_gan_stability._compat import (
     norms,
     original_module,
     register_like,
+    save_triggers,
     saves_by_time,
     scheduler_parts,
     to_device,
@@ -76,6 +79,8 @@ RELIES_ON = {
     "given_hyperparameters": {"_given_hyperparameters"},
     "allow_unused_parameters": {"_ddp_kwargs"},
     "saves_by_time": {"_train_time_interval"},
+    "save_triggers": {"_every_n_train_steps", "_should_save_on_train_epoch_end"},
+    "check_on_train_epoch_end": {"_check_on_train_epoch_end"},
     "loader_of": {"_data_source"},
     "mode_of": {"_mode"},
     "to_device": {"_on_before_batch_transfer"},
@@ -529,6 +534,35 @@ def test_saves_by_time_is_a_setting_of_checkpoints():
     assert not saves_by_time(ModelCheckpoint(every_n_train_steps=5))
     assert not saves_by_time(ModelCheckpoint())
     assert not saves_by_time(Callback())
+
+
+def test_save_triggers_are_those_that_a_checkpoint_was_given():
+    """`ModelCheckpoint._every_n_train_steps` and `ModelCheckpoint._should_save_on_train_epoch_end`."""
+    run = trainer()
+    assert save_triggers(ModelCheckpoint(every_n_train_steps=5), run)[0] == 5
+    assert save_triggers(ModelCheckpoint(every_n_epochs=5), run)[0] == 0
+    for setting in (True, False):
+        assert save_triggers(ModelCheckpoint(save_on_train_epoch_end=setting), run) == (0, setting)
+    assert save_triggers(ModelCheckpoint(), trainer(check_val_every_n_epoch=2)) == (0, False)
+
+
+def test_check_on_train_epoch_end_says_in_which_hook_a_stopping_checks():
+    """`EarlyStopping._check_on_train_epoch_end`, which both hooks look at, and nobody else."""
+    run = trainer()
+    run.state.fn = TrainerFn.FITTING
+    run.callback_metrics["x"] = torch.tensor(1.0)
+    stop = EarlyStopping("x", check_on_train_epoch_end=True)
+    stop.best_score = torch.tensor(0.0)
+    assert check_on_train_epoch_end(stop, False) is True
+    stop.on_train_epoch_end(run, None)
+    assert stop.wait_count == 0
+    stop.on_validation_end(run, None)
+    assert stop.wait_count == 1
+    assert check_on_train_epoch_end(stop, True) is False
+    stop.on_validation_end(run, None)
+    assert stop.wait_count == 1
+    stop.on_train_epoch_end(run, None)
+    assert stop.wait_count == 2
 
 
 TRAIN, VAL = (DataLoader(torch.zeros(4, 32)) for _ in range(2))

@@ -35,7 +35,7 @@ FLOORS = [
         "audio",
         "metrics.*",
     ],
-    ["callback", "protocols", "networks", "engine", "sharding", "guard"],
+    ["callback", "protocols", "networks", "engine", "sharding", "monitored", "guard"],
     ["module"],
     ["regularizers.*", "update_rules.*", "callbacks.*", "monitors.*", "data.*", "recipes.*"],
     ["cli.*", "__main__", "__init__"],

@@ -1,6 +1,8 @@
 """Metrics against independent implementations, closed forms and their nulls."""
 
 import math
+import os
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -9,10 +11,13 @@ import torch
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
+from toys import free_port
 
 from lightning_gan_stability.metrics import (
     DensityCoverage,
+    DigitClassifier,
     FrechetDistance,
+    Inception,
     KernelDistance,
     PrecisionRecall,
     bin_difference,
@@ -156,13 +161,22 @@ def distances(a, b):
     return np.sqrt(((a.double().numpy()[:, None] - b.double().numpy()[None]) ** 2).sum(-1))
 
 
+def radius_of(samples, k):
+    """The distance of each sample to the k-th of the distinct points that are nearest to it and are not itself."""
+    points = np.unique(samples.double().numpy(), axis=0)
+    if len(points) <= k:
+        return np.zeros(len(samples))
+    return np.sort(distances(samples, torch.from_numpy(points)), 1)[:, k]
+
+
 def by_numpy(real, fake, k_pr=3, k_dc=5):
-    within = [distances(x, x) for x in (real, fake)]
     cross = distances(fake, real)
-    radius = [np.sort(within[0], 1)[:, k_pr], np.sort(within[1], 1)[:, k_pr], np.sort(within[0], 1)[:, k_dc]]
+    usual = np.sort(distances(fake, fake), 1)[:, k_pr]
+    radius = [radius_of(real, k_pr), usual, radius_of(real, k_dc)]
     precision = (cross <= radius[0]).any(1).mean()
     recall = (cross <= radius[1][:, None]).any(0).mean()
-    density = (cross < radius[2]).sum() / (k_dc * len(fake))
+    _, once = np.unique(real.double().numpy(), axis=0, return_index=True)  # equal samples have one ball
+    density = (cross < radius[2])[:, once].sum() / (k_dc * len(fake))
     coverage = (cross.min(0) < radius[2]).mean()
     return precision, recall, density, coverage
 
@@ -195,6 +209,47 @@ def test_precision_and_recall_are_those_of_torch_fidelity():
     # its first input is the generated one
     other = prc_features_to_metric(fake, real, prc_neighborhood=3, prc_batch_size=64, verbose=False)
     assert tuple(precision_recall(real, fake)) == pytest.approx((other["precision"], other["recall"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("d", [2, 40])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("points", [2, 6, 60, 150])
+@pytest.mark.parametrize("chunk", [2**22, 500])
+def test_neighbours_of_repeated_samples_are_those_of_numpy(d, dtype, points, chunk, monkeypatch):
+    monkeypatch.setattr(parts, "CHUNK", chunk)
+    source = torch.Generator().manual_seed(points)
+    real, fake = pair(180, 160, d, dtype=dtype)
+    real, fake = (x[torch.randint(points, (len(x),), generator=source)] for x in (real, fake))
+    fake[::3] = real[: len(fake[::3])]
+    assert ours(real, fake) == pytest.approx(by_numpy(real, fake), rel=1e-12)
+
+
+@pytest.mark.parametrize("d", [2, 100])
+def test_a_perfect_generator_of_few_pairs_is_perfect(d):
+    """400 sources, of which 2,500 samples repeat each about six times."""
+    source = torch.Generator().manual_seed(0)
+    targets = torch.randn(400, d, generator=source)
+    drawn = targets[torch.randint(400, (2500,), generator=source)]
+    assert precision_recall(targets, drawn) == (1, pytest.approx(1, abs=0.01))  # which leave one out
+    assert precision_recall(drawn, drawn.flip(0)) == (1, 1)
+    density, coverage = density_coverage(drawn, drawn.flip(0))
+    assert density == pytest.approx(1, abs=0.05)  # k balls in the mean, those of k - 1 neighbours and its own
+    assert coverage == 1
+
+
+def test_a_generator_of_a_few_points_recalls_little():
+    """Of eight points, each one a mode's centre, and as if each of them was moved by a hair."""
+    torch.manual_seed(0)
+    centers = 10 * torch.randn(8, 2)
+    real = centers[torch.arange(800) % 8] + torch.randn(800, 2)
+    fake = centers[torch.arange(800) % 8]
+    nearly = fake + 1e-9 * torch.randn(800, 2)
+    assert precision_recall(real, fake).recall == precision_recall(real, nearly).recall == 0
+
+
+def test_zeros_of_either_sign_are_one_point():
+    zeros = torch.tensor([[0.0, 1.0], [-0.0, 1.0], [5.0, 0.0], [5.0, -0.0], [9.0, 9.0]])
+    assert parts.distinct(zeros)[1].tolist() == [2, 2, 1]
 
 
 @pytest.mark.parametrize("d", [2, 64])
@@ -444,6 +499,204 @@ def test_states_of_ranks_are_merged():
     assert whole.compute().item() == pytest.approx(frechet_distance(real, fake), rel=1e-9)
 
 
+def cases():
+    made = {
+        "Frechet": lambda: FrechetDistance(5),
+        "Kernel": KernelDistance,
+        "PrecisionRecall": PrecisionRecall,
+        "DensityCoverage": DensityCoverage,
+    }
+    return pytest.mark.parametrize("statistic", made.values(), ids=made.keys())
+
+
+def numbers(value):
+    return [x.item() for x in (value.values() if isinstance(value, dict) else [value])]
+
+
+@cases()
+@pytest.mark.parametrize(
+    ("features", "text"),
+    [
+        (torch.full((1, 5), math.nan), "`features` has features that are not finite"),
+        (torch.tensor([[0.0, 0, 0, math.inf, 0]] * 4), "`features` has features that are not finite"),
+        (torch.full((2, 5), 1e200, dtype=torch.float64), r"`features` has features above 1e\+150, whose squares"),
+        (torch.randn(4, 7), "`features` must have .*5 columns.*, got 7"),
+        (torch.randn(1, 7), "`features` must have .*5 columns.*, got 7"),
+        (torch.randn(0, 7), "`features` must have .*5 columns.*, got 7"),
+        (torch.randn(5), r"`features` must be floating-point features of shape \(n, d\), .* of shape \(5,\)"),
+        (torch.randn(4, 5, 1), r"`features` must be floating-point features of shape \(n, d\)"),
+        (torch.randn(4, 0), r"`features` must be floating-point features of shape \(n, d\)"),
+        (torch.ones(4, 5, dtype=torch.int64), "`features` must be floating-point features .*got torch.int64"),
+        (torch.ones(4, 5, dtype=torch.bool), "`features` must be floating-point features .*got torch.bool"),
+        ([[0.0] * 5], "`features` must be floating-point features .*got a list"),
+    ],
+)
+@pytest.mark.parametrize("side", [True, False])
+def test_a_batch_that_is_refused_leaves_those_before_as_they_were(statistic, features, text, side):
+    real, fake = pair(30, 20, 5)
+    good, bad = statistic(), statistic()
+    for metric in (good, bad):
+        metric.update(real, real=True)
+        metric.update(fake[:10], real=False)
+        if metric is bad:
+            with pytest.raises(ValueError, match=text):
+                metric.update(features, real=side)
+        metric.update(fake[10:], real=False)
+    assert numbers(bad.compute()) == numbers(good.compute())
+
+
+@cases()
+def test_the_number_of_samples_counts_in_the_end_alone(statistic):
+    real, fake = pair(30, 20, 5)
+    whole, parted = statistic(), statistic()
+    whole.update(real, real=True)
+    whole.update(fake, real=False)
+    for row in real.split(1):
+        parted.update(row, real=True)
+        parted.update(row[:0], real=True)
+    parted.update(fake[:0], real=False)
+    with pytest.raises(ValueError, match="`fake` must have at least two samples, got 0"):
+        parted.compute()
+    parted.update(fake[:1], real=False)
+    with pytest.raises(ValueError, match="`fake` must have at least two samples, got 1"):
+        parted.compute()
+    parted.update(fake[1:], real=False)
+    assert numbers(parted.compute()) == pytest.approx(numbers(whole.compute()), rel=1e-9)
+
+
+def synced(rank, port, folder):
+    """What each of two processes computes, whose second has no real features; and of different widths, no features."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        real, fake = pair(30, 20, 5, dtype=dtype)
+        for make in (lambda: FrechetDistance(5), KernelDistance, PrecisionRecall, DensityCoverage):
+            metric = make()
+            if rank == 0:
+                metric.update(real, real=True)
+            metric.update(fake[rank::2], real=False)
+            found.append(numbers(metric.compute()))
+    empty, widths = KernelDistance(), KernelDistance()
+    widths.update(torch.randn(4, 2 + rank), real=True)
+    widths.update(torch.randn(4, 2 + rank), real=False)
+    for metric in (empty, widths):
+        try:
+            metric.compute()
+        except ValueError as error:
+            found.append(str(error))
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_of_which_one_has_nothing(tmp_path):
+    torch.multiprocessing.spawn(synced, (free_port(), str(tmp_path)), nprocs=2)
+    expected = []
+    for dtype in (torch.float32, torch.float16):
+        real, fake = pair(30, 20, 5, dtype=dtype)
+        together = torch.cat([fake[::2], fake[1::2]])
+        for function in (frechet_distance, kernel_distance, precision_recall, density_coverage):
+            value = function(real, together)
+            expected += value if isinstance(value, tuple) else [value]
+    for rank in range(2):
+        *values, empty, widths = torch.load(tmp_path / f"{rank}.pt")
+        assert [x for value in values for x in value] == pytest.approx(expected, rel=1e-6)
+        assert empty == "`real` must have at least two samples, got 0."
+        assert widths == "Features must have the same width, but processes have between 2 and 3."
+
+
+# ---------- images
+
+
+class Fake(nn.Module):
+    """Stands in for the network of Inception: the means of 8-bit images."""
+
+    def forward(self, pixels):
+        assert pixels.dtype == torch.uint8
+        return (pixels.float().mean((2, 3)),)
+
+
+def inception():
+    extractor = Inception()
+    extractor.network = Fake()
+    return extractor
+
+
+def photographs(n=64):
+    """Real images in [-1, 1], of all brightnesses."""
+    generator = torch.Generator().manual_seed(0)
+    brightness = torch.rand(n, 1, 1, 1, generator=generator)
+    return (brightness + 0.5 * torch.rand(n, 3, 8, 8, generator=generator)).clamp(0, 1) * 2 - 1
+
+
+@pytest.mark.parametrize(
+    ("images", "text"),
+    [
+        (
+            lambda x: ((x + 1) * 127.5).byte(),
+            r"floating-point images in \[-1, 1\], got torch.uint8: scale them by x / 127",
+        ),
+        (lambda x: ((x + 1) * 127.5).long(), "got torch.int64"),
+        (
+            lambda x: (x + 1) * 127.5,
+            r"got values in [\d.]+ \.\.\. 255: scale them, those in 0 \.\.\. 255 by x / 127.5 - 1",
+        ),
+        (lambda x: ((x + 1) * 127.5).half(), r"got values in .* \.\.\. 255"),
+        (
+            lambda x: (x + 1) / 2,
+            r"none of 64 has a value below 0, as images in \[0, 1\] have none: scale them by 2 x - 1",
+        ),
+    ],
+)
+def test_images_in_other_ranges_are_refused(images, text):
+    with pytest.raises(ValueError, match=text):
+        inception()(images(photographs()))
+    digits = photographs()[:, :1]
+    with pytest.raises(ValueError, match=text):
+        DigitClassifier()(images(digits))
+
+
+def test_images_in_0_1_are_refused_in_small_batches_too():
+    extractor = inception()
+    batches = ((photographs() + 1) / 2).split(4)
+    for batch in batches[:12]:
+        extractor(batch)
+    with pytest.raises(ValueError, match="none of 52 has a value below 0"):
+        extractor(batches[12])
+
+
+def test_what_a_generator_makes_is_not_refused():
+    """It may leave [-1, 1], and be bright: after real images whatever it is, and before them what no range excludes."""
+    extractor = inception()
+    extractor(photographs())
+    bright = torch.full((64, 3, 8, 8), 0.9)
+    for samples in (bright, bright - 0.9, 1.05 * photographs(), (photographs() + 1) / 2):
+        extractor(samples)
+    with pytest.warns(UserWarning, match=r"takes images in \[-1, 1\], and 100% of these values lie outside"):
+        assert extractor(200 * bright).unique().tolist() == [255]  # a generator that diverges
+    extractor(200 * bright)  # said once
+    first = inception()
+    for samples in (bright, bright + 0.15, 1.05 * photographs(), photographs()):
+        first(samples)
+
+
+def test_clamped_and_rounded_as_files_are():
+    extractor = inception()
+    images = torch.tensor([-1.0, 1.0, -1.4, 0.0])[:, None, None, None].expand(4, 1, 8, 8)
+    assert extractor(images)[:, 0].tolist() == [0, 255, 0, 128]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_an_image_that_is_not_finite_has_no_features(bad):
+    images = photographs(8)
+    expected = inception()(images)
+    images[3, 1, 2, 2] = bad
+    features = inception()(images)
+    assert features[3].isnan().all()
+    assert torch.equal(features[torch.arange(8) != 3], expected[torch.arange(8) != 3])
+    assert inception()(torch.full((2, 3, 8, 8), bad)).isnan().all()
+
+
 # ---------- bad input
 
 GOOD = torch.randn(10, 3)
@@ -495,6 +748,23 @@ def test_other_bad_input():
         latent_sensitivity(nn.Identity(), GOOD, directions=0)
     with pytest.raises(ValueError, match="`trials` must be a positive integer"):
         birthday_support(GOOD, 0.0, trials=0)
+
+
+@pytest.mark.parametrize(
+    ("place", "moment", "text"),
+    [
+        (0, torch.zeros(3), r"`cov1` must be finite and of shape \(d, d\), with d = 3 features, got .* \(2, 2\)"),
+        (1, torch.eye(3), "`cov1` must be finite and of shape"),
+        (2, torch.zeros(3), r"`mean2` must be finite and of shape \(d\), with d = 2"),
+        (3, torch.full((2, 2), math.nan), "`cov2` must be finite"),
+        (0, torch.zeros(()), "`mean1` must be"),
+    ],
+)
+def test_bad_moments(place, moment, text):
+    moments = [torch.zeros(2), torch.eye(2), torch.zeros(2), torch.eye(2)]
+    moments[place] = moment
+    with pytest.raises(ValueError, match=text):
+        frechet_from_moments(*moments)
 
 
 def test_one_centre_is_enough():

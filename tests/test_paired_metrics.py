@@ -183,3 +183,37 @@ def test_calls_give_the_value_of_a_batch(make, parts):
     values = [metric(*part) for part in parts]
     assert values == [of(make(), part) for part in parts]
     assert metric.compute() == of(make(), *parts)
+
+
+@pytest.mark.parametrize(
+    ("waveform", "text"),
+    [
+        (torch.full((1, 1, 4096), math.nan), "`{}` has values that are not finite"),
+        (
+            torch.ones(1, 1, 4096, dtype=torch.int16),
+            "`{}` must be waveforms as a floating-point tensor, got a torch.int16",
+        ),
+        ([0.0], "`{}` must be waveforms as a floating-point tensor, got a list"),
+    ],
+)
+@pytest.mark.parametrize("side", ["sample", "target"])
+def test_waveforms_that_are_refused_leave_those_before_as_they_were(waveform, text, side):
+    metric = LogMelDistance(16000, [256], 20)
+    one, other = waveforms(3, 0), waveforms(3, 1)
+    metric.update(one[:0], other[:0])
+    with pytest.raises(ValueError, match="LogMelDistance has no samples: update it first"):
+        metric.compute()
+    metric.update(one, other)
+    expected = metric.compute()
+    with pytest.raises(ValueError, match=text.format(side)):
+        metric.update(**{"sample": one[:1], "target": other[:1]} | {side: waveform})
+    assert torch.equal(metric.compute(), expected)
+    assert expected > 0
+
+
+@pytest.mark.parametrize("kind", [CodebookUsage, CodebookPerplexity])
+def test_no_codes_are_refused(kind):
+    metric = kind(codes=4)
+    metric.update(torch.zeros(0, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match=f"{kind.__name__} has no codes: update it first"):
+        metric.compute()

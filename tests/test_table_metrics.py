@@ -283,3 +283,9 @@ def test_the_ratio_of_negative_scores_is_none():
 def test_integers_and_floats_in_one_column_are_continuous():
     real = {"x": np.array([1, 2.5, 3, 4.5], dtype=object)}
     assert marginal_distances(real, {"x": np.array([1, 2.5, 3, 4.5]) + 1e-9}) == {"x": pytest.approx(0.25)}
+
+
+@pytest.mark.parametrize("table", [np.zeros((4, 2)), [[0.0, 1.0]], None])
+def test_what_is_no_table_is_refused(table):
+    with pytest.raises(ValueError, match="`fake` must be a mapping or a data frame of columns, got a"):
+        marginal_distances({"x": [0.0, 1.0]}, table)

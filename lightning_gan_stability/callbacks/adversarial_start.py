@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_gan_stability._checks import check, check_choice, check_integer, check_share, check_type
-from lightning_gan_stability.callback import GANCallback, Regularizer, as_gan, callbacks_of, find_rule
+from lightning_gan_stability.callback import Cadence, GANCallback, Regularizer, as_gan, callbacks_of, find_rule
 from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.outputs import GANOutputs, Player, Terms
 from lightning_gan_stability.protocols import GANProtocol
@@ -188,6 +188,10 @@ class AdversarialStart(GANCallback):
         return {name: factor for name in names if name in terms}
 
     # ---------- the plateau
+
+    def logged(self, trainer: Trainer) -> dict[str, Cadence]:
+        """The factor of the adversarial terms."""
+        return {"balance/adversarial_start": "step"}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_gan_stability._checks import check, check_number, check_share, check_type
-from lightning_gan_stability.callback import GANCallback, Regularizer, as_gan, callbacks_of
+from lightning_gan_stability.callback import Cadence, GANCallback, Regularizer, as_gan, callbacks_of
 from lightning_gan_stability.distributed import mean_over_ranks, world_size
 from lightning_gan_stability.outputs import GANOutputs, Player, Terms, tree_leaves
 from lightning_gan_stability.protocols import GANProtocol
@@ -127,6 +127,10 @@ class AdaptiveAdversarialWeight(GANCallback):
         self._weight = value_at(self.weight, module.iteration) * ratio.detach()
         return {"adversarial": self._weight}
 
+    def logged(self, trainer: Trainer) -> dict[str, Cadence]:
+        """The weight."""
+        return {"balance/adversarial_weight": "step"}
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -238,6 +242,10 @@ class LossBalancer(GANCallback):
             raise ValueError(
                 f"LossBalancer weighs the term {unknown[0]!r}, but the generator's loss has {', '.join(terms)}."
             )
+
+    def logged(self, trainer: Trainer) -> dict[str, Cadence]:
+        """A factor for each term."""
+        return {f"balance/{name}": "step" for name in self.weights}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

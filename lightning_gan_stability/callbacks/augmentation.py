@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_gan_stability._checks import check, check_integer, check_share, check_type, is_number
 from lightning_gan_stability.augment import AugmentPipe, augment_pairs
-from lightning_gan_stability.callback import GANCallback, as_gan, callbacks_of
+from lightning_gan_stability.callback import Cadence, GANCallback, as_gan, callbacks_of
 from lightning_gan_stability.distributed import is_distributed
 from lightning_gan_stability.noise import batch_randn
 from lightning_gan_stability.outputs import Condition, Sample, tree_map
@@ -120,6 +120,10 @@ class AdaptiveAugmentation(_Pipe):
                 "threshold for that: use another loss, or AugmentationSchedule in the place of AdaptiveAugmentation."
             )
 
+    def logged(self, trainer: Trainer) -> dict[str, Cadence]:
+        """The probability, and what it follows."""
+        return {"balance/augmentation": "step", "balance/overfitting": "step"}
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -185,6 +189,10 @@ class AugmentationSchedule(_Pipe):
         super().__init__(augment)
         self.p = check_scheduled("p", p, check_share)
 
+    def logged(self, trainer: Trainer) -> dict[str, Cadence]:
+        """The probability."""
+        return {"balance/augmentation": "step"}
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -229,6 +237,10 @@ class InstanceNoise(GANCallback):
         if std:
             sample = tree_map(lambda x: x + std * batch_randn(*x.shape, device=x.device).to(x.dtype), sample)
         return sample, condition
+
+    def logged(self, trainer: Trainer) -> dict[str, Cadence]:
+        """The standard deviation."""
+        return {"balance/instance_noise": "step"}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

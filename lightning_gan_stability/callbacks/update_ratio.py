@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_gan_stability._checks import check_bool, check_choice, check_finite, check_integer, check_number
-from lightning_gan_stability.callback import GANCallback, as_gan, callbacks_of, find_rule
+from lightning_gan_stability.callback import Cadence, GANCallback, as_gan, callbacks_of, find_rule
 from lightning_gan_stability.callbacks.adversarial_start import refuse_without_other_terms
 from lightning_gan_stability.engine import adversarial_losses
 from lightning_gan_stability.outputs import PLAYERS, GANOutputs, Pair, Player
@@ -278,6 +278,10 @@ class AdaptiveUpdateRatio(PlanCallback):
     def allows_adversarial(self, module: GANProtocol) -> bool:
         """Not while the generator's adversarial terms rest."""
         return self.resting != "g" or self.generator_rests == "player"
+
+    def logged(self, trainer: Trainer) -> dict[str, Cadence]:
+        """What the rule looks at, and the players' shares of the batches."""
+        return {f"balance/{name}": "step" for name in (self.rule, "d_share", "g_share")}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

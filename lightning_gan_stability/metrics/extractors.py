@@ -1,5 +1,7 @@
 """Feature extractors, in whose features distances between samples mean something; plain torch."""
 
+import math
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -9,13 +11,67 @@ from torch import Tensor, nn
 from lightning_gan_stability.datasets import digits, stratified
 from lightning_gan_stability.noise import generator
 
+ENOUGH = 50  # images of which none has a value below 0 although they come down to it
+
+
+class _Range:
+    """Tells images in [-1, 1] from those in 0 ... 255 and in [0, 1], by all that have come so far.
+
+    A generator without tanh may leave [-1, 1], and a batch of it may be all bright. So images are refused by what no
+    data set in [-1, 1] has, and not once a value below 0 was seen, which the other ranges do not have.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.least, self.images, self.warned = math.inf, 0, False
+
+    def check(self, images: Tensor) -> None:
+        """Refuse other images.
+
+        Raises:
+            ValueError: if they are no floating-point images, or are in another range.
+        """
+        if not images.is_floating_point():
+            raise ValueError(
+                f"{self.name} takes floating-point images in [-1, 1], got {images.dtype}: scale them by x / 127.5 - 1."
+            )
+        finite = images[images.isfinite()]
+        if not len(finite):
+            return
+        if self.least >= 0:
+            self._check_signs(len(images), finite)
+        if not self.warned and (outside := (finite.abs() > 1.1).float().mean().item()) > 0.25:
+            self.warned = True
+            warnings.warn(
+                f"{self.name} takes images in [-1, 1], and {outside:.0%} of these values lie outside: scale them, if "
+                "they are those of real images.",
+                stacklevel=3,
+            )
+
+    def _check_signs(self, n: int, values: Tensor) -> None:
+        least, largest = (x.item() for x in values.aminmax())
+        self.least, self.images = min(self.least, least), self.images + n
+        if self.least < 0:
+            return
+        if largest > 2:
+            raise ValueError(
+                f"{self.name} takes images in [-1, 1], got values in {least:g} ... {largest:g}: scale them, those in "
+                "0 ... 255 by x / 127.5 - 1."
+            )
+        if self.images >= ENOUGH and self.least < 0.05:
+            raise ValueError(
+                f"{self.name} takes images in [-1, 1], and none of {self.images} has a value below 0, as images in "
+                "[0, 1] have none: scale them by 2 x - 1."
+            )
+
 
 class Inception(nn.Module):
     """The Inception network of published FIDs: torch-fidelity's copy of the original weights and resizing.
 
     Features of images (n, 1 or 3, h, w) in [-1, 1], which are rounded to 8 bits as files would be; grey is repeated for
     red, green and blue. "GANs Trained by a Two Time-Scale Update Rule", https://arxiv.org/abs/1706.08500. The weights
-    (91 MB) are read at the first use, from a local file or by a download into torch's cache.
+    (91 MB) are read at the first use, from a local file or by a download into torch's cache. Values outside of [-1, 1],
+    which a generator may leave, are clamped; an image that is not finite has features that are not.
 
     Args:
         weights: file of the weights, `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity's release page.
@@ -24,7 +80,7 @@ class Inception(nn.Module):
 
     Raises:
         ValueError: if ``weights`` is no file or does not hold the weights, if ``width`` is none of those, or if images
-            have another form.
+            have another form or type, or are in 0 ... 255 or (50 of them, none with a value below 0) in [0, 1].
         RuntimeError: if the download fails.
 
     Example:
@@ -40,6 +96,7 @@ class Inception(nn.Module):
             raise ValueError(f"`width` must be 64, 192, 768 or 2048, got {width!r}.")
         self.weights = weights
         self.width = width
+        self._range = _Range("Inception")
         self.network: nn.Module | None = None
 
     def load(self) -> nn.Module:
@@ -64,9 +121,11 @@ class Inception(nn.Module):
         """Features (n, width)."""
         if images.dim() != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"Inception takes images (n, 1 or 3, h, w), got shape {tuple(images.shape)}.")
-        pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).byte()
+        self._range.check(images)
+        pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).nan_to_num().byte()
         (features,) = self.load().to(images.device)(pixels.expand(-1, 3, -1, -1))
-        return features  # type: ignore[no-any-return]
+        broken = images.isfinite().flatten(1).all(1).logical_not()
+        return features.masked_fill(broken[:, None], math.nan)  # type: ignore[no-any-return]
 
 
 class DigitClassifier(nn.Module):
@@ -74,6 +133,9 @@ class DigitClassifier(nn.Module):
 
     Trained at the first use on the 1,497 training images of ``Digits(seed=0)``, in seconds and always to the same
     weights; right on more than 97 % of the 300 others. The last hidden layer is the features.
+
+    Raises:
+        ValueError: if images have another form or type, or are in 0 ... 255, 0 ... 16 or (50 of them) in [0, 1].
 
     Example:
         >>> images = torch.zeros(2, 1, 8, 8)
@@ -90,12 +152,14 @@ class DigitClassifier(nn.Module):
                 nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 64), nn.ReLU(),
             )  # fmt: skip
             self.logits = nn.Linear(64, 10)
+        self._range = _Range("DigitClassifier")
         self.trained = False
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (n, 64) of images (n, 1, 8, 8) in [-1, 1]."""
         if images.dim() != 4 or images.shape[1:] != (1, 8, 8):
             raise ValueError(f"DigitClassifier takes images (n, 1, 8, 8), got shape {tuple(images.shape)}.")
+        self._range.check(images)
         if not self.trained:
             self._train()
         features: Tensor = self.features(images.to(self.logits.weight.dtype))

@@ -6,22 +6,26 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from lightning_gan_stability._checks import describe
+
 CHUNK = 2**22  # values in the largest intermediate: 32 MB of float64
 NARROW = 32  # up to this width, differences are as quick as a matrix product
 SPARE = 8  # neighbours looked at besides the k nearest
+LARGEST = 1e150  # of a feature, since squares are summed
 BLOCK = 256  # columns of symmetric and triangular products done at once
 
 
-def checked(k: int = 0, **features: Tensor) -> list[Tensor]:
+def checked(k: int = 0, least: int = 2, **features: Tensor) -> list[Tensor]:
     """The features, or an error that says what is wrong with which of them.
 
     Args:
-        k: each needs more than k samples, and two.
+        k: each needs more than k samples.
+        least: and at least so many: two, or 0 for a batch of those that are still to come.
         features: (n, d) each.
 
     Raises:
-        ValueError: if they are not floating point (n, d), have different widths, too few samples or values that are not
-            finite.
+        ValueError: if they are not floating point (n, d), have different widths, too few samples, or values that are
+            not finite or whose squares are not.
 
     Example:
         >>> checked(fake=torch.zeros(1, 2))
@@ -29,15 +33,19 @@ def checked(k: int = 0, **features: Tensor) -> list[Tensor]:
         ValueError: `fake` must have at least two samples, got 1.
     """
     for name, tensor in features.items():
-        if not tensor.is_floating_point() or tensor.dim() != 2:
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"`{name}` must be floating-point features of shape (n, d), got {describe(tensor)}.")
+        if not tensor.is_floating_point() or tensor.dim() != 2 or not tensor.shape[1]:
             what = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
             raise ValueError(f"`{name}` must be floating-point features of shape (n, d), got {what}.")
-        if len(tensor) < 2:
+        if len(tensor) < least:
             raise ValueError(f"`{name}` must have at least two samples, got {len(tensor)}.")
-        if len(tensor) <= k:
+        if len(tensor) <= k and least:
             raise ValueError(f"`{name}` must have more than k = {k} samples, got {len(tensor)}.")
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"`{name}` has features that are not finite (NaN or infinite).")
+        if tensor.dtype == torch.float64 and bool((tensor.abs() > LARGEST).any()):
+            raise ValueError(f"`{name}` has features above {LARGEST:.0e}, whose squares are not finite: scale them.")
     widths = {name: tensor.shape[1] for name, tensor in features.items()}
     if len(set(widths.values())) > 1:
         text = " and ".join(f"`{name}` has {width}" for name, width in widths.items())
@@ -149,6 +157,22 @@ class Pairs:
             whole = (self.a[part, None].double() - self.b.double()).square().sum(2).sqrt()
             radii[part - start] = whole.kthvalue(k + 1, dim=1).values
         return radii
+
+
+def distinct(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct rows of x, and how often each is there, in float64.
+
+    Example:
+        >>> distinct(torch.tensor([[1.0], [0.0], [1.0]]))[1]
+        tensor([1., 2.], dtype=torch.float64)
+    """
+    rows, counts = torch.unique(x, dim=0, return_counts=True)
+    return (x, counts.double().fill_(1)) if len(rows) == len(x) else (rows, counts.double())
+
+
+def radii(points: Tensor, k: int) -> Tensor:
+    """The distance of each of distinct points to the k-th nearest other one; 0 if there are not so many."""
+    return Pairs(points, points).radii(k) if len(points) > k else points.new_zeros(len(points), dtype=torch.float64)
 
 
 def duplicates_of(x: Tensor, threshold: float) -> Tensor | None:

@@ -62,13 +62,22 @@ class LogMelDistance(Metric):
         self.add_state("samples", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, sample: Tensor, target: Tensor) -> None:
-        """Add a batch of waveforms (n, channels, t) or (n, t)."""
+        """Add a batch of waveforms (n, channels, t) or (n, t); n may be 0."""
+        for name, waveform in (("sample", sample), ("target", target)):
+            if not isinstance(waveform, Tensor) or not waveform.is_floating_point():
+                raise ValueError(f"`{name}` must be waveforms as a floating-point tensor, got {describe(waveform)}.")
+            if not bool(waveform.isfinite().all()):
+                raise ValueError(f"`{name}` has values that are not finite (NaN or infinite).")
+        if sample.shape == target.shape and not len(sample):
+            return
         with torch.no_grad():
             self.total += len(sample) * self.distance(sample, target)
         self.samples += len(sample)
 
     def compute(self) -> Tensor:
         """A scalar, at least 0."""
+        if not self.samples:
+            raise ValueError("LogMelDistance has no samples: update it first.")
         return (self.total / self.samples).float()
 
 
@@ -98,6 +107,11 @@ class _Codes(Metric):
             raise ValueError(f"Codes must lie in 0 ... {self.codes - 1}, got {int(rows.min())} ... {int(rows.max())}.")
         self.counts += torch.stack([torch.bincount(row.long(), minlength=self.codes) for row in rows])
 
+    def check_counts(self) -> None:
+        """Refuse to say something of no codes."""
+        if not self.counts.any():
+            raise ValueError(f"{type(self).__name__} has no codes: update it first.")
+
 
 class CodebookUsage(_Codes):
     """The share of codes that were used at least once, averaged over codebooks; in [0, 1].
@@ -119,6 +133,7 @@ class CodebookUsage(_Codes):
 
     def compute(self) -> Tensor:
         """A scalar."""
+        self.check_counts()
         return (self.counts > 0).float().mean()
 
 
@@ -145,6 +160,7 @@ class CodebookPerplexity(_Codes):
 
     def compute(self) -> Tensor:
         """A scalar."""
+        self.check_counts()
         shares = self.counts.double() / self.counts.sum(1, keepdim=True).clamp(min=1)
         entropy: Tensor = torch.special.entr(shares).sum(1)
         return entropy.exp().mean().float()

@@ -31,6 +31,10 @@ class FrechetDistance(Metric):
     Args:
         num_features: d.
 
+    Raises:
+        ValueError: if features have another width, type or rank, or are not finite, which leaves those before as they
+            were; in ``compute`` with less than two samples of a side.
+
     Example:
         >>> statistic = FrechetDistance(1)
         >>> statistic.update(torch.tensor([[0.0], [2.0]]), real=True)
@@ -47,15 +51,19 @@ class FrechetDistance(Metric):
 
     def __init__(self, num_features: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        size = check_integer("num_features", num_features) + 1
+        self.num_features = check_integer("num_features", num_features)
+        size = num_features + 1
         for side in ("real", "fake"):
             self.add_state(side, torch.zeros(size, size, dtype=torch.float64), dist_reduce_fx=_merged)
 
     def update(self, features: Tensor, real: bool) -> None:
-        """Add features (n, d), real or fake."""
-        (features,) = checked(features=features) if len(features) > 1 else (features,)
-        side = "real" if real else "fake"
-        setattr(self, side, _merged(torch.stack([getattr(self, side), _moments(features)])))
+        """Add features (n, d), real or fake; n may be 0."""
+        (features,) = checked(least=0, features=features)
+        if features.shape[1] != self.num_features:
+            raise ValueError(f"`features` must have num_features={self.num_features} columns, got {features.shape[1]}.")
+        if len(features):
+            side = "real" if real else "fake"
+            setattr(self, side, _merged(torch.stack([getattr(self, side), _moments(features)])))
 
     def compute(self) -> Tensor:
         """The distance, float64."""
@@ -90,27 +98,41 @@ def _merged(parts: Tensor) -> Tensor:
 
 
 class _Kept(Metric):
-    """Keeps all features."""
+    """Keeps all features, flat: a process that has none does not know how many columns those of others have."""
 
     is_differentiable = False
     full_state_update = False
     real: list[Tensor]
     fake: list[Tensor]
+    widths: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for side in ("real", "fake"):
             self.add_state(side, [], dist_reduce_fx="cat")
+        # the largest number of columns, and minus the smallest; both at most 0 before there are any
+        self.add_state("widths", torch.tensor([0, -(2**62)]), dist_reduce_fx="max")
 
     def update(self, features: Tensor, real: bool) -> None:
-        """Add features (n, d), real or fake."""
-        (self.real if real else self.fake).append(features.detach())
+        """Add features (n, d), real or fake; n may be 0."""
+        (features,) = checked(least=0, features=features)
+        width, known = features.shape[1], int(self.widths[0])
+        if known not in (0, width):
+            raise ValueError(f"`features` must have {known} columns, as those before, got {width}.")
+        if len(features):
+            self.widths = self.widths.new_tensor([width, -width])
+            # half precision is not what a process without features takes part with in a reduction
+            kept = features if features.dtype == torch.float64 else features.float()
+            (self.real if real else self.fake).append(kept.flatten())
 
     def _both(self) -> tuple[Tensor, Tensor]:
         empty = [side for side in ("real", "fake") if not len(getattr(self, side))]
         if empty:
             raise ValueError(f"`{empty[0]}` must have at least two samples, got 0.")
-        return dim_zero_cat(self.real), dim_zero_cat(self.fake)
+        most, fewest = int(self.widths[0]), -int(self.widths[1])
+        if most != fewest:
+            raise ValueError(f"Features must have the same width, but processes have between {fewest} and {most}.")
+        return dim_zero_cat(self.real).reshape(-1, most), dim_zero_cat(self.fake).reshape(-1, most)
 
 
 class KernelDistance(_Kept):

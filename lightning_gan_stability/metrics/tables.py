@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_gan_stability._checks import describe
 from lightning_gan_stability.tables import is_numeric, missing
 
 Table: TypeAlias = Mapping[str, Any]
@@ -131,6 +132,9 @@ def efficacy(
 
 def _checked(discrete: Collection[str], **tables: Table) -> tuple[Columns, Columns, set[str]]:
     """Two tables as arrays, and the names of the discrete columns."""
+    for name, table in tables.items():
+        if not hasattr(table, "keys"):
+            raise ValueError(f"`{name}` must be a mapping or a data frame of columns, got {describe(table)}.")
     (first, one), (second, other) = (
         (name, {str(c): np.asarray(table[c]) for c in table}) for name, table in tables.items()
     )

@@ -13,17 +13,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gan_stability._checks import check_integer
+from lightning_gan_stability._checks import check_integer, describe
 from lightning_gan_stability.metrics.features import (
     Pairs,
     centred,
     checked,
+    distinct,
     duplicates_of,
     factor,
     first_duplicate,
     frechet,
     gram,
     mmd,
+    radii,
     root,
     rows_at_once,
 )
@@ -99,10 +101,19 @@ def frechet_from_moments(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tenso
     Returns:
         At least 0.
 
+    Raises:
+        ValueError: if moments are not finite, or have other shapes.
+
     Example:
         >>> frechet_from_moments(torch.zeros(2), torch.eye(2), torch.ones(2), 9 * torch.eye(2))
         10.0
     """
+    d = len(mean1) if mean1.dim() else 0
+    shapes = {"mean1": (d,), "cov1": (d, d), "mean2": (d,), "cov2": (d, d)}
+    for (name, shape), moment in zip(shapes.items(), (mean1, cov1, mean2, cov2), strict=True):
+        if moment.shape != shape or not d or not bool(moment.isfinite().all()):
+            wanted = f"finite and of shape ({', '.join(['d'] * len(shape))}), with d = {d} features"
+            raise ValueError(f"`{name}` must be {wanted}, got {describe(moment)}.")
     mean1, cov1, mean2, cov2 = (moment.double() for moment in (mean1, cov1, mean2, cov2))
     total = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace()
     return frechet(total, (cov1, cov2), lambda: (root(cov1), root(cov2)))
@@ -145,6 +156,9 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionAndReca
 
     "Improved Precision and Recall Metric for Assessing Generative Models", https://arxiv.org/abs/1904.06991; a sample
     is not its own neighbour, the distance itself is within. Equal distributions have .79 (k = 3, n = 1000, d = 16).
+    Repeated real rows are one neighbour: the radius is that to the k-th nearest distinct point, and 0 if there are not
+    so many; each of them counts in the shares. Repeated generated rows are neighbours at distance 0, so that a
+    generator that makes a few points has the recall of points.
 
     Args:
         real: (n, d).
@@ -162,14 +176,15 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionAndReca
         PrecisionAndRecall(precision=0.3333333333333333, recall=1.0)
     """
     x, y = checked(check_integer("k", k), real=real, fake=fake)
-    x_radii, y_radii = Pairs(x, x).radii(k), Pairs(y, y).radii(k)
+    x, x_counts = distinct(x)
+    x_radii, y_radii = radii(x, k), Pairs(y, y).radii(k)
     pairs = Pairs(y, x)
     precise, recalled = (torch.zeros(len(z), dtype=torch.bool, device=z.device) for z in (y, x))
     for start, low in pairs.chunks():
         rows = slice(start, start + len(low))
         precise[rows] = pairs.within(start, low, x_radii).any(1)
         recalled |= pairs.within(start, low, y_radii[rows, None]).any(0)
-    return PrecisionAndRecall(precise.double().mean().item(), recalled.double().mean().item())
+    return PrecisionAndRecall(precise.double().mean().item(), _share(recalled, x_counts))
 
 
 def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> DensityAndCoverage:
@@ -177,7 +192,8 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> DensityAndCovera
 
     "Reliable Fidelity and Diversity Metrics for Generative Models", https://arxiv.org/abs/2002.09797; the balls reach
     to the k-th neighbour, which is outside. Equal distributions have density 1 and coverage
-    1 − ∏ᵢ₌₁..ₖ (n − i)/(n + m − i), about 1 − 2⁻ᵏ.
+    1 − ∏ᵢ₌₁..ₖ (n − i)/(n + m − i), about 1 − 2⁻ᵏ. Repeated rows are one neighbour and have one ball, which reaches to
+    the k-th nearest distinct point; each of them counts in the share.
 
     Args:
         real: (n, d).
@@ -191,13 +207,16 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> DensityAndCovera
         >>> density_coverage(torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.5], [9.0]]), k=1)
         DensityAndCoverage(density=1.0, coverage=0.6666666666666666)
     """
-    x, y = checked(check_integer("k", k), real=real, fake=fake)
-    radii, pairs = Pairs(x, x).radii(k), Pairs(y, x)
-    covered, hits = torch.zeros(len(x), dtype=torch.bool, device=x.device), 0
+    (x, x_counts), (y, y_counts) = map(distinct, checked(check_integer("k", k), real=real, fake=fake))
+    x_radii, pairs = radii(x, k), Pairs(y, x)
+    covered, hits = torch.zeros(len(x), dtype=torch.bool, device=x.device), 0.0
     for start, low in pairs.chunks():
-        inside = pairs.within(start, low, radii, strict=True)
-        covered, hits = covered | inside.any(0), hits + int(inside.sum())
-    return DensityAndCoverage(hits / (k * len(y)), covered.double().mean().item())
+        inside = pairs.within(start, low, x_radii, strict=True)
+        covered, hits = (
+            covered | inside.any(0),
+            hits + float((inside.sum(1) * y_counts[start : start + len(low)]).sum()),
+        )
+    return DensityAndCoverage(hits / (k * len(fake)), _share(covered, x_counts))
 
 
 def mode_coverage(
@@ -370,6 +389,11 @@ def latent_sensitivity(
 
 
 # ---------- what they are made of
+
+
+def _share(found: Tensor, counts: Tensor) -> float:
+    """The share of samples that are found, of distinct points of which there are so many."""
+    return (counts[found].sum() / counts.sum()).item()
 
 
 def _nearest(samples: Tensor, centers: Tensor, radius: float) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_gan_stability._checks import check_bool, check_integer
-from lightning_gan_stability.callback import GANCallback
+from lightning_gan_stability.callback import Cadence, GANCallback
 from lightning_gan_stability.layers import evaluation
 from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.monitors.latents import fixed_latents
@@ -46,7 +46,7 @@ ADVICE = {
     "oscillation": "The players circle. Add R1Penalty, Extragradient or Lookahead, or use OptimisticAdam.",
     "overfitting_discriminator": "D learns the data by heart. Augment images, or add ConsistencyPenalty or data.",
     "not_finite": "Lower the learning rates, set `clip_norm`, add R1Penalty, or CollapseDetector(action='rollback').",
-    "loss_tells_nothing": "For information: do not select by loss. Use ModelCheckpoint(monitor='quality/fid').",
+    "loss_tells_nothing": "For information: do not select by loss. Let ModelCheckpoint monitor 'quality/fid'.",
 }
 
 
@@ -236,9 +236,13 @@ class HealthMonitor(GANCallback):
         module: GANModule = pl_module  # type: ignore[assignment]
         self.rows.append(_signals(module))
         self._keep(_position(self._followed))
-        if module.iteration % self.every == 0:
+        if trainer.global_step % self.every == 0:
             self._decide(trainer, module, batch)
         self._watched += 1
+
+    def logged(self, trainer: Trainer) -> dict[str, Cadence]:
+        """A key for each verdict, new every ``every`` steps."""
+        return {f"health/{name}": self.every for name in ADVICE}
 
     def _keep(self, position: Tensor) -> None:
         if self.positions is None or self.positions.shape[1] != len(position):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_gan_stability._checks import check, check_type, describe
-from lightning_gan_stability.callback import GANCallback, as_gan
+from lightning_gan_stability.callback import Cadence, GANCallback, as_gan
 from lightning_gan_stability.outputs import at_path
 
 Inputs = Mapping[str, Sequence[str]]
@@ -65,6 +65,10 @@ class PairedMonitor(GANCallback):
         self.inputs = {metric: [*(inputs or {}).get(metric, ("fake", "real"))] for metric in self.metrics}
         self.name = check_type("name", name, str)
 
+    def logged(self, trainer: Trainer) -> dict[str, Cadence]:
+        """A key for each metric, new in every validation."""
+        return {f"{self.name}/{name}": "validation" for name in self.metrics if will_validate(trainer)}
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so when nothing will be measured."""
         super().on_fit_start(trainer, pl_module)
@@ -116,6 +120,11 @@ class PairedMonitor(GANCallback):
 def validates_nothing(trainer: Trainer) -> bool:
     """Whether the loaders of validation are there, and have no batches."""
     return trainer.enable_validation and trainer.val_dataloaders is not None and not sum(trainer.num_val_batches)
+
+
+def will_validate(trainer: Trainer) -> bool:
+    """Whether there is validation, as far as is known; an empty loader is one from the first batch on."""
+    return bool(trainer.enable_validation) and not validates_nothing(trainer)
 
 
 def warn_without_validation(monitor: GANCallback) -> None:

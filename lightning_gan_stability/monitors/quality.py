@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_gan_stability._checks import check, check_choice, check_integer, check_type, describe, is_number
-from lightning_gan_stability.callback import GANCallback
+from lightning_gan_stability.callback import Cadence, GANCallback
 from lightning_gan_stability.distributed import is_distributed
 from lightning_gan_stability.layers import evaluation
 from lightning_gan_stability.metrics.decisions import (
@@ -72,8 +72,10 @@ class QualityMonitor(GANCallback):
 
     Losses of a GAN do not say how good its samples are; these do ("Are GANs Created Equal?",
     https://arxiv.org/abs/1711.10337). Values go to the loggers and to ``trainer.callback_metrics`` as
-    ``quality/<name>``, so that ``ModelCheckpoint(monitor="quality/fid")`` and ``EarlyStopping(monitor=
-    "quality/recall", mode="max")`` work. The first measurement is that of the untrained generator. Besides ``metrics``:
+    ``quality/<name>``. The patience of ``EarlyStopping("quality/recall", mode="max")`` counts measurements, and
+    ``ModelCheckpoint(monitor="quality/fid", every_n_train_steps=...)`` saves at multiples of ``every``: files bear the
+    value of their own weights; other steps are refused. The first measurement is that of the untrained generator.
+    Besides ``metrics``:
 
     * ``quality/missing``: the share of the real data in modes, or else in K-means cells of the features, that get less
       than a fifth of that share of the generated samples (each counted for the nearest centre or likeliest class).
@@ -192,11 +194,23 @@ class QualityMonitor(GANCallback):
 
     def observe(self, trainer: Trainer, module: GANModule) -> bool:
         """Measure if this step is due and has not been measured; say whether there is a measurement of this step."""
-        if module.iteration % self.every:
+        if trainer.global_step % self.every:  # the clock of checkpoints, which a rollback does not put back
             return False
         if self.measured_at != trainer.global_step:
             self._measure(trainer, module)
         return True
+
+    def logged(self, trainer: Trainer) -> dict[str, Cadence]:
+        """A key for each value, new every ``every`` steps."""
+        wanted = self.metrics
+        if wanted is None:
+            data = getattr(trainer, "datamodule", None)
+            known = hasattr(self.extractor, "classify") or (
+                isinstance(getattr(data, "centers", None), Tensor) and getattr(data, "std", None) is not None
+            )
+            wanted = [name for name in get_args(Name) if name != "ndb" and (known or name != "modes")]
+        more = ["high_quality", "reverse_kl"] if "modes" in wanted else []
+        return {f"{self.name}/{name}": self.every for name in (*wanted, *more, "missing", "imbalance", "moved")}
 
     # ---------- measuring
 

@@ -9,9 +9,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_gan_stability._checks import check_type
-from lightning_gan_stability.callback import GANCallback
+from lightning_gan_stability.callback import Cadence, GANCallback
 from lightning_gan_stability.metrics.tables import correlation_difference, efficacy, marginal_distances
-from lightning_gan_stability.monitors.paired import validates_nothing, warn_without_validation
+from lightning_gan_stability.monitors.paired import validates_nothing, warn_without_validation, will_validate
 from lightning_gan_stability.recipes.table import TableSynthesis
 
 
@@ -59,6 +59,11 @@ class TableMonitor(GANCallback):
         self.target = None if target is None else check_type("target", target, str)
         self.train, self.test = train, test
         self.name = check_type("name", name, str)
+
+    def logged(self, trainer: Trainer) -> dict[str, Cadence]:
+        """A key for each value, new in every validation."""
+        names = ("marginals", "correlations", *(["efficacy"] if self.target is not None else []))
+        return {f"{self.name}/{name}": "validation" for name in names if will_validate(trainer)}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a run without tables, and say so when nothing will be measured."""
