@@ -724,10 +724,12 @@ METHODS: dict[str, list[Method]] = {
         Method(
             ["SampleLogger"],
             [],
-            "a picture of samples from the same `n` latents every `every` steps",
+            "a picture of the same `n` latents and conditions every `every` steps: images, points, vectors, series, "
+            "sound, volumes, tables, or by a function",
             [
-                "test_samples.py::test_a_grid_holds_each_image_at_its_place",
-                "test_samples.py::test_a_scatter_plot_has_points_where_they_are",
+                "test_samples.py::test_a_frozen_generator_gives_the_same_picture_each_time",
+                "test_samples.py::test_networks_batches_and_functions_that_draw_go_on_as_without",
+                "test_samples.py::test_sources_generated_samples_and_targets_stand_in_columns",
             ],
         ),
     ],
@@ -768,7 +770,7 @@ STRATEGIES: dict[str, dict[str, str]] = {
     "Lookahead": {},
     "AdaptiveUpdateRatio": {},
     "WeightClipping": {},
-    "SampleLogger": {"DDP": "not tried", "shards": "not tried"},
+    "SampleLogger": {},
     "HealthMonitor": {},
     "QualityMonitor": {},
     "PairedMonitor": {},

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_gan_stability import MLP, Digits, GANModule, GeneratorEMA, R1Penalty, R2Penalty, Relativistic
 from lightning_gan_stability.metrics import DigitClassifier
-from lightning_gan_stability.monitors.samples import picture
+from lightning_gan_stability.monitors.pictures import picture
 
 
 def make() -> GANModule:

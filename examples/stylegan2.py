@@ -30,7 +30,7 @@ from lightning_gan_stability import (
     StyleGenerator,
 )
 from lightning_gan_stability.metrics import DigitClassifier
-from lightning_gan_stability.monitors.samples import picture
+from lightning_gan_stability.monitors.pictures import picture
 from lightning_gan_stability.optim import lazy_correction
 
 LATENTS, W, WIDTH, LAYERS, CLASSES = 32, 48, 16, 4, 10

@@ -118,6 +118,7 @@ class Noise:
         self.draw = 0
         self._generator: torch.Generator | None = None
         self._key: tuple[object, ...] = (False,)  # (True,) inside of a training step
+        self._fixed: int | None = None  # an iteration in the place of the clock's
         self._rows: tuple[int, int, int] | None = None  # start, stop and size of the batch that a micro-batch is of
 
     def randn(self, n: int, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -154,7 +155,7 @@ class Noise:
     def _sample(self, function: Callable[..., Tensor], n: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         check_integer("n", n)
         start, stop, total = self._rows_of(n)
-        key = (self.seed, self.clock.global_rank, self.clock.iteration, *self._key, self.draw)
+        key = (self.seed, self.clock.global_rank, self._iteration, *self._key, self.draw)
         self.draw += 1
         values = self._drawn(function, (total, *shape), dtype, *key)
         return values if total == n else values[start:stop]
@@ -163,7 +164,7 @@ class Noise:
         """The rows of n samples in what is drawn for the batch of all processes together; see :func:`batch_rand`."""
         start, _, total = self._rows_of(n)
         start += self.clock.global_rank * total
-        key = (self.seed, "batch", self.clock.iteration, *self._key, self.draw)
+        key = (self.seed, "batch", self._iteration, *self._key, self.draw)
         self.draw += 1
         if prod(shape) <= 64:
             whole = (max(world_size() * total, start + n), *shape)
@@ -191,6 +192,10 @@ class Noise:
     # ---------- contexts
 
     @property
+    def _iteration(self) -> int:
+        return self.clock.iteration if self._fixed is None else self._fixed
+
+    @property
     def in_step(self) -> bool:
         """Whether a training step is being taken."""
         return self._key == (True,)
@@ -208,21 +213,27 @@ class Noise:
         self.draw = draw  # what is drawn before the next step goes on from here
 
     @contextmanager
-    def of(self, *key: object) -> Iterator[None]:
-        """As :meth:`of_step`, for what is no training step: also a function of a key, and without a trace."""
-        with self._seeded(*key):
+    def of(self, *key: object, iteration: int | None = None) -> Iterator[None]:
+        """As :meth:`of_step`, for what is no training step: also a function of a key, and without a trace.
+
+        Args:
+            key: tells the draws of different users apart.
+            iteration: what it is a function of in the place of the module's iteration, for the same draws each time;
+                None: the module's.
+        """
+        with self._seeded(*key, iteration=iteration):
             yield
 
     @contextmanager
-    def _seeded(self, *key: object) -> Iterator[None]:
+    def _seeded(self, *key: object, iteration: int | None = None) -> Iterator[None]:
         clock = self.clock
-        before, outer = self.randomness(), (self._key, self._rows)
-        self.draw, self._key, self._rows = 0, key, None
-        _seed(seed_of(self.seed, clock.global_rank, clock.iteration, *key), clock.device)
+        before, outer = self.randomness(), (self._key, self._rows, self._fixed)
+        self.draw, self._key, self._rows, self._fixed = 0, key, None, iteration
+        _seed(seed_of(self.seed, clock.global_rank, self._iteration, *key), clock.device)
         try:
             yield
         finally:
-            self._key, self._rows = outer
+            self._key, self._rows, self._fixed = outer
             self.restore(before)
 
     @contextmanager

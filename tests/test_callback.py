@@ -307,7 +307,14 @@ def test_a_rollback_puts_the_state_back_of_those_that_want_it():
 def test_monitors_are_not_rolled_back():
     kinds = {name: getattr(lightning_gan_stability, name) for name in public_callbacks()}
     remembering = {name for name, kind in kinds.items() if not getattr(kind, "rolled_back", True)}
-    assert remembering == {"CollapseDetector", "HealthMonitor", "PairedMonitor", "QualityMonitor", "TableMonitor"}
+    assert remembering == {
+        "CollapseDetector",
+        "HealthMonitor",
+        "PairedMonitor",
+        "QualityMonitor",
+        "SampleLogger",
+        "TableMonitor",
+    }
 
 
 # ---------- what does nothing by itself

@@ -22,6 +22,7 @@ from filelock import FileLock
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from PIL import Image
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
@@ -78,6 +79,7 @@ from lightning_gan_stability import (
     Relativistic,
     RelativisticAverage,
     Ring,
+    SampleLogger,
     Schedule,
     Simultaneous,
     SpectralNorm,
@@ -525,6 +527,28 @@ def paired(rank=None, **kwargs):
     return {k: v.item() for k, v in run.callback_metrics.items() if k.startswith("quality/")}
 
 
+def pictures(rank, shards=False, **kwargs):
+    """Weights with pictures and without, and what was drawn."""
+    folder = Path("shards" if shards else "ddp", str(rank))
+    options = {"default_root_dir": folder, "max_steps": BATCHES, "max_epochs": -1} | kwargs
+    logger, modules = SampleLogger(every=2, n=5, draw=plain_picture), []
+    for callbacks in [logger], []:
+        modules.append(small())
+        strategy = {"strategy": sharding()} if shards else {}
+        fit(modules[-1], data(rank), callbacks=callbacks, **options | strategy)
+    files = sorted(folder.rglob("samples/*.png"))
+    return {
+        "weights": [weights(module) for module in modules],
+        "rows": logger.real_rows[0],
+        "files": [(file.name, file.read_bytes()) for file in files],
+    }
+
+
+def plain_picture(fake, real, condition):
+    """All digits of the real samples."""
+    return Image.fromarray(real.contiguous().view(torch.uint8).numpy())
+
+
 def sharding(full=True):
     return ModelParallelStrategy(2, 1, save_distributed_checkpoint=not full, process_group_backend="gloo")
 
@@ -661,10 +685,11 @@ def worker(rank, port, folder, names):
     options = {"strategy": "ddp", "devices": size, "use_distributed_sampler": False}
     results = {}
     others = {"noise": noise, "quality": quality, "paired": paired, "resumed": resumed, "refused": refused}
-    others |= {"unequal": unequal, "more": more, "stopped": stopped}
+    others |= {"unequal": unequal, "more": more, "stopped": stopped, "pictures": pictures}
     others |= {f"sharded {case}": sharded(case) for case in SHARDED}
     others |= {f"threaded {case}": threaded(case) for case in THREADED}
     others["sharded paired"] = lambda rank, **kwargs: paired(rank, **kwargs | {"strategy": sharding()})
+    others["sharded pictures"] = lambda rank, **kwargs: pictures(rank, shards=True, **kwargs)
     others["sharded quality"] = lambda rank, **kwargs: quality(rank, **kwargs | {"strategy": sharding()})
     for name in [*CASES, *others] if names is None else names:
         with warnings.catch_warnings(record=True) as caught:
@@ -825,6 +850,17 @@ def test_logged_values_are_means_over_ranks(ranks, case):
     assert first["logged"] == second["logged"]
     assert {"d/adversarial", "g/adversarial", "d/accuracy", "d/real_logit", "d/grad_norm"} <= one.keys()
     assert first["logged"] == pytest.approx(one, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("case", ["pictures", "sharded pictures"])
+def test_the_first_process_draws_and_training_does_not_notice(ranks, case):
+    first, second = results(ranks, case)
+    assert torch.equal(*first["weights"])
+    assert torch.equal(*second["weights"])
+    assert [name for name, _ in first["files"]] == ["000002.png", "000004.png"]
+    assert len({content for _, content in first["files"]}) == 1
+    assert second["files"] == []
+    assert torch.equal(first["rows"], data(0)[0]["image"][:5])
 
 
 @pytest.mark.parametrize("case", ["quality", "sharded quality"])

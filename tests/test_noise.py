@@ -317,6 +317,19 @@ def draws(source):
     return source.randn(3, 2), source.rand(3), source.randn(3, dtype=torch.bfloat16)
 
 
+def test_a_look_at_a_given_iteration_is_the_same_each_time():
+    def look(source, **kwargs):
+        with source.of("look", **kwargs):
+            return source.randn(3), source.of_batch(torch.rand, 3), torch.randn(3)
+
+    first, later = noise(iteration=2), noise(iteration=7)
+    for a, b, other in zip(look(first, iteration=0), look(later, iteration=0), look(later), strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(b, other)
+    for a, b in zip(look(first), look(noise(iteration=9), iteration=2), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_rows_are_those_of_the_whole_draw():
     source = noise()
     source.draw = 4

@@ -23,6 +23,7 @@ from lightning_gan_stability import (
     Minimax,
     PairedMonitor,
     QualityMonitor,
+    SampleLogger,
     UpdateRule,
 )
 
@@ -80,7 +81,7 @@ def test_every_method_in_every_precision(name, way, tmp_path, monkeypatch):
 
 
 # the rule of all cases of test_distributed.py that name none, and the monitors, which have tests of their own there
-ELSEWHERE = (Alternating, QualityMonitor, CollapseDetector, HealthMonitor, PairedMonitor)
+ELSEWHERE = (Alternating, QualityMonitor, CollapseDetector, HealthMonitor, PairedMonitor, SampleLogger)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -1,156 +1,370 @@
-"""Callbacks that look at a run and leave it as it is."""
+"""Pictures, and sounds, of the same samples in the course of a run."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import re
+import wave
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import optree
 import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_gan_stability._checks import check_integer, describe
+from lightning_gan_stability._checks import check, check_integer, describe, is_integer, require
 from lightning_gan_stability.callback import GANCallback
 from lightning_gan_stability.layers import evaluation
 from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.monitors.latents import fixed_latents
-from lightning_gan_stability.outputs import Condition, Sample, batch_size, tree_map
+from lightning_gan_stability.monitors.pictures import as_image, kind_of, picture, table_picture
+from lightning_gan_stability.outputs import Condition, Sample, batch_size, shapes, tree_leaves, tree_map
+from lightning_gan_stability.protocols import GANProtocol
+from lightning_gan_stability.recipes.table import TableSynthesis
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-REAL, FAKE, FRAME = (160, 160, 160), (200, 30, 40), (90, 90, 90)
+SOUNDS = 4  # of a picture
+
+
+class Drawn(NamedTuple):
+    """What is logged: pictures by their keys, and sounds (channels, t) by key and caption."""
+
+    pictures: dict[str, Image]
+    sounds: dict[str, dict[str, Tensor]]
+    sample_rate: int = 0
 
 
 class SampleLogger(GANCallback):
-    """Draws a picture of the generator's samples every so many steps.
+    """Draws a picture of the generator's samples every so many steps, of the same latents and conditions each time.
 
-    Images become a grid, two-dimensional points a scatter plot (fake red over real grey). Pictures go to Weights &
-    Biases and TensorBoard when these are the run's loggers, otherwise as ``samples/<step>.png`` into the log folder.
-    The latents are the same in every picture, the networks in eval mode; a run is the same with and without it.
+    By the shape of a sample, with the batch first:
+
+    * (n, c, h, w): images in [-1, 1] in a grid; their first channel, or the first three.
+    * (n, 2): points in a scatter plot, real grey, generated red, sources blue.
+    * (n, 1), (n,): a histogram.
+    * (n, d): a curve of each vector.
+    * (n, 1, t), (n, 2, t) with t of at least 1,024, or with ``sample_rate`` given: sound, as waveforms and spectrograms
+      in decibels; with a known sample rate also the sounds of the first four.
+    * (n, d, t), (n, t, d) with the smaller size d of at most 16: series, a curve of each of d channels.
+    * (n, h, w): grey pictures, from the least real value to the greatest.
+    * (n, c, d, h, w): volumes, their middle slices across the three axes.
+    * rows of :class:`~lightning_gan_stability.TableSynthesis`: the marginals of each column, as histograms, or as bars
+      of the most frequent categories.
+
+    A dict, list or named tuple of samples has a picture for each of its tensors, with their names in the key. A
+    generator without latents, or with a condition of the samples' kind, as of translation, reconstruction,
+    super-resolution and vocoders, has columns from left to right: sources, generated, target; in a reconstruction
+    generated and target. Of other samples than images and points real ones stand beside generated ones to compare.
+    Samples of a generator with integer labels are in the order of their labels.
+
+    Conditions, and real samples where they are drawn, are rows of the first training batches, up to ``n``, or up to
+    those that there are at the first picture; checkpoints keep them. Networks are in eval mode, with the average if
+    there is one, and what they draw is the same each time: the pictures of a generator that rests are equal. A run is
+    the same with and without the callback, bit for bit. Samples are made and drawn once before the first batch, to see
+    that it can be done.
+
+    Pictures go to Weights & Biases and TensorBoard when these are the run's loggers, under the key ``samples``, and
+    otherwise as ``samples/<step>.png`` into the log folder; sounds as ``samples/sound``, and as ``.wav`` files.
 
     Args:
         every: steps between pictures.
         n: number of samples in a picture.
+        draw: a function (generated, real, condition) that makes the picture in place of all this: an image of Pillow, a
+            figure of matplotlib, or a dict of these by names. It gets tensors, or trees of them, on the CPU. In YAML:
+            the class path of a function, or of a class whose instances are callable.
+        sample_rate: of sounds, in Hz; None: the attribute ``sample_rate`` of the module or of the data module; without
+            one there are no sounds, only pictures of them.
+        name: the key in the log and the folder of files; several of these callbacks in a run have different ones.
 
     Raises:
-        ValueError: if ``every`` or ``n`` is not a positive integer, or if samples are neither images nor points.
+        ValueError: if an argument has a bad value, or ``draw`` does not return pictures.
+        MisconfigurationException: before the first batch, if samples have none of these shapes.
+        ModuleNotFoundError: if Weights & Biases is to get sounds, and soundfile is not installed.
 
     Example:
         >>> SampleLogger(every=100, n=16).every
         100
     """
 
-    def __init__(self, every: int = 500, n: int = 64) -> None:
+    rolled_back = False
+
+    real_rows: list[Tensor]
+    condition_rows: list[Tensor]
+    complete: bool
+
+    def __init__(
+        self,
+        every: int = 500,
+        n: int = 64,
+        draw: Callable[[Sample, Sample, Condition], Any] | None = None,
+        sample_rate: int | None = None,
+        name: str = "samples",
+    ) -> None:
         super().__init__()
         self.every = check_integer("every", every)
         self.n = check_integer("n", n)
-        self._checked = False
+        self.draw = check(draw is None or callable(draw), "draw", "a function of samples that makes a picture", draw)
+        self.sample_rate = None if sample_rate is None else check_integer("sample_rate", sample_rate)
+        self.name = check(isinstance(name, str) and bool(name), "name", "a key of the log", name)
+        self._structure: tuple[Any, Any] | None = None
+        self._keeps_real = False
+        # leaves of trees, whose structure the first batch of each fit says
+        self.add_state("real_rows", [], on_device=False)
+        self.add_state("condition_rows", [], on_device=False)
+        self.add_state("complete", False)
+
+    @property
+    def state_key(self) -> str:
+        """Tells callbacks with different names apart."""
+        return f"{type(self).__qualname__}({self.name})"
+
+    # ---------- what the Trainer calls
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the first batch anew."""
+        super().on_train_start(trainer, pl_module)
+        self._structure = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Choose rows from the first batches; before the first one refuse what cannot be drawn."""
+        module: GANModule = pl_module  # type: ignore[assignment]
+        first = self._structure is None
+        if self.complete and not first:
+            return
+        with isolate_rng(), torch.no_grad(), module.noise.of("rows of pictures"):
+            real, condition = module.unpacked(batch)
+            condition = module.draw_condition(batch_size(real), condition)
+        if first:
+            self._structure = optree.tree_structure(real), optree.tree_structure(condition)
+            self._keeps_real = self._is_real_drawn(module, real, condition)
+            self._forget_others(module, real, condition)
+        if not self.complete:
+            self._choose(real if self._keeps_real else None, condition)
+        if first:
+            fake = self._sample(module)
+            if shapes(fake) == shapes(real):  # the training step refuses others
+                self._draw(trainer, module, fake)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Draw if this step is due."""
         module: GANModule = pl_module  # type: ignore[assignment]
-        due = module.iteration % self.every == 0
-        if not due and self._checked:
+        if module.iteration % self.every:
             return
-        real, condition = module.unpack(batch)
-        check_drawable(real)  # as samples are, and long before the first picture
-        self._checked = True
-        if not due:
-            return
-        samples = self._sample(module, condition)
+        self.complete = True  # later pictures show the rows of the first one
+        drawn = self._draw(trainer, module, self._sample(module))
         folder = trainer.log_dir  # asks all ranks
         if trainer.is_global_zero:
-            image = picture(samples.cpu(), real.cpu())
             loggers: Sequence[Logger | None] = trainer.loggers or [None]
             for logger in loggers:
-                _show(logger, image, Path(folder or trainer.default_root_dir), trainer.global_step)
+                self._log(logger, drawn, Path(folder or trainer.default_root_dir), trainer.global_step)
 
-    def _sample(self, module: GANModule, condition: Condition) -> Sample:
+    # ---------- rows
+
+    def _choose(self, real: Sample, condition: Condition) -> None:
+        """Add rows of a batch, as many as are missing."""
+        chosen = [*self.real_rows, *self.condition_rows]
+        missing = self.n - (len(chosen[0]) if chosen else 0)
+        leaves = [*tree_leaves(real), *tree_leaves(condition)]
+        if chosen and any(x.shape[1:] != old.shape[1:] for x, old in zip(leaves, chosen, strict=True)):
+            self.complete = True  # samples of another size
+            return
+        copies: dict[int, Tensor] = {}  # what is data and condition is kept once
+        for i, leaf in enumerate(leaves):
+            if id(leaf) not in copies:
+                rows = leaf.detach()[:missing].cpu().clone()
+                copies[id(leaf)] = torch.cat([chosen[i], rows]) if chosen else rows
+        grown, n_real = [copies[id(leaf)] for leaf in leaves], len(tree_leaves(real))
+        self.real_rows, self.condition_rows = grown[:n_real], grown[n_real:]
+        self.complete = not grown or len(grown[0]) >= self.n
+
+    def _forget_others(self, module: GANProtocol, real: Sample, condition: Condition) -> None:
+        """Choose anew where the rows of a checkpoint are of other trees, or none that are needed now."""
+        expected = [len(tree_leaves(real)) if self._keeps_real else 0, len(tree_leaves(condition))]
+        found = [len(self.real_rows), len(self.condition_rows)]
+        if (any(found) and found != expected) or (self.complete and not any(found) and any(expected)):
+            self.reset(module)
+
+    def _is_real_drawn(self, module: GANModule, real: Sample, condition: Condition) -> bool:
+        """Whether pictures show real samples, and whether there can be any.
+
+        Raises:
+            MisconfigurationException: if not.
+        """
+        if self.draw is not None or isinstance(module, TableSynthesis):
+            return True
+        drawn = False
+        for _, leaf in _named(real):
+            kind = kind_of(leaf, self.sample_rate is not None)
+            if kind is None:
+                raise MisconfigurationException(
+                    "SampleLogger draws points and vectors (n, d), series and sound (n, channels, t), images "
+                    f"(n, c, h, w) and volumes (n, c, d, h, w), got samples {describe(leaf)}: give it a function "
+                    "`draw` that makes a picture of them, or remove SampleLogger."
+                )
+            drawn |= kind != "image" or module.latent_dim is None or bool(self._sources(leaf, condition))
+        return drawn
+
+    def _sources(self, samples: Tensor, condition: Condition) -> list[Tensor]:
+        """What a generator reads, of the kind of its samples, or a picture."""
+        kinds = {kind_of(samples, self.sample_rate is not None), "image", "map"} - {"number"}
+        return [
+            leaf
+            for leaf in tree_leaves(condition)
+            if leaf.is_floating_point() and kind_of(leaf, self.sample_rate is not None) in kinds
+        ]
+
+    # ---------- samples and pictures
+
+    def _rows(self) -> tuple[Sample, Condition]:
+        """The real samples, if they are drawn, and the conditions of pictures."""
+        assert self._structure is not None
+        rows = [[leaf[: self.n] for leaf in leaves] for leaves in (self.real_rows, self.condition_rows)]
+        real = optree.tree_unflatten(self._structure[0], rows[0]) if self._keeps_real else None
+        return real, optree.tree_unflatten(self._structure[1], rows[1])
+
+    def _sample(self, module: GANModule) -> Sample:
+        """Samples of the same latents, conditions and draws each time; on all ranks, which may share a generator."""
+        _, condition = self._rows()
+        n = batch_size(condition) if self.condition_rows else self.n
         latents = fixed_latents(module, self.n, "pictures")
-        if condition is not None:
-            rows = torch.arange(self.n, device=module.device) % batch_size(condition)
-            condition = tree_map(lambda leaf: leaf[rows], condition)
-        with module.noise.of("pictures"), evaluation(module):
-            return module.sample(self.n, condition, latents)
+        with isolate_rng(), module.noise.of("pictures", iteration=0), evaluation(module):
+            given = move_data_to_device(condition, module.device)
+            return module.sample(n, given, None if latents is None else latents[:n])
+
+    def _draw(self, trainer: Trainer, module: GANModule, fake: Sample) -> Drawn:
+        """Pictures and sounds, on the first rank."""
+        if not trainer.is_global_zero:
+            return Drawn({}, {})
+        fake, real, condition = (tree_map(_plain, tree) for tree in (fake, *self._rows()))
+        if self.draw is not None:
+            with isolate_rng():  # a function of the user's draws from where it likes
+                made = self.draw(fake, real, condition)
+            images = made if isinstance(made, Mapping) else {"": made}
+            return Drawn({self._key(name): as_image(image) for name, image in images.items()}, {})
+        if isinstance(module, TableSynthesis):
+            return Drawn({self.name: _table(module, fake, real)}, {})
+        return self._pictures(trainer, module, *_by_label(fake, real, condition))
+
+    def _pictures(self, trainer: Trainer, module: GANModule, fake: Sample, real: Sample, condition: Condition) -> Drawn:
+        drawn = Drawn({}, {}, self._sample_rate(trainer, module))
+        targets: list[Any] = tree_leaves(real) or [None] * len(tree_leaves(fake))
+        for (name, samples), target in zip(_named(fake), targets, strict=True):
+            key, sources = self._key(name), self._sources(samples, condition)
+            paired = module.latent_dim is None or bool(sources)
+            shown = [source for source in sources if target is None or not _equal(source, target)]
+            sound = self.sample_rate is not None
+            drawn.pictures[key] = picture(samples, target, shown, paired, sound)
+            if drawn.sample_rate and kind_of(samples, sound) == "audio":
+                other = "target" if paired else "real"
+                drawn.sounds[key] = {
+                    f"{i}_{caption}": values
+                    for i, pair in enumerate(zip(samples[:SOUNDS], target, strict=False))
+                    for caption, values in zip(("generated", other), pair, strict=True)
+                }
+        if drawn.sounds and any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
+            require("soundfile", "audio")  # which wandb needs for files of sound
+        return drawn
+
+    def _key(self, name: object) -> str:
+        return f"{self.name}/{name}" if name != "" else self.name
+
+    def _sample_rate(self, trainer: Trainer, module: GANModule) -> int:
+        """In Hz, or 0 if it is not known."""
+        for owner in (self, module, getattr(trainer, "datamodule", None)):
+            rate: Any = getattr(owner, "sample_rate", None)
+            if is_integer(rate) and rate > 0:
+                return int(rate)
+        return 0
+
+    # ---------- loggers
+
+    def _log(self, logger: Logger | None, drawn: Drawn, folder: Path, step: int) -> None:
+        if isinstance(logger, WandbLogger):
+            for key, image in drawn.pictures.items():
+                logger.log_image(key, [image], step=step)
+            for key, sounds in drawn.sounds.items():
+                waves, rates = [_clipped(x).T.numpy() for x in sounds.values()], [drawn.sample_rate] * len(sounds)
+                logger.log_audio(f"{key}/sound", waves, step=step, sample_rate=rates, caption=[*sounds])
+        elif isinstance(logger, TensorBoardLogger):
+            from torchvision.transforms.functional import pil_to_tensor
+
+            writer = logger.experiment
+            for key, image in drawn.pictures.items():
+                writer.add_image(key, pil_to_tensor(image), step)
+            for key, sounds in drawn.sounds.items():
+                for caption, sound in sounds.items():
+                    writer.add_audio(f"{key}/sound/{caption}", _clipped(sound).mean(0), step, drawn.sample_rate)
+        else:
+            for key, image in drawn.pictures.items():
+                image.save(self._file(folder, key, step, "png"))
+            for key, sounds in drawn.sounds.items():
+                for caption, sound in sounds.items():
+                    _write_wave(self._file(folder, f"{key}/{caption}", step, "wav"), sound, drawn.sample_rate)
+
+    def _file(self, folder: Path, key: str, step: int, ending: str) -> Path:
+        """``samples/<step>.png`` of the key ``samples``, ``samples/<step>_a.png`` of ``samples/a``."""
+        name = re.sub(r"[^\w.-]", "_", key.removeprefix(self.name))
+        file = folder / self.name / f"{step:06d}{name}.{ending}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return file
 
 
-def picture(samples: Tensor, real: Tensor) -> Image:
-    """Draw samples as one picture.
-
-    Args:
-        samples: images (n, c, h, w) in [-1, 1], of which the first channel or the first three are drawn, or points
-            (n, 2).
-        real: real points for the background of a scatter plot.
-
-    Raises:
-        ValueError: if the samples are neither images nor points.
-
-    Example:
-        >>> picture(torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8, 8)).size
-        (22, 22)
-    """
-    from PIL import Image  # slow to import, and most runs draw no picture
-
-    check_drawable(samples)
-    if samples.dim() == 4:
-        return Image.fromarray(_grid(samples).permute(1, 2, 0).numpy())
-    return _scatter(samples, real)
+def _named(tree: Sample) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a tree with their paths, ``"a.b"``; a tensor alone has the name ""."""
+    accessors, leaves, _ = optree.tree_flatten_with_accessor(tree)
+    for accessor, leaf in zip(accessors, leaves, strict=True):
+        yield ".".join(str(getattr(entry, "field", entry.entry)) for entry in accessor), leaf
 
 
-def check_drawable(samples: Sample) -> None:
-    """Refuse what is no picture.
-
-    Raises:
-        ValueError: if samples are neither images (n, c, h, w) nor points (n, 2).
-
-    Example:
-        >>> check_drawable(torch.zeros(4, 2))
-    """
-    tensor = isinstance(samples, Tensor)
-    if not tensor or not (samples.dim() == 4 or (samples.dim() == 2 and samples.shape[1] == 2)):
-        got = f"shape {tuple(samples.shape)}" if tensor else f"{describe(samples)}"
-        raise ValueError(
-            f"SampleLogger draws images (n, c, h, w) and points (n, 2), got samples of {got}: remove SampleLogger."
-        )
+def _equal(source: Tensor, target: Tensor) -> bool:
+    return source is target or (source.shape == target.shape and torch.equal(source, target))
 
 
-def _grid(images: Tensor) -> Tensor:
-    from torchvision.utils import make_grid
-
-    images = images[:, : 3 if images.shape[1] >= 3 else 1].float()
-    grid: Tensor = make_grid(images, nrow=math.ceil(math.sqrt(len(images))), normalize=True, value_range=(-1, 1))
-    return (grid * 255).round().byte()
-
-
-def _scatter(points: Tensor, real: Tensor, size: int = 480) -> Image:
-    from PIL import Image, ImageDraw
-
-    image = Image.new("RGB", (size, size), "white")
-    draw = ImageDraw.Draw(image)
-    # half steps keep the axes the same from picture to picture; points outside lie on the frame
-    limit = math.ceil(2.4 * float(real.abs().max())) / 2
-    for data, colour in ((real, REAL), (points, FAKE)):
-        for x, y in (data.float().nan_to_num() / limit).clamp(-1, 1).tolist():
-            u, v = (1 + x) / 2 * (size - 1), (1 - y) / 2 * (size - 1)
-            draw.ellipse((u - 1.5, v - 1.5, u + 1.5, v + 1.5), fill=colour)
-    draw.rectangle((0, 0, size - 1, size - 1), outline=FRAME)
-    draw.text((8, 6), f"real grey, generated red, axes ±{limit:g}", fill=FRAME)
-    return image
+def _by_label(fake: Sample, real: Sample, condition: Condition) -> tuple[Sample, Sample, Condition]:
+    """The rows in the order of the first integer labels in the condition, if there are any."""
+    kinds = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+    labels = next((x for x in tree_leaves(condition) if x.dtype in kinds and x.numel() == len(x)), None)
+    if labels is None:
+        return fake, real, condition
+    order = labels.flatten().argsort(stable=True)
+    fake, real, condition = (tree_map(lambda leaf: leaf[order], tree) for tree in (fake, real, condition))
+    return fake, real, condition
 
 
-def _show(logger: Logger | None, image: Image, folder: Path, step: int) -> None:
-    if isinstance(logger, WandbLogger):
-        logger.log_image("samples", [image], step=step)
-    elif isinstance(logger, TensorBoardLogger):
-        from torchvision.transforms.functional import pil_to_tensor
+def _table(module: TableSynthesis, fake: Tensor, real: Tensor) -> Image:
+    """The marginals of rows, without their conditions."""
+    encoder = module.encoder
+    made, data = (encoder.decode(rows[:, : encoder.width].float().nan_to_num()) for rows in (fake, real))
+    return table_picture(made, data, [column["name"] for column in encoder.columns if "categories" in column])
 
-        logger.experiment.add_image("samples", pil_to_tensor(image), step)
-    else:
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-        image.save(folder / "samples" / f"{step:06d}.png")
+
+def _plain(leaf: Tensor) -> Tensor:
+    """On the CPU, in a type that NumPy knows."""
+    leaf = leaf.detach().cpu()
+    return leaf.float() if leaf.is_floating_point() else leaf
+
+
+# ---------- files
+
+
+def _clipped(sound: Tensor) -> Tensor:
+    return sound.nan_to_num().clamp(-1, 1)
+
+
+def _write_wave(file: Path, sound: Tensor, sample_rate: int) -> None:
+    """A file of 16 bits; without soundfile."""
+    samples = (_clipped(sound).T * 32767).round().to(torch.int16).contiguous().numpy()
+    with wave.open(str(file), "wb") as out:
+        out.setnchannels(samples.shape[1])
+        out.setsampwidth(2)
+        out.setframerate(sample_rate)
+        out.writeframes(samples.astype("<i2").tobytes())
