@@ -619,6 +619,58 @@ METHODS: dict[str, list[Method]] = {
             ],
         ),
         Method(
+            ["memorization_test"],
+            [Paper("2004.05675")],
+            "rank test of distances to the nearest training sample, of generated against held-out samples; for the "
+            "`quantile` nearest, the negative hypergeometric number of generated ones that are nearer",
+            [
+                "test_memorization.py::test_p_values_are_those_of_all_permutations",
+                "test_memorization.py::test_a_tenth_of_copies_is_found",
+            ],
+        ),
+        Method(
+            ["condition_dependence"],
+            [Paper("1310.2926")],
+            "bias-corrected squared distance correlation of conditions and samples; permutation tests of shuffled "
+            "pairs, and of exchanged real and generated samples",
+            [
+                "test_conditions.py::test_the_correlation_of_gaussians",
+                "test_conditions.py::test_the_p_value_is_that_of_all_permutations",
+                "test_conditions.py::test_the_p_value_of_less_dependence_is_that_of_all_exchanges",
+            ],
+        ),
+        Method(
+            ["class_report"],
+            [],
+            "for each class, the share of samples whose `k` nearest real ones are of it, and the mean distance of two "
+            "over that of real ones; Fisher's exact test and a permutation test",
+            [
+                "test_conditions.py::test_majorities_are_those_of_scikit_learn",
+                "test_conditions.py::test_p_values_of_shares_are_those_of_fisher",
+                "test_conditions.py::test_diversity_and_its_p_value",
+            ],
+        ),
+        Method(
+            ["find_giveaways"],
+            [Paper("1610.06545"), Paper("2003.01826", "spectrum")],
+            "numbers of single samples whose ROC curve has an area of at least `separation`; Mann–Whitney tests at "
+            "`level`, by Bonferroni",
+            [
+                "test_giveaways.py::test_equal_distributions_give_nothing_away",
+                "test_giveaways.py::test_statistics_are_those_of_scikit_learn",
+                "test_giveaways.py::test_decibels_are_those_of_numpy",
+            ],
+        ),
+        Method(
+            ["checkpoint_fluctuation"],
+            [],
+            "⅔ mean of (x_t − ½ (x_{t−1} + x_{t+1}))² over checkpoints t, over the variance of samples",
+            [
+                "test_fluctuation.py::test_values_are_those_of_numpy",
+                "test_fluctuation.py::test_independent_checkpoints_have_their_variance",
+            ],
+        ),
+        Method(
             ["LogMelDistance"],
             [],
             "`MelDistance`, averaged over samples",

@@ -1,5 +1,10 @@
+from .conditions import class_report as class_report
+from .conditions import condition_dependence as condition_dependence
 from .extractors import DigitClassifier as DigitClassifier
 from .extractors import Inception as Inception
+from .fluctuation import checkpoint_fluctuation as checkpoint_fluctuation
+from .giveaways import find_giveaways as find_giveaways
+from .memorization import memorization_test as memorization_test
 from .paired import CodebookPerplexity as CodebookPerplexity
 from .paired import CodebookUsage as CodebookUsage
 from .paired import LogMelDistance as LogMelDistance

@@ -132,6 +132,47 @@ class Pairs:
         """The distance (n,) of each row of a to its k-th nearest in b = a, itself not counted."""
         return torch.cat([self._radii(start, low, k) for start, low in self.chunks()])
 
+    def nearest(self, k: int = 1, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Distances and rows, (n, k) each, of the k nearest in b to each row of a, the nearest first; of ties, any.
+
+        Args:
+            k: how many.
+            own: (n,), for each row of a the row of b that is not counted; None: all are.
+        """
+        parts = [self._nearest(start, low, k, own) for start, low in self.chunks()]
+        distances, rows = (torch.cat(part) for part in zip(*parts, strict=True))
+        return distances, rows
+
+    def _nearest(self, start: int, low: Tensor, k: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(start, start + len(low), device=low.device)
+        if own is not None:
+            low[rows - start, own[rows]] = math.inf
+        if self.narrow:
+            near = low.topk(k, dim=1, largest=False)
+            return near.values, near.indices
+        count = min(k + SPARE, low.shape[1])
+        near = low.topk(count, dim=1, largest=False)
+        exact = self.exact(rows.repeat_interleave(count), near.indices.flatten()).reshape(-1, count)
+        exact[near.values.isinf()] = math.inf
+        distances, order = exact.topk(k, dim=1, largest=False)
+        found = near.indices.gather(1, order)
+        # rows whose other distances, as far as the product knows them, may be as small
+        doubt = self.rounding * (self.norm_a[rows] + self.norm_b.max())
+        doubtful = (near.values[:, -1] - doubt <= distances[:, -1].square()) & (distances[:, -1] > 0)
+        left = doubtful.nonzero().flatten()
+        if count == low.shape[1] or not len(left):
+            return distances, found
+        others = None if own is None else own[rows[left]]
+        if low.dtype == torch.float32:  # products in float64 leave less in doubt
+            distances[left], found[left] = Pairs(self.a[rows[left]].double(), self.b).nearest(k, others)
+            return distances, found
+        for part in left.split(rows_at_once(self.b.numel())):  # type: ignore[no-untyped-call]
+            all_of_them = (self.a[rows[part], None].double() - self.b.double()).square().sum(2).sqrt()
+            if own is not None:
+                all_of_them[torch.arange(len(part), device=low.device), own[rows[part]]] = math.inf
+            distances[part], found[part] = all_of_them.topk(k, dim=1, largest=False)
+        return distances, found
+
     def _radii(self, start: int, low: Tensor, k: int) -> Tensor:
         if self.narrow:
             return low.kthvalue(k + 1, dim=1).values
