@@ -157,7 +157,14 @@ def test_applied_benchmark_smoke(run, monkeypatch):
 def test_little_data_benchmark_smoke(run, monkeypatch):
     lines = benchmark(run, monkeypatch, "little_data").splitlines()
     rows = [line.split(" | ") for line in lines if " to " in line and "(" in line and line.startswith("| ")]
-    assert [row[0].strip("| ") for row in rows] == ["nothing", "DiffAugment", "ADA", "LeCam", "consistency"]
+    assert [row[0].strip("| ") for row in rows] == [
+        "nothing",
+        "DiffAugment",
+        "ADA",
+        "ADA, target 0.3",
+        "LeCam",
+        "consistency",
+    ]
     for row in rows:
         assert float(row[1].split()[0]) > 0
 

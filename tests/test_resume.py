@@ -103,14 +103,19 @@ class Crash(Callback):
             raise Crashed
 
 
-def stream(batch_size=8, shape=(2,), dtype=torch.float32):
+def stream(batch_size=8, shape=(2,), dtype=torch.float32, scale=1.0):
     """Batches of 8, 7, 6, 8, ... samples: no number of micro-batches divides all of them."""
 
     def batch(position):
         generator = torch.Generator().manual_seed(position)
-        return torch.randn(batch_size - position % 3, *shape, generator=generator).to(dtype)
+        return scale * torch.randn(batch_size - position % 3, *shape, generator=generator).to(dtype)
 
     return Stream(batch, LENGTH)
+
+
+def wide():
+    """Real samples far from each other, so that an untrained generator has truly collapsed."""
+    return stream(scale=50.0)
 
 
 def train(module, data, callbacks=(), ckpt_path=None, **kwargs):
@@ -351,6 +356,7 @@ CASES = {
     },
     "CollapseDetector, rollback": {
         "make": small,
+        "data": wide,
         "rolls_back": True,
         "callbacks": lambda: [
             R1Penalty(0.1),
@@ -366,6 +372,7 @@ CASES = {
     "networks that draw, Extragradient": {"make": drawing, "callbacks": lambda: [Extragradient()]},
     "networks that draw, rollback": {
         "make": drawing,
+        "data": wide,
         "rolls_back": True,
         "callbacks": lambda: [
             R1Penalty(0.1),

@@ -251,6 +251,7 @@ class QualityMonitor(GANCallback):
         n = real.conditions_of(n)
         latents = fixed_latents(module, n, *key)
         mine = torch.arange(trainer.global_rank, n, trainer.world_size, device=module.device)
+        asked = {} if self.truncation == 1 else {"truncation": self.truncation}  # a `sample` of yours may have none
         seen = []
         for condition in real.each_condition(len(mine), self._at_once):
             size = condition if isinstance(condition, int) else batch_size(condition)
@@ -258,7 +259,7 @@ class QualityMonitor(GANCallback):
             given = None if isinstance(condition, int) else condition
             with evaluation(module):
                 z = None if latents is None else latents[rows]
-                seen.append(self._see(module.sample(size, given, z, self.truncation)))
+                seen.append(self._see(module.sample(size, given, z, **asked)))
         return Seen(*map(_interleaved, _joined(seen)))
 
     def _see(self, samples: Tensor) -> Seen:
@@ -377,13 +378,15 @@ class QualityMonitor(GANCallback):
             By ``"missing"``, ``"diversity"`` and ``"coverage"``; see :mod:`lightning_gan_stability.metrics.decisions`.
             With ``"mass"``, the share of the data that is surely missed.
         """
-        with self._isolated(), module.noise.of("confirmation"):
+        with self._isolated():
             if self._confirming is None:
+                torch.manual_seed(seed_of("real", trainer.global_rank))
                 enough = self.n_real is None or len(self._real.seen.features) >= CONFIRMED
                 data = RealData(trainer, self._real.data.loader, CONFIRMED)
                 self._confirming = self._real if enough else self._features(data, next(iter(data)), None)
                 self._finer = self._cells if enough or self._known else Cells(self._confirming.seen, None, None, False)
             real = self._confirming
+        with self._isolated(), module.noise.of("confirmation"):
             fake = self._generate(module, real, max(self.n_samples, CONFIRMED), "confirmation", trainer.global_step)
             return trainer.strategy.broadcast(self._p_values(real.seen, fake, least_coverage))
 
