@@ -199,8 +199,17 @@ def check_on_train_epoch_end(stopping: EarlyStopping, setting: bool) -> bool:
     return before
 
 
-def loader_of(trainer: Trainer, split: Literal["train", "val"]) -> Any:
-    """The loader of a split as its owner gives it, before the loop has asked for it; an empty list if there is none."""
-    loop = trainer.fit_loop if split == "train" else trainer.fit_loop.epoch_loop.val_loop
+def loader_of(trainer: Trainer, split: Literal["train", "val", "validate", "test"]) -> Any:
+    """The loader of a split of a fit, of ``trainer.validate`` or ``trainer.test``, as its owner gives it.
+
+    Before the loop has asked for it; an empty list if there is none.
+    """
+    loops: dict[str, Any] = {
+        "train": trainer.fit_loop,
+        "val": trainer.fit_loop.epoch_loop.val_loop,
+        "validate": trainer.validate_loop,
+        "test": trainer.test_loop,
+    }
+    loop = loops[split]
     source = loop._data_source
     return source.dataloader() if source.instance is not None and source.is_defined() else []

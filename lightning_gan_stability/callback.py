@@ -22,6 +22,7 @@ from lightning_gan_stability._checks import (
     is_term_name,
 )
 from lightning_gan_stability.layers import has_batch_norm
+from lightning_gan_stability.outcome import Outcome
 from lightning_gan_stability.outputs import (
     NETWORKS,
     PLAYERS,
@@ -226,6 +227,13 @@ class GANCallback(Callback):
             measurements, which are at multiples of that.
         """
         return {}
+
+    def outcome(self, trainer: Trainer) -> Outcome:
+        """What it knows of the run, which has ended or been stopped, for the table that is printed then.
+
+        Asked on the first rank alone: it must not communicate.
+        """
+        return Outcome()
 
     def rescue(self, trainer: Trainer, module: GANProtocol) -> bool:
         """Put the module back to where it was good; say whether that was done. Called on all ranks, or on none."""

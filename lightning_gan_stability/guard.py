@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import DoublePrecision
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
@@ -24,6 +25,7 @@ from lightning_gan_stability.callback import GANCallback, callbacks_of, find_rul
 from lightning_gan_stability.distributed import any_rank, is_distributed
 from lightning_gan_stability.layers import parameter_dtype
 from lightning_gan_stability.monitored import Monitored
+from lightning_gan_stability.outcome import Outcome, describe_outcome, joined
 from lightning_gan_stability.outputs import NETWORKS, StepRecord
 from lightning_gan_stability.sharding import check_equal_batches, check_strategy
 from lightning_gan_stability.signals import SignalHold
@@ -302,6 +304,8 @@ class Guard(Callback):
             self._read.stop(trainer, failed=True)
         self._running = False
         self._signals.stop(run_handlers=False)
+        if pl_module is self.module:
+            self._say_outcome(trainer, f"{type(exception).__name__}: {exception}".rstrip(": ").partition("\n")[0])
         path = trainer.ckpt_path
         if path is not None and Path(path).is_file() and not zipfile.is_zipfile(path):
             # torch's own errors are as bare as "Invalid argument"
@@ -314,6 +318,16 @@ class Guard(Callback):
         """Say so if there was nothing to train on, and Lightning knew without a look."""
         if pl_module is self.module and trainer.num_training_batches == 0:
             raise MisconfigurationException(_NO_BATCHES)
+        if pl_module is self.module:
+            self._say_outcome(trainer)
+
+    @rank_zero_only
+    def _say_outcome(self, trainer: Trainer, stopped: str = "") -> None:
+        """Print what the callbacks know of the run, if they know anything."""
+        known = joined(callback.outcome(trainer) for callback in self.module.engine.callbacks())
+        if known.troubles or (known != Outcome([], [], []) and self.module.iteration):  # a refusal needs no table
+            saved = Outcome(files=[("checkpoint", place) for place in _checkpoints(trainer)])
+            print(describe_outcome(joined([saved, known]), trainer.global_step, stopped))
 
     # ---------- checkpoints
 
@@ -336,6 +350,18 @@ class Guard(Callback):
         """Take the extra state that came beside shards."""
         if pl_module is self.module and self.module.device_mesh is not None:
             self.module.set_extra_state(checkpoint["gan"])
+
+
+def _checkpoints(trainer: Trainer) -> list[str]:
+    """Where the best and the last weights are."""
+    found = []
+    for saves in callbacks_of(trainer, ModelCheckpoint):
+        best, score = saves.best_model_path, saves.best_model_score
+        if best:
+            found.append(best if score is None else f"{best} (best {saves.monitor}: {float(score):.4g})")
+        if saves.last_model_path and saves.last_model_path != best:
+            found.append(f"{saves.last_model_path} (last)")
+    return found
 
 
 _NO_BATCHES = "The training loader has no batches: is its data set smaller than a batch?"

@@ -852,6 +852,13 @@ class GANModule(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Both losses and the discriminator's accuracy on held-out data, as ``val/...``."""
+        self._evaluate(batch, batch_idx, dataloader_idx, "val")
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The same on test data, as ``test/...``."""
+        self._evaluate(batch, batch_idx, dataloader_idx, "test")
+
+    def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
         n = batch_size(self._taken_apart(batch).real)
         if n < self.packing:
             return  # the rest of a data set that fills no pack
@@ -862,9 +869,9 @@ class GANModule(LightningModule):
             _, terms = self.adversarial_loss(player, outputs)
             terms |= self.engine.auxiliary_losses(player, outputs)
             terms |= self.engine.validated_terms(player, outputs)
-            values |= {f"val/{player}/{name}": value for name, value in terms.items()}
+            values |= {f"{stage}/{player}/{name}": value for name, value in terms.items()}
         accuracies = [self.loss.accuracy(real, fake) for _, real, fake in outputs.pairs()]
-        values["val/d/accuracy"] = torch.stack(accuracies).mean()
+        values[f"{stage}/d/accuracy"] = torch.stack(accuracies).mean()
         self.log_dict(values, batch_size=batch_size(outputs.real), sync_dist=True)
 
     @contextmanager

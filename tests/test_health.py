@@ -437,7 +437,9 @@ def test_the_table_is_printed_when_a_run_is_broken_off(capsys):
 
     with pytest.raises(RuntimeError, match="broken"):
         fit(small(), points(9), callbacks=[HealthMonitor(every=2), Break()])
-    assert "HealthMonitor: no trouble seen in 7 steps." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "It stopped: RuntimeError: broken." in said
+    assert "no trouble seen in 7 steps." in said
 
 
 def test_resumed_equals_uninterrupted(tmp_path):

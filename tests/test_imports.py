@@ -21,7 +21,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 SUBPACKAGES = sorted(path.parent.name for path in PACKAGE.rglob("__init__.pyi"))
 #: A file imports from its own floor or from those below it.
 FLOORS = [
-    ["_checks", "_compat", "outputs", "distributed", "datasets", "schedules", "signals", "speaking"],
+    ["_checks", "_compat", "outputs", "distributed", "datasets", "schedules", "signals", "speaking", "outcome"],
     [
         "augment",
         "losses",
@@ -40,7 +40,7 @@ FLOORS = [
     ["regularizers.*", "update_rules.*", "callbacks.*", "monitors.*", "data.*", "recipes.*"],
     ["cli.*", "__main__", "__init__"],
 ]
-PURE = {"datasets", "speaking", "distributed", "outputs", "schedules", "signals", "_checks", *FLOORS[1]}
+PURE = {"datasets", "speaking", "distributed", "outcome", "outputs", "schedules", "signals", "_checks", *FLOORS[1]}
 
 
 def module_name(path):

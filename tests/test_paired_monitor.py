@@ -230,8 +230,13 @@ def test_a_resumed_run_logs_what_the_whole_one_does(tmp_path):
     resumed = fit(module, monitor(), max_epochs=2, ckpt_path=tmp_path / "half.ckpt")
     assert resumed.callback_metrics["quality/psnr"] == whole.callback_metrics["quality/psnr"]
     assert resumed.callback_metrics["quality/psnr"] != half.callback_metrics["quality/psnr"]
-    # and it can leave a run, or join one
-    fit(tokenizer(noise=0.1), max_epochs=2, ckpt_path=tmp_path / "half.ckpt")
+    # and it can leave a run, of which Lightning warns, or join one
+    with pytest.warns(UserWarning, match="PairedMonitor"):
+        left = fit(tokenizer(noise=0.1), max_epochs=2, ckpt_path=tmp_path / "half.ckpt")
+    left.save_checkpoint(tmp_path / "left.ckpt")
+    joined = monitor()
+    fit(tokenizer(noise=0.1), joined, max_epochs=3, ckpt_path=tmp_path / "left.ckpt")
+    assert [row["step"] for row in joined.history] == [12]
 
 
 def test_validation_alone():

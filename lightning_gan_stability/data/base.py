@@ -74,6 +74,10 @@ class StreamedDataModule(LightningDataModule):
         """Return the held-out batches, the same ones on every pass; nothing if no data are held out."""
         return self._prepared()[1] if self.holdout else []
 
+    def test_dataloader(self) -> Stream | list[Stream]:
+        """Return the held-out batches too."""
+        return self.val_dataloader()
+
     def predict_dataloader(self) -> Stream:
         """Return the held-out batches, or the training data in order if none are held out."""
         return self._prepared()[1]

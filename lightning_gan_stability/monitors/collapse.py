@@ -20,6 +20,7 @@ from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.monitors.files import save_atomically
 from lightning_gan_stability.monitors.quality import QualityMonitor, Values
 from lightning_gan_stability.monitors.rollback import Remedy, Weights, give_weights, put_back, take, weights_of
+from lightning_gan_stability.outcome import Outcome, Trouble
 from lightning_gan_stability.protocols import GANProtocol
 
 Verdict = Literal["collapse", "partial collapse", "mode hopping", "divergence", "no variation", "never learned"]
@@ -172,6 +173,10 @@ def better_of(values: Mapping[str, float], best: Mapping[str, float]) -> Values:
     low = ("fid", "kid", "missing", "imbalance", "reverse_kl", "held")
     pairs = {name: (value, best.get(name, value)) for name, value in values.items()}
     return {name: min(pair) if name in low else max(pair) for name, pair in pairs.items()}
+
+
+def _text(evidence: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in evidence.items() if "best" not in name)
 
 
 def _finite(values: Mapping[str, float]) -> bool:
@@ -377,9 +382,8 @@ class CollapseDetector(GANCallback):
             self._roll_back(trainer, module)
 
     def _say(self, trainer: Trainer, event: Event) -> None:
-        seen = ", ".join(f"{name} {value:.3g}" for name, value in event["evidence"].items() if "best" not in name)
         verdict, advice = event["verdict"], ADVICE[event["verdict"]]
-        text = f"{verdict} at step {event['step']}: {seen}. Action: {event['action']}. {advice}"
+        text = f"{verdict} at step {event['step']}: {_text(event['evidence'])}. Action: {event['action']}. {advice}"
         rank_zero_warn(text)
         key = f"health/{verdict.replace(' ', '_')}"
         numbers = {f"collapse/{name}": float(value) for name, value in event["evidence"].items()}
@@ -396,6 +400,21 @@ class CollapseDetector(GANCallback):
                 "remove CollapseDetector."
             )
         return monitors[0]
+
+    def outcome(self, trainer: Trainer) -> Outcome:
+        """The events; the last one lasts while no measurement has been good since."""
+        troubles = [
+            Trouble(
+                event["step"],
+                event["verdict"],
+                _text(event["evidence"]),
+                ADVICE[event["verdict"]],
+                "" if event["action"] == "warn" else event["action"],
+                lasts=i == len(self.events) - 1 and self.said == event["verdict"],
+            )
+            for i, event in enumerate(self.events)
+        ]
+        return Outcome(troubles=troubles)
 
     # ---------- rolling back
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -21,6 +21,7 @@ from lightning_gan_stability.layers import evaluation
 from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.monitors.latents import fixed_latents
 from lightning_gan_stability.monitors.real_data import RealData, loader_to_read, rebatched
+from lightning_gan_stability.outcome import Outcome, Trouble
 from lightning_gan_stability.outputs import (
     PLAYERS,
     Logits,
@@ -175,7 +176,7 @@ class HealthMonitor(GANCallback):
 
     Signals are kept on the device and averaged over ranks every ``every`` steps; a verdict takes ``patience`` of these
     in a row. It is a warning when it comes up first, in ``verdicts`` (``step``, ``verdict``, ``evidence``, ``advice``),
-    in the log as ``health/<verdict>`` (1 or 0), and in the table at the end of the fit. A run is the same with and
+    in the log as ``health/<verdict>`` (1 or 0), and in the table at the end of the run. A run is the same with and
     without the monitor. Costs a copy of 256 numbers and a few scalars per step, and forward passes every ``every``.
 
     Args:
@@ -254,12 +255,21 @@ class HealthMonitor(GANCallback):
         """Note a loss or gradient that was not finite; the table says what came before it."""
         if isinstance(exception, FloatingPointError):
             self._say(trainer, "not_finite", {})
-        if self.verdicts or self._watched:
-            self._print()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table."""
-        self._print()
+    def outcome(self, trainer: Trainer) -> Outcome:
+        """The verdicts, and for how many steps it has watched."""
+        troubles = [
+            Trouble(
+                said["step"],
+                said["verdict"],
+                _text(said["evidence"]),
+                said["advice"],
+                lasts=self.counts.get(said["verdict"], self.patience) >= self.patience
+                and said["verdict"] != "loss_tells_nothing",
+            )
+            for said in self.verdicts
+        ]
+        return Outcome(troubles=troubles, watched=self._watched)
 
     # ---------- deciding
 
@@ -351,14 +361,6 @@ class HealthMonitor(GANCallback):
         self.verdicts.append({"step": step, "verdict": verdict, "evidence": evidence, "advice": advice})
         say = rank_zero_info if verdict == "loss_tells_nothing" else rank_zero_warn
         say(f"{verdict} at step {step}: {_text(evidence)}. {advice}")
-
-    @rank_zero_only
-    def _print(self) -> None:
-        """A row for each verdict."""
-        nothing = f"no trouble seen in {self._watched} steps."
-        print("HealthMonitor:", "since step, verdict" if self.verdicts else nothing)
-        for said in self.verdicts:
-            print(f"  {said['step']:>10}  {said['verdict']:<25}  {_text(said['evidence'])}; {said['advice']}")
 
 
 def _held_out(trainer: Trainer) -> list[Unpacked]:

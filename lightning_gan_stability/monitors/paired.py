@@ -13,6 +13,7 @@ from torchmetrics import Metric
 
 from lightning_gan_stability._checks import check, check_type, describe
 from lightning_gan_stability.callback import Cadence, GANCallback, as_gan
+from lightning_gan_stability.outcome import Outcome, courses_of
 from lightning_gan_stability.outputs import at_path
 
 Inputs = Mapping[str, Sequence[str]]
@@ -54,6 +55,8 @@ class PairedMonitor(GANCallback):
 
     rolled_back = False
 
+    history: list[dict[str, float]]
+
     def __init__(self, metrics: dict[str, Metric], inputs: Inputs | None = None, name: str = "quality") -> None:
         super().__init__()
         known = isinstance(metrics, Mapping) and bool(metrics) and all(isinstance(m, Metric) for m in metrics.values())
@@ -64,6 +67,12 @@ class PairedMonitor(GANCallback):
         check(lists, "inputs", "lists of paths by the names of metrics", inputs)
         self.inputs = {metric: [*(inputs or {}).get(metric, ("fake", "real"))] for metric in self.metrics}
         self.name = check_type("name", name, str)
+        self.add_state("history", [])  # measurements in a fit, with their ``step``
+
+    @property
+    def state_key(self) -> str:
+        """Tells callbacks of different metrics apart."""
+        return f"{type(self).__qualname__}({self.name}: {', '.join(self.metrics)})"
 
     def logged(self, trainer: Trainer) -> dict[str, Cadence]:
         """A key for each metric, new in every validation."""
@@ -83,6 +92,13 @@ class PairedMonitor(GANCallback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""
+        self._begin(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew."""
+        self._begin(pl_module)
+
+    def _begin(self, pl_module: LightningModule) -> None:
         for metric in self.metrics.values():
             metric.to(pl_module.device)
             metric.reset()
@@ -97,6 +113,21 @@ class PairedMonitor(GANCallback):
         dataloader_idx: int = 0,
     ) -> None:
         """Make samples for a batch, and update the metrics."""
+        self._update(pl_module, batch, batch_idx, dataloader_idx)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """The same."""
+        self._update(pl_module, batch, batch_idx, dataloader_idx)
+
+    def _update(self, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         module: Any = as_gan(pl_module)
         with torch.no_grad(), module.noise.of("paired", dataloader_idx, batch_idx):
             seen = module.compute_samples("d", batch, ())
@@ -111,10 +142,28 @@ class PairedMonitor(GANCallback):
                     ) from error
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the metrics, and keep those of a fit."""
+        if trainer.sanity_checking:
+            return
+        values = self._log(pl_module)
+        if trainer.state.fn == "fit":
+            self.history.append({"step": trainer.global_step} | {name: x.item() for name, x in values.items()})
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the metrics."""
-        if not trainer.sanity_checking:
-            for name, metric in self.metrics.items():
-                pl_module.log(f"{self.name}/{name}", metric.compute().float(), sync_dist=True)
+        self._log(pl_module)
+
+    def _log(self, pl_module: LightningModule) -> dict[str, Tensor]:
+        values = {name: metric.compute().float() for name, metric in self.metrics.items()}
+        named = {f"{self.name}/{name}": value for name, value in values.items()}
+        pl_module.log_dict(named, prog_bar=True, sync_dist=True)
+        return values
+
+    def outcome(self, trainer: Trainer) -> Outcome:
+        """The course of each metric."""
+        higher = {name: metric.higher_is_better for name, metric in self.metrics.items()}
+        lower = {name: None if better is None else not better for name, better in higher.items()}
+        return Outcome(courses_of(self.name, self.history, lower))
 
 
 def validates_nothing(trainer: Trainer) -> bool:

@@ -44,16 +44,31 @@ from lightning_gan_stability.metrics.values import (
 from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.monitors.files import save_atomically
 from lightning_gan_stability.monitors.latents import fixed_latents
-from lightning_gan_stability.monitors.real_data import RealData, loader_to_read, rebatched
+from lightning_gan_stability.monitors.real_data import RealData, Split, Stage, loader_of_stage, rebatched
 from lightning_gan_stability.noise import seed_of
+from lightning_gan_stability.outcome import Outcome, courses_of
 from lightning_gan_stability.outputs import Condition, Sample, Unpacked, batch_size, take_rows, tree_leaves
 
-Split = Literal["train", "val"]
 Name = Literal["fid", "kid", "precision", "recall", "density", "coverage", "diversity", "modes", "ndb"]
 Values = dict[str, float]
 BATCH, VALUES = 256, 2**20  # samples that are generated at once, and their values, of which networks hold many more
 KEPT = 2**27  # bytes of conditions that are kept
 CONFIRMED = 2500  # samples, real and generated, from which a suspicion is confirmed
+SHOWN = ("fid", "precision", "recall")  # in the progress bar
+LOWER_IS_BETTER: dict[str, bool | None] = {
+    "fid": True,
+    "kid": True,
+    "precision": False,
+    "recall": False,
+    "density": False,
+    "coverage": False,
+    "modes": False,
+    "high_quality": False,
+    "reverse_kl": True,
+    "missing": True,
+    "diversity": None,
+    "ndb": True,
+}
 LEAST = 20  # real samples: halves of them are compared, and 5 neighbours in a half
 
 # what each function of (real, fake) features gives
@@ -103,7 +118,9 @@ class QualityMonitor(GANCallback):
         n_real: real samples at most, or ``"all"``, as published FIDs have it. None: ``n_samples``.
         every: steps between measurements.
         split: real samples of the ``"train"`` or the (first) ``"val"`` loader. FID is mostly against training data.
-            They are read as the run reads them: its sampler says which there are, and how often.
+            They are read as the run reads them: its sampler says which there are, and how often. ``trainer.validate``
+            measures against the same split, or against validation data where it knows no training data;
+            ``trainer.test`` against test data.
         truncation: ψ of the generated samples; see :meth:`GANModule.sample`.
         name: what the log's keys begin with. Several monitors in a run have names of their own, for several
             extractors, splits or truncations.
@@ -176,13 +193,34 @@ class QualityMonitor(GANCallback):
             self._prepare(trainer, module)
         if self.measured_at < 0:
             self._measure(trainer, module)
-        trainer.callback_metrics.update(self._named())
+        self._show(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure if this step is due."""
         self.observe(trainer, pl_module)  # type: ignore[arg-type]
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure in ``trainer.validate``; in a fit every so many steps alone."""
+        self._measure_alone(trainer, pl_module, "validate")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure in ``trainer.test``."""
+        self._measure_alone(trainer, pl_module, "test")
+
+    def _measure_alone(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
+        """Measure outside of a fit, whose history stays as it is."""
+        if trainer.state.fn != stage:
+            return
+        module: GANModule = pl_module  # type: ignore[assignment]
+        with self._isolated():
+            torch.manual_seed(seed_of("real", trainer.global_rank))
+            self._prepare(trainer, module, stage)
+        with self._isolated(), module.noise.of("quality"):
+            fake = self._generate(module, self._real, self.n_samples, "quality")
+            self.values, _ = trainer.strategy.broadcast(self._evaluate(fake))
+        pl_module.log_dict(self._named(), sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give Weights & Biases the table of all measurements."""
@@ -212,6 +250,10 @@ class QualityMonitor(GANCallback):
         more = ["high_quality", "reverse_kl"] if "modes" in wanted else []
         return {f"{self.name}/{name}": self.every for name in (*wanted, *more, "missing", "imbalance", "moved")}
 
+    def outcome(self, trainer: Trainer) -> Outcome:
+        """The course of each metric, and of the share of the data that is missed."""
+        return Outcome(courses_of(self.name, self.history, LOWER_IS_BETTER, self.null))
+
     # ---------- measuring
 
     def _measure(self, trainer: Trainer, module: GANModule) -> None:
@@ -222,7 +264,7 @@ class QualityMonitor(GANCallback):
         self.values["moved"] = distance(shares, self.shares) if self.shares else 0.0
         self.shares, self.measured_at = shares, trainer.global_step
         self.history.append({"step": trainer.global_step} | self.values)
-        trainer.callback_metrics.update(self._named())
+        self._show(trainer)
         time_share = self._spent / max(time.monotonic() - self._started, 1e-9)
         for logger in trainer.loggers:
             values = self.values | {"time_share": time_share}
@@ -284,14 +326,15 @@ class QualityMonitor(GANCallback):
 
     # ---------- the real data
 
-    def _prepare(self, trainer: Trainer, module: GANModule) -> None:
+    def _prepare(self, trainer: Trainer, module: GANModule, stage: Stage = "fit") -> None:
         data = getattr(trainer, "datamodule", None)
         centers, std = getattr(data, "centers", None), getattr(data, "std", None)
-        data = RealData(trainer, loader_to_read(trainer, self.split), self.n_real)
+        loader, self._seen_split = loader_of_stage(trainer, self.split, stage)
+        data = RealData(trainer, loader, self.n_real)
         first = next(iter(data), None)
         if first is None:
             raise MisconfigurationException(
-                f"QualityMonitor(split='{self.split}') found no batch in the {self.split} loader: give one, or "
+                f"QualityMonitor(split='{self.split}') found no batch in the {self._seen_split} loader: give one, or "
                 "another `split`."
             )
         if self.extractor is None:
@@ -338,7 +381,7 @@ class QualityMonitor(GANCallback):
             "extractor": type(self.extractor).__name__,
             "n_real": len(self._real.seen.features),
             "n_fake": self._real.conditions_of(self.n_samples),
-            "split": self.split,
+            "split": self._seen_split,
             "every": self.every,
             "truncation": self.truncation,
             "null": self.null,
@@ -403,6 +446,12 @@ class QualityMonitor(GANCallback):
             "diversity": too_little_variation(fake.features, pairwise_diversity(real.features)),
             "coverage": too_little_coverage(as_many, least_coverage),
         }
+
+    def _show(self, trainer: Trainer) -> None:
+        """Give the last measurement to callbacks, and the most telling values of it to the progress bar."""
+        trainer.callback_metrics.update(self._named())
+        shown = [name for name in SHOWN if name in self.values] or [*self.values][:1]
+        trainer.progress_bar_metrics.update({f"{self.name}/{name}": self.values[name] for name in shown})
 
     def _named(self) -> dict[str, Tensor]:
         return {f"{self.name}/{name}": torch.tensor(value) for name, value in self.values.items()}

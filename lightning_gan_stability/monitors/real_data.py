@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import (
@@ -34,6 +34,8 @@ from lightning_gan_stability.data.streams import Stream
 from lightning_gan_stability.noise import generator, seed_of
 from lightning_gan_stability.outputs import Unpacked, batch_size, shapes, take_rows, tree_leaves, tree_map
 
+Split: TypeAlias = Literal["train", "val"]
+Stage: TypeAlias = Literal["fit", "validate", "test"]
 LARGE = 1000  # values: arrays with more of them are shared by copies, as nobody counts in them
 
 
@@ -75,10 +77,35 @@ class RealData:
                     return
 
 
-def loader_to_read(trainer: Trainer, split: Literal["train", "val"]) -> Any:
+def loader_to_read(trainer: Trainer, split: Split) -> Any:
     """The loader of a split: of several validation loaders the first; an empty list if there is none."""
     loader = loader_of(trainer, split)
-    while split == "val" and isinstance(loader, Mapping | list | tuple) and len(loader):
+    return _first_of(loader) if split == "val" else loader
+
+
+def loader_of_stage(trainer: Trainer, split: Split, stage: Stage) -> tuple[Any, str]:
+    """The loader to compare with, and its name: in a fit that of a split, in a test that of the test.
+
+    ``trainer.validate`` may be called without training data; those that it validates on then stand for them.
+    """
+    if stage == "test":
+        return _first_of(loader_of(trainer, "test")), "test"
+    if stage == "fit":
+        return loader_to_read(trainer, split), split
+    if split == "train":
+        try:
+            loader = loader_to_read(trainer, split)
+        except Exception as error:  # of a data module that has been set up for validation alone
+            rank_zero_info(f"No training data to compare with ({error}): compared with validation data.")
+        else:
+            if not isinstance(loader, list) or loader:
+                return loader, split
+    return _first_of(loader_of(trainer, "validate")), "val"
+
+
+def _first_of(loader: Any) -> Any:
+    """Of several loaders the first."""
+    while isinstance(loader, Mapping | list | tuple) and len(loader):
         loader = next(iter(loader.values() if isinstance(loader, Mapping) else loader))
     return loader
 

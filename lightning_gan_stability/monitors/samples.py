@@ -23,6 +23,7 @@ from lightning_gan_stability.layers import evaluation
 from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.monitors.latents import fixed_latents
 from lightning_gan_stability.monitors.pictures import as_image, kind_of, picture, table_picture
+from lightning_gan_stability.outcome import Outcome
 from lightning_gan_stability.outputs import Condition, Sample, batch_size, shapes, tree_leaves, tree_map
 from lightning_gan_stability.protocols import GANProtocol
 from lightning_gan_stability.recipes.table import TableSynthesis
@@ -115,6 +116,7 @@ class SampleLogger(GANCallback):
         self.name = check(isinstance(name, str) and bool(name), "name", "a key of the log", name)
         self._structure: tuple[Any, Any] | None = None
         self._keeps_real = False
+        self._drawn_to: list[Path | str] = []  # folders and loggers
         # leaves of trees, whose structure the first batch of each fit says
         self.add_state("real_rows", [], on_device=False)
         self.add_state("condition_rows", [], on_device=False)
@@ -130,7 +132,7 @@ class SampleLogger(GANCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the first batch anew."""
         super().on_train_start(trainer, pl_module)
-        self._structure = None
+        self._structure, self._drawn_to = None, []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Choose rows from the first batches; before the first one refuse what cannot be drawn."""
@@ -161,11 +163,21 @@ class SampleLogger(GANCallback):
             return
         self.complete = True  # later pictures show the rows of the first one
         drawn = self._draw(trainer, module, self._sample(module))
-        folder = trainer.log_dir  # asks all ranks
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
         if trainer.is_global_zero:
             loggers: Sequence[Logger | None] = trainer.loggers or [None]
             for logger in loggers:
-                self._log(logger, drawn, Path(folder or trainer.default_root_dir), trainer.global_step)
+                self._log(logger, drawn, folder, trainer.global_step)
+            self._drawn_to = [type(logger).__name__ if _takes_pictures(logger) else folder for logger in loggers]
+
+    def outcome(self, trainer: Trainer) -> Outcome:
+        """Where its pictures are."""
+        return Outcome(
+            files=[
+                ("pictures", f"{place / self.name}" if isinstance(place, Path) else f"{place}, under {self.name}")
+                for place in self._drawn_to
+            ]
+        )
 
     # ---------- rows
 
@@ -316,6 +328,10 @@ class SampleLogger(GANCallback):
         file = folder / self.name / f"{step:06d}{name}.{ending}"
         file.parent.mkdir(parents=True, exist_ok=True)
         return file
+
+
+def _takes_pictures(logger: Logger | None) -> bool:
+    return isinstance(logger, WandbLogger | TensorBoardLogger)
 
 
 def _named(tree: Sample) -> Iterator[tuple[str, Tensor]]:

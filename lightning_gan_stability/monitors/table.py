@@ -12,6 +12,7 @@ from lightning_gan_stability._checks import check_type
 from lightning_gan_stability.callback import Cadence, GANCallback
 from lightning_gan_stability.metrics.tables import correlation_difference, efficacy, marginal_distances
 from lightning_gan_stability.monitors.paired import validates_nothing, warn_without_validation, will_validate
+from lightning_gan_stability.outcome import Outcome, courses_of
 from lightning_gan_stability.recipes.table import TableSynthesis
 
 
@@ -48,6 +49,8 @@ class TableMonitor(GANCallback):
 
     rolled_back = False
 
+    history: list[dict[str, float]]
+
     def __init__(
         self,
         target: str | None = None,
@@ -59,6 +62,18 @@ class TableMonitor(GANCallback):
         self.target = None if target is None else check_type("target", target, str)
         self.train, self.test = train, test
         self.name = check_type("name", name, str)
+        self.add_state("history", [])  # measurements in a fit, with their ``step``
+
+    @property
+    def state_key(self) -> str:
+        """Tells callbacks of different names apart."""
+        return f"{type(self).__qualname__}({self.name})"
+
+    def outcome(self, trainer: Trainer) -> Outcome:
+        """The course of each value."""
+        return Outcome(
+            courses_of(self.name, self.history, {"marginals": True, "correlations": True, "efficacy": False})
+        )
 
     def logged(self, trainer: Trainer) -> dict[str, Cadence]:
         """A key for each value, new in every validation."""
@@ -103,9 +118,18 @@ class TableMonitor(GANCallback):
         return train, test
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make a table, measure it, and log what was measured."""
+        """Make a table, measure it, and log what was measured; keep it in a fit."""
         if trainer.sanity_checking:
             return
+        values = self._measure(trainer, pl_module)
+        if trainer.state.fn == "fit":
+            self.history.append({"step": trainer.global_step} | values)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make a table, measure it, and log what was measured."""
+        self._measure(trainer, pl_module)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         train, test = self._tables(trainer, pl_module)
         module: Any = pl_module
         discrete = [column["name"] for column in module.encoder.columns if "categories" in column]
@@ -118,4 +142,5 @@ class TableMonitor(GANCallback):
         if self.target is not None:
             values["efficacy"] = efficacy(train, test, fake, self.target, discrete).ratio
         for name, value in values.items():
-            module.log(f"{self.name}/{name}", value, rank_zero_only=False, sync_dist=True)
+            module.log(f"{self.name}/{name}", value, prog_bar=True, rank_zero_only=False, sync_dist=True)
+        return values

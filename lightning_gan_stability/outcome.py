@@ -1,0 +1,233 @@
+"""What the end of a run says of it: one table, what went wrong, where the files are, and a sentence of judgement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+WORSE = 0.25  # of its best, or of what real data have: a loss of more is one
+RISING = 0.1  # of its last value: what the last measurement gains at least if training is not over
+LITTLE = 0.5  # of the way from the first measurement to real data: less is little
+
+
+class Course(NamedTuple):
+    """The measurements of one value in a run.
+
+    Attributes:
+        name: its key in the log.
+        steps: of the measurements, by ``trainer.global_step``.
+        values: as many.
+        real: what real data have; NaN if it is not known.
+        lower_is_better: None if neither is.
+    """
+
+    name: str
+    steps: Sequence[int]
+    values: Sequence[float]
+    real: float = math.nan
+    lower_is_better: bool | None = None
+
+    @property
+    def best(self) -> int | None:
+        """The number of the best measurement; None if there is none."""
+        finite = [i for i, value in enumerate(self.values) if math.isfinite(value)]
+        if self.lower_is_better is None or not finite:
+            return None
+        choose = min if self.lower_is_better else max
+        return choose(finite, key=self.values.__getitem__)
+
+
+class Trouble(NamedTuple):
+    """What a monitor has said.
+
+    Attributes:
+        step: since when, by ``trainer.global_step``.
+        verdict: its name.
+        evidence: numbers, in words.
+        advice: what to do.
+        done: what was done: ``"rollback"``, ``"stop"``; empty: nothing.
+        lasts: it was so at the end too.
+    """
+
+    step: int
+    verdict: str
+    evidence: str = ""
+    advice: str = ""
+    done: str = ""
+    lasts: bool = True
+
+
+class Outcome(NamedTuple):
+    """What one callback knows of a run at its end.
+
+    Attributes:
+        courses: of what it measured, the most telling first.
+        troubles: what it said.
+        files: where to look, each a kind and a place.
+        watched: steps that it looked at for trouble.
+    """
+
+    courses: Sequence[Course] = ()
+    troubles: Sequence[Trouble] = ()
+    files: Sequence[tuple[str, str]] = ()
+    watched: int = 0
+
+
+def courses_of(
+    name: str,
+    history: Sequence[Mapping[str, float]],
+    lower_is_better: Mapping[str, bool | None],
+    real: Mapping[str, float] | None = None,
+) -> list[Course]:
+    """The courses of a monitor's values.
+
+    Args:
+        name: what the log's keys begin with.
+        history: measurements, each with its ``step``.
+        lower_is_better: by the names of the values, in the order of the table; those that were never measured have no
+            course.
+        real: what real data have.
+
+    Example:
+        >>> [course.values for course in courses_of("quality", [{"step": 0, "fid": 3.0}], {"fid": True, "kid": True})]
+        [[3.0]]
+    """
+    found = []
+    for value, lower in lower_is_better.items():
+        rows = [row for row in history if value in row]
+        steps, values = [int(row["step"]) for row in rows], [row[value] for row in rows]
+        if values:
+            found.append(Course(f"{name}/{value}", steps, values, (real or {}).get(value, math.nan), lower))
+    return found
+
+
+def joined(outcomes: Iterable[Outcome]) -> Outcome:
+    """What several callbacks know.
+
+    Example:
+        >>> joined([Outcome(watched=5), Outcome(troubles=[Trouble(3, "collapse")])]).watched
+        5
+    """
+    known = [*outcomes]
+    return Outcome(
+        courses=[course for one in known for course in one.courses],
+        troubles=sorted((trouble for one in known for trouble in one.troubles), key=lambda trouble: trouble.step),
+        files=[*dict.fromkeys(file for one in known for file in one.files)],
+        watched=max((one.watched for one in known), default=0),
+    )
+
+
+def describe_outcome(outcome: Outcome, steps: int, stopped: str = "") -> str:
+    """The table, and below it a sentence.
+
+    Args:
+        outcome: of all callbacks.
+        steps: how many the run had.
+        stopped: why it did not come to its end.
+
+    Example:
+        >>> fid = Course("quality/fid", [0, 100, 200], [57.0, 8.0, 8.5], real=1.0, lower_is_better=True)
+        >>> print(describe_outcome(Outcome([fid]), steps=200))
+        200 steps    first  best  at step  last  real data
+        quality/fid     57     8      100   8.5          1
+        It worked: quality/fid fell from 57 to 8.5 (best 8 at step 100, real data 1).
+    """
+    lines = [f"{steps:,} steps"]
+    if outcome.courses:
+        lines = _table(f"{steps:,} steps", outcome.courses)
+    for trouble in outcome.troubles:
+        until = "" if trouble.lasts else " (not at the end)"
+        done = f" Done: {trouble.done}." if trouble.done else ""
+        reason = f": {trouble.evidence}." if trouble.evidence else "."
+        lines.append(f"step {trouble.step:,}, {trouble.verdict}{until}{reason}{done} {trouble.advice}".rstrip())
+    lines += [f"{kind}: {place}" for kind, place in outcome.files]
+    return "\n".join([*lines, judgement(outcome, stopped)])
+
+
+def judgement(outcome: Outcome, stopped: str = "") -> str:
+    """Whether a run worked, from its most telling value and what was said.
+
+    Example:
+        >>> fid = Course("quality/fid", [0, 100], [52.0, 57.0], lower_is_better=True)
+        >>> judgement(Outcome([fid]))
+        'It did not work: quality/fid rose from 52 to 57.'
+    """
+    course = next((one for one in outcome.courses if one.lower_is_better is not None), None)
+    lasting = [trouble for trouble in outcome.troubles if trouble.lasts]
+    parts = []
+    if stopped:
+        parts.append(f"It stopped: {stopped.rstrip('.')}.")
+    if lasting:
+        names = ", ".join(f"{trouble.verdict} (since step {trouble.step:,})" for trouble in lasting)
+        parts.append(f"{'Trouble at the end' if stopped else 'It did not work'}: {names}.")
+    if course is not None:
+        parts.append(_progress(course, bad=bool(stopped or lasting)))
+    elif not lasting:
+        parts.append(
+            "Nobody measured how good the samples are: add a QualityMonitor, or a PairedMonitor if each has a target."
+        )
+    if outcome.watched and not outcome.troubles:
+        parts.append(f"There was no trouble seen in {outcome.watched:,} steps.")
+    return " ".join(parts)
+
+
+def _progress(course: Course, bad: bool) -> str:
+    """What became of a value; as a judgement, unless there is a worse one."""
+    name, first, last, best = course.name, course.values[0], course.values[-1], course.best
+    sign = 1 if course.lower_is_better else -1
+    if len(course.values) == 1:
+        return f"{name} was measured once, at step {course.steps[0]:,} ({_number(first)}): measure more often."
+    if best is None or not math.isfinite(last):
+        return f"{'' if bad else 'It did not work: '}{name} is not finite at the end."
+    top = course.values[best]
+    real = "" if math.isnan(course.real) else f", real data {_number(course.real)}"
+    change = f"{name} {'rose' if last > first else 'fell'} from {_number(first)} to {_number(last)}"
+    if last == first:
+        change = f"{name} stayed at {_number(first)}"
+    found = f"{change} (best {_number(top)} at step {course.steps[best]:,}{real})"
+    if bad:
+        return f"{found}."
+    if not math.isfinite(first):
+        return f"It worked: {found}."
+    if sign * last >= sign * first:
+        return f"It did not work: {change}{'' if best in (0, len(course.values) - 1) else found[len(change) :]}."
+    if sign * (last - top) > WORSE * max(abs(top), abs(course.real) if math.isfinite(course.real) else 0.0):
+        return f"It got worse after step {course.steps[best]:,}: {found}. Take the checkpoint of that step."
+    way = (first - last) / (first - course.real) if math.isfinite(course.real) and first != course.real else math.nan
+    if way < LITTLE:
+        return f"It learned little: {found}. Train longer, or with other learning rates."
+    before = course.values[-2]
+    rising = best == len(course.values) - 1 and sign * (before - last) > RISING * abs(last)
+    return f"It worked: {found}.{' It still got better at the end: train longer.' if rising else ''}"
+
+
+def _table(title: str, courses: Sequence[Course]) -> list[str]:
+    rows = [[title, "first", "best", "at step", "last", "real data"]]
+    for course in courses:
+        best = course.best
+        rows.append(
+            [
+                course.name,
+                _number(course.values[0]),
+                "" if best is None else _number(course.values[best]),
+                "" if best is None else f"{course.steps[best]:,}",
+                _number(course.values[-1]),
+                "" if math.isnan(course.real) else _number(course.real),
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _number(value: float) -> str:
+    """Three digits, without an exponent where it can be read without."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
