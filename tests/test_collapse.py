@@ -548,3 +548,24 @@ def test_remedied_weights_go_to_penalties_of_the_same_name():
     run = trainer(callbacks=[LeCam(0.3), R1Penalty(0.1)])
     give_weights(run, [("R1Penalty", 0.5), ("R2Penalty", 7.0)])
     assert weights_of(run) == [("LeCam", 0.3), ("R1Penalty", 0.5)]
+
+
+class Constant(nn.Module):
+    def forward(self, x):
+        return torch.arange(len(x), device=x.device)[:, None].expand(-1, 2) / len(x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_it_decides_from_the_monitor_that_is_named():
+    """One monitor looks through an extractor by which all samples are well, the other one at the samples."""
+    found = {}
+    for name in ("kind", "honest"):
+        kind = QualityMonitor(Constant(), ["fid", "recall", "coverage"], n_samples=100, every=2, name="kind")
+        honest = QualityMonitor(n_samples=100, every=2, name="honest")
+        detector = CollapseDetector(monitor=name)
+        run = trainer(callbacks=[kind, honest, detector], max_steps=9, max_epochs=-1, limit_val_batches=0)
+        run.fit(small(g_optimizer=sgd(0.0)), DataLoader(20 * torch.randn(200, 2), 32))
+        found[name] = len(detector.events)
+    assert found == {"kind": 0, "honest": 1}
+    with pytest.raises(MisconfigurationException, match=r"finds no QualityMonitor of that name; there are 'kind'"):
+        trainer(callbacks=[kind, CollapseDetector(monitor="other")], max_steps=2).fit(small(), ring())

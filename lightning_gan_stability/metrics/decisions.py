@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_gan_stability.metrics.conditions import class_report, condition_dependence
 from lightning_gan_stability.metrics.features import Pairs
 from lightning_gan_stability.metrics.values import pairwise_diversity
 
@@ -129,3 +130,79 @@ def level(false_alarms: float, look: int) -> float:
         0.01
     """
     return false_alarms * 6 / (math.pi * look) ** 2
+
+
+def too_little_dependence(condition: Tensor, fake: Tensor, real: Tensor, least: float = 0.5) -> float:
+    """The p-value of samples that depend on their conditions ``least`` times as much as real ones do, or more.
+
+    The rows are taken apart into blocks of 25 rows or more, 50 blocks at most, which are independent of each other. In
+    each, the squared distance correlation of conditions and samples is less than ``least`` times that of real samples,
+    or not; of a healthy generator it is not in half of the blocks or more. Exact is the sign test: the binomial
+    distribution's function.
+
+    Args:
+        condition: (n, d) features, or (n,) labels.
+        fake: (n, d) features of the samples generated for these conditions.
+        real: (n, d) features of the real samples of these conditions.
+        least: part of the real samples' dependence.
+
+    Example:
+        >>> source = torch.randn(500, 2)
+        >>> too_little_dependence(source, source.roll(1, 0), source) < 1e-3
+        True
+        >>> too_little_dependence(source, source, source)
+        1.0
+    """
+    from scipy.stats import binom
+
+    size = max(25, len(fake) // 50)
+    blocks = len(fake) // size
+    low = 0
+    for start in range(0, blocks * size, size):
+        rows = slice(start, start + size)
+        found = condition_dependence(condition[rows], fake[rows], real[rows], permutations=1)
+        low += found.dependence < least * found.real
+    return float(binom.sf(low - 1, blocks, 0.5)) if blocks else 1.0
+
+
+def too_little_consistency(
+    real: Tensor, real_labels: Tensor, fake: Tensor, fake_labels: Tensor, least: float = 0.5
+) -> float:
+    """The p-value of classes whose samples look like their class ``least`` times as often as real ones do, or more.
+
+    By the nearest real samples, as in :func:`~lightning_gan_stability.metrics.conditions.class_report`; the number of
+    classes times the smallest of the binomial distribution's functions.
+
+    Example:
+        >>> real, labels = torch.randn(200, 2), torch.arange(200) % 2
+        >>> real[:, 0] += 20 * labels
+        >>> too_little_consistency(real, labels, real, 1 - labels) < 1e-6
+        True
+    """
+    from scipy.stats import binom
+
+    report = class_report(real, real_labels, fake, fake_labels, permutations=1)
+    known = [part for part in report.values() if part.n_fake]
+    found = [
+        float(binom.cdf(round(part.consistency * part.n_fake), part.n_fake, least * part.real_consistency))
+        for part in known
+    ]
+    return min(1.0, len(found) * min(found)) if found else 1.0
+
+
+def too_little_class_variation(real: Tensor, real_labels: Tensor, fake: Tensor, fake_labels: Tensor) -> float:
+    """The p-value of classes that vary at least a fifth as much as real ones, :func:`too_little_variation` of each.
+
+    The number of classes with 50 generated samples or more, times the smallest of their p-values.
+
+    Example:
+        >>> real, labels = torch.randn(200, 2), torch.arange(200) % 2
+        >>> too_little_class_variation(real, labels, real * labels[:, None], labels)
+        0.0
+    """
+    found = []
+    for label in torch.unique(real_labels).tolist():
+        theirs, ours = fake[fake_labels == label], real[real_labels == label]
+        if len(theirs) >= 50 and len(ours) >= 2:
+            found.append(too_little_variation(theirs, pairwise_diversity(ours)))
+    return min(1.0, len(found) * min(found)) if found else 1.0

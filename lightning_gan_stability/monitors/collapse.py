@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_gan_stability._checks import check, check_integer, check_share
+from lightning_gan_stability._checks import check, check_integer, check_share, check_type
 from lightning_gan_stability.callback import GANCallback, callbacks_of
 from lightning_gan_stability.metrics.decisions import level
 from lightning_gan_stability.module import GANModule
@@ -23,15 +23,31 @@ from lightning_gan_stability.monitors.rollback import Remedy, Weights, give_weig
 from lightning_gan_stability.outcome import Outcome, Trouble
 from lightning_gan_stability.protocols import GANProtocol
 
-Verdict = Literal["collapse", "partial collapse", "mode hopping", "divergence", "no variation", "never learned"]
+Verdict = Literal[
+    "collapse",
+    "partial collapse",
+    "mode hopping",
+    "divergence",
+    "no variation",
+    "never learned",
+    "ignored condition",
+    "class collapse",
+]
 Event: TypeAlias = dict[str, Any]
 Act = Literal["warn", "alert", "stop", "rollback"]
 
 MISSED = 0.03  # share of the real data that a healthy generator may miss
 NOWHERE = 0.02  # below this part of its null, coverage says that samples are nowhere near the data
 VARIED = 0.2  # part of the real data's diversity below which samples do not vary
+IGNORED = 0.25  # part of the real samples' dependence on conditions below which these are ignored
 COVERED = 0.1  # part of its null that a healthy generator's coverage has, at least, where it is confirmed
 YOUNG = 500  # steps before which nobody is said not to have learned
+SHARES = ("recall", "coverage", "dependence", "class_consistency", "class_diversity")  # of what real data have
+CONFIRMED = ("missing", "diversity", "coverage")
+CONFIRMED_BY: dict[str, tuple[str, ...]] = {  # tests, by verdicts
+    "ignored condition": ("dependence", "class_consistency"),
+    "class collapse": ("class_diversity",),
+}
 GAIN = 0.05  # what counts as progress of a share; of FID, twice that part of it
 ADVICE = {
     "collapse": "Add Unrolling, nets.Packed or R1Penalty and R2Penalty with a relativistic loss.",
@@ -40,6 +56,8 @@ ADVICE = {
     "divergence": "Lower the learning rates, set `clip_norm`, or add R1Penalty.",
     "no variation": "Add R1Penalty and R2Penalty or nets.Packed; compare both players' learning rates.",
     "never learned": "Compare both players' learning rates, add R1Penalty, and look at the data as they are loaded.",
+    "ignored condition": "Let `discriminate` see the condition beside the sample, or add a loss between both.",
+    "class collapse": "Add R1Penalty and R2Penalty; look at the number of samples of the class, and at its labels.",
 }
 
 
@@ -47,7 +65,9 @@ def is_bad(values: Mapping[str, float], best: Mapping[str, float], null: Mapping
     """Whether one measurement, for itself, is that of a generator in trouble.
 
     It misses more than 3 % of the real data's mass; or its samples are less than a tenth as far from each other as real
-    ones; or coverage is below 2 % of its null; or recall and coverage have both fallen below half of their best.
+    ones; or coverage is below 2 % of its null; or recall and coverage have both fallen below half of their best; or
+    samples depend on their conditions less than a quarter as much as real ones, or than half of their best; or a class
+    varies less than a fifth as much as real samples of it.
 
     Args:
         values: a measurement of :class:`~lightning_gan_stability.monitors.quality.QualityMonitor`.
@@ -65,6 +85,8 @@ def is_bad(values: Mapping[str, float], best: Mapping[str, float], null: Mapping
         or values.get("diversity", 1.0) < 0.1
         or values.get("coverage", 1.0) < NOWHERE * null.get("coverage", 1.0)
         or _fell(values, best)
+        or _ignores(values, best)
+        or values.get("class_diversity", 1.0) < VARIED
     )
 
 
@@ -72,6 +94,12 @@ def _fell(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
     """Whether recall and coverage are both below half of their best."""
     fell = [values[name] < best.get(name, 0.0) / 2 for name in ("recall", "coverage") if name in values]
     return bool(fell) and all(fell)
+
+
+def _ignores(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
+    """Whether samples do not belong to their conditions, or did so more than twice as much before."""
+    names = [name for name in ("dependence", "class_consistency") if name in values]
+    return any(values[name] < max(IGNORED, best.get(name, 0.0) / 2) for name in names)
 
 
 def has_lost(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
@@ -93,19 +121,40 @@ def name_trouble(recent: Sequence[Mapping[str, float]]) -> Verdict:
     * ``"mode hopping"``: most of the mass is in few modes (imbalance ≥ ½), and in others each time (moved ≥ ½).
     * ``"collapse"``: most of the mass stays in few modes, or samples are all alike.
     * ``"partial collapse"``: less than half of the mass is missed.
+    * ``"ignored condition"``, ``"class collapse"``: nothing is missed as a whole, but samples do not depend on their
+      conditions or do not look like their class; or samples of a class are all alike.
 
     Example:
         >>> name_trouble([{"missing": 0.9, "imbalance": 0.9, "moved": 0.0, "diversity": 0.1}])
         'collapse'
     """
-    mean = {name: sum(values[name] for values in recent) / len(recent) for name in recent[-1]}
+    names = [name for name in recent[-1] if all(name in values for values in recent)]
+    mean = {name: sum(values[name] for values in recent) / len(recent) for name in names}
     if not _finite(recent[-1]):
         return "divergence"
     if mean["imbalance"] >= 0.5:
         return "mode hopping" if mean["moved"] >= 0.5 else "collapse"
     if mean.get("diversity", 1.0) < 0.3:
         return "collapse"
-    return "divergence" if mean["missing"] >= 0.5 or mean.get("coverage", 1.0) < NOWHERE else "partial collapse"
+    if mean["missing"] >= 0.5 or mean.get("coverage", 1.0) < NOWHERE:
+        return "divergence"
+    told = of_conditions(recent) if mean["missing"] <= MISSED else []
+    return told[0] if told else "partial collapse"
+
+
+def of_conditions(recent: Sequence[Mapping[str, float]]) -> list[Verdict]:
+    """What all of some measurements say of conditions: ``"ignored condition"``, ``"class collapse"``, or both.
+
+    Example:
+        >>> of_conditions([{"dependence": 0.0}, {"dependence": 0.1}])
+        ['ignored condition']
+    """
+    found: list[Verdict] = []
+    if all(_ignores(values, {}) for values in recent):
+        found.append("ignored condition")
+    if all(values.get("class_diversity", 1.0) < VARIED for values in recent):
+        found.append("class collapse")
+    return found
 
 
 def stuck(course: Sequence[Mapping[str, float]], null: Mapping[str, float]) -> Verdict | None:
@@ -114,6 +163,8 @@ def stuck(course: Sequence[Mapping[str, float]], null: Mapping[str, float]) -> V
     * ``"no variation"``: no measurement has a fifth of the real data's diversity, and it has not grown.
     * ``"never learned"``: in none do samples lie among the data: coverage is below 2 % of its null, and precision and
       recall are below 2 %.
+    * ``"ignored condition"``: in none do samples depend on their conditions a quarter as much as real ones, and it has
+      not grown.
 
     Example:
         >>> stuck([{"diversity": 0.1}, {"diversity": 0.1}], {})
@@ -126,7 +177,8 @@ def stuck(course: Sequence[Mapping[str, float]], null: Mapping[str, float]) -> V
     covered = [values["coverage"] for values in course if "coverage" in values]
     if covered and max(covered) < NOWHERE * null.get("coverage", 1.0) and max(shares, default=0.0) < NOWHERE:
         return "never learned"
-    return None
+    told = [values["dependence"] for values in course if "dependence" in values]
+    return "ignored condition" if told and max(told) < min(IGNORED, told[0] + GAIN) else None
 
 
 def is_progress(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
@@ -140,7 +192,7 @@ def is_progress(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
     """
     if not _finite(values):
         return False
-    shares = [name for name in ("recall", "coverage") if name in values]
+    shares = [name for name in SHARES if name in values]
     return (
         not best
         or values["missing"] < best["missing"] - GAIN
@@ -180,8 +232,8 @@ def _text(evidence: Mapping[str, float]) -> str:
 
 
 def _finite(values: Mapping[str, float]) -> bool:
-    # KL is infinite where no sample is good, which is bad and not broken
-    return all(math.isfinite(value) for name, value in values.items() if name != "reverse_kl")
+    # KL is infinite where no sample is good, fluctuation where all are alike, which is bad and not broken
+    return all(math.isfinite(value) for name, value in values.items() if name not in ("reverse_kl", "fluctuation"))
 
 
 Action: TypeAlias = Act | Callable[[Trainer, Any, Event], None]
@@ -193,17 +245,19 @@ class CollapseDetector(GANCallback):
     After each measurement of the run's :class:`~lightning_gan_stability.monitors.quality.QualityMonitor` it asks two
     questions: is this bad (:func:`is_bad`), and is it better than ever before (:func:`is_progress`)? ``patience``
     measurements in a row that are bad, and none of them progress (or all the same modes are lost that were held before,
-    :func:`has_lost`), are a ``"collapse"``, ``"partial collapse"``, ``"mode hopping"`` or ``"divergence"``
-    (:func:`name_trouble`). Three times as many in a row that do not vary, or do not lie among the data, are ``"no
-    variation"`` or ``"never learned"`` (:func:`stuck`), after step 500. Samples that are not finite are a divergence at
+    :func:`has_lost`), are a ``"collapse"``, ``"partial collapse"``, ``"mode hopping"``, ``"divergence"``,
+    ``"ignored condition"`` or ``"class collapse"`` (:func:`name_trouble`). Three times as many in a row that do not
+    vary, do not lie among the data, or ignore their conditions are ``"no variation"``, ``"never learned"`` or
+    ``"ignored condition"`` (:func:`stuck`), after step 500. Samples that are not finite are a divergence at
     once. All ranks decide from the same reduced values.
 
     Such measurements are a suspicion, since few samples miss modes by chance. Before it is said it is confirmed with
     2,500 samples or more that nobody has seen, and as many real ones, by exact tests
     (:mod:`lightning_gan_stability.metrics.decisions`), of which the i-th has the level 6 / (π i)² times
     ``false_alarms``: a generator that holds every mode with a fifth of its share, varies a fifth as much as the data,
-    and covers a tenth of what real data cover, or half of the best so far where it lost that, is accused in a share of
-    ``false_alarms`` of the runs at most.
+    and covers a tenth of what real data cover, or half of the best so far where it lost that; with conditions, that
+    depends on them half as much as real samples do, and whose classes look like themselves half as often and vary a
+    fifth as much, is accused in a share of ``false_alarms`` of the runs at most.
 
     Every event has ``step`` (Trainer's), ``verdict``, ``action`` and ``evidence``: the measurement, the best so far,
     and ``p``, the p-value of a healthy generator. It goes into ``events``, to the loggers as ``health/<verdict>`` and
@@ -222,13 +276,15 @@ class CollapseDetector(GANCallback):
         folder: where the healthy state lies, a file per process. None: in memory, and in checkpoints.
         alert_every: seconds between alerts.
         false_alarms: share of healthy runs in which something may be said, in (0, 1).
+        monitor: the ``name`` of the QualityMonitor to decide from, if the run has several; None: the first one.
 
     Attributes:
         events: what has happened.
 
     Raises:
         ValueError: if an argument has a bad value.
-        MisconfigurationException: without a QualityMonitor; or if there is no WandbLogger to alert by.
+        MisconfigurationException: without a QualityMonitor, or with none of the name; or if there is no WandbLogger to
+            alert by.
 
     Example:
         >>> CollapseDetector(action="rollback", remedy=lambda trainer, module: None).events
@@ -257,6 +313,7 @@ class CollapseDetector(GANCallback):
         folder: str | Path | None = None,
         alert_every: int = 300,
         false_alarms: float = 0.01,
+        monitor: str | None = None,
     ) -> None:
         super().__init__()
         if not callable(action):
@@ -274,6 +331,7 @@ class CollapseDetector(GANCallback):
         self.folder = folder
         self.alert_every = check_integer("alert_every", alert_every)
         self.false_alarms = check_share("false_alarms", false_alarms, open_start=True, open_end=True)
+        self.monitor = None if monitor is None else check_type("monitor", monitor, str)
         self.add_state("events", [])
         self.add_state("looks", 0)  # at suspicions
         self.add_state("course", [])  # the last measurements, three times ``patience``
@@ -337,35 +395,49 @@ class CollapseDetector(GANCallback):
         self.recent = [] if progress or not bad else [*self.recent, dict(values)][-self.patience :]
         if not bad and self.action == "rollback":
             self._keep(trainer, module)
-        verdict = self._suspicion(module, finite, null)
-        if verdict is None and not self.recent:
+        suspected = self._suspicions(module, finite, null)
+        if not suspected and not self.recent:
             self.said = None
-        if verdict in (None, self.said):
+        if not suspected or self.said in suspected:
             return
-        p = self._p_value(trainer, module, monitor, best) if finite else 0.0
-        if finite and p > level(self.false_alarms, self.looks):
+        found = self._p_values(trainer, module, monitor, best, suspected) if finite else {suspected[0]: 0.0}
+        sure = [
+            verdict for verdict in suspected if not finite or found[verdict] <= level(self.false_alarms, self.looks)
+        ]
+        if not sure:
             self.recent, self.course = [], []
             return
-        self.said = verdict
+        verdict = self.said = sure[0]
+        p = found[verdict]
         evidence = values | {f"best_{name}": value for name, value in self.best.items()} | {"p": p}
         self._act(trainer, module, verdict, evidence)
 
-    def _suspicion(self, module: GANModule, finite: bool, null: Values) -> Verdict | None:
-        """What the last measurements look like."""
+    def _suspicions(self, module: GANModule, finite: bool, null: Values) -> list[Verdict]:
+        """What the last measurements look like, the most serious first."""
         if len(self.recent) == self.patience or not finite:
-            return name_trouble(self.recent)
+            return [*dict.fromkeys([name_trouble(self.recent), *of_conditions(self.recent)])]
         late = len(self.course) == 3 * self.patience and module.iteration >= YOUNG
-        return stuck(self.course, null) if late else None
+        verdict = stuck(self.course, null) if late else None
+        return [] if verdict is None else [verdict]
 
-    def _p_value(self, trainer: Trainer, module: GANModule, monitor: QualityMonitor, best: Values) -> float:
-        """The p-value of a healthy generator, from samples that nobody has seen."""
+    def _p_values(
+        self,
+        trainer: Trainer,
+        module: GANModule,
+        monitor: QualityMonitor,
+        best: Values,
+        suspected: Sequence[Verdict],
+    ) -> dict[Verdict, float]:
+        """By verdict the p-value of a healthy generator, from samples that nobody has seen; all of them together."""
         self.looks += 1
         least = COVERED * monitor.null.get("coverage", 1.0)
         if self.recent and all(_fell(values, best) for values in self.recent):
             least = max(least, best.get("coverage", 0.0) / 2)
         found = monitor.confirm(trainer, module, least)
-        missing = found["missing"] if found["mass"] > MISSED else 1.0
-        return min(1.0, 3 * min(missing, found["diversity"], found["coverage"]))
+        found["missing"] = found["missing"] if found["mass"] > MISSED else 1.0
+        tests = {verdict: CONFIRMED_BY.get(verdict, CONFIRMED) for verdict in suspected}
+        number = len({name for names in tests.values() for name in names if name in found})
+        return {v: min(1.0, number * min(found.get(name, 1.0) for name in names)) for v, names in tests.items()}
 
     def _act(self, trainer: Trainer, module: Any, verdict: Verdict, evidence: Values) -> None:
         action = self.action if isinstance(self.action, str) else getattr(self.action, "__name__", "function")
@@ -394,12 +466,18 @@ class CollapseDetector(GANCallback):
 
     def _monitor(self, trainer: Trainer) -> QualityMonitor:
         monitors = callbacks_of(trainer, QualityMonitor)
+        named = [monitor for monitor in monitors if self.monitor in (None, monitor.name)]
+        if monitors and not named:
+            names = ", ".join(repr(monitor.name) for monitor in monitors)
+            raise MisconfigurationException(
+                f"CollapseDetector(monitor={self.monitor!r}) finds no QualityMonitor of that name; there are {names}."
+            )
         if not monitors:
             raise MisconfigurationException(
                 "CollapseDetector decides from what a QualityMonitor measures, but the run has none: add one, or "
                 "remove CollapseDetector."
             )
-        return monitors[0]
+        return named[0]
 
     def outcome(self, trainer: Trainer) -> Outcome:
         """The events; the last one lasts while no measurement has been good since."""

@@ -32,6 +32,7 @@ from lightning_gan_stability.metrics.decisions import (
     too_little_variation,
 )
 from lightning_gan_stability.metrics.extractors import Inception
+from lightning_gan_stability.metrics.fluctuation import checkpoint_fluctuation
 from lightning_gan_stability.metrics.statistics import Cells, Seen, distance
 from lightning_gan_stability.metrics.values import (
     bin_difference,
@@ -42,6 +43,7 @@ from lightning_gan_stability.metrics.values import (
     precision_recall,
 )
 from lightning_gan_stability.module import GANModule
+from lightning_gan_stability.monitors.conditions import Told, as_labels, described
 from lightning_gan_stability.monitors.files import save_atomically
 from lightning_gan_stability.monitors.latents import fixed_latents
 from lightning_gan_stability.monitors.real_data import RealData, Split, Stage, loader_of_stage, rebatched
@@ -49,7 +51,23 @@ from lightning_gan_stability.noise import seed_of
 from lightning_gan_stability.outcome import Outcome, courses_of
 from lightning_gan_stability.outputs import Condition, Sample, Unpacked, batch_size, take_rows, tree_leaves
 
-Name = Literal["fid", "kid", "precision", "recall", "density", "coverage", "diversity", "modes", "ndb"]
+Name = Literal[
+    "fid",
+    "kid",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "diversity",
+    "modes",
+    "dependence",
+    "class_consistency",
+    "class_diversity",
+    "fluctuation",
+    "ndb",
+]
+OF_CONDITIONS = ("dependence", "class_consistency", "class_diversity")
+TRACKED, LOOKS, WIDTH = 32, 5, 2048  # samples that are followed, over so many measurements, and their features at most
 Values = dict[str, float]
 BATCH, VALUES = 256, 2**20  # samples that are generated at once, and their values, of which networks hold many more
 KEPT = 2**27  # bytes of conditions that are kept
@@ -67,6 +85,10 @@ LOWER_IS_BETTER: dict[str, bool | None] = {
     "reverse_kl": True,
     "missing": True,
     "diversity": None,
+    "dependence": False,
+    "class_consistency": False,
+    "class_diversity": None,
+    "fluctuation": True,
     "ndb": True,
 }
 LEAST = 20  # real samples: halves of them are compared, and 5 neighbours in a half
@@ -90,6 +112,15 @@ class QualityMonitor(GANCallback):
     ``quality/<name>``. The patience of ``EarlyStopping("quality/recall", mode="max")`` counts measurements, and
     ``ModelCheckpoint(monitor="quality/fid", every_n_train_steps=...)`` saves at multiples of ``every``: files bear the
     value of their own weights; other steps are refused. The first measurement is that of the untrained generator.
+    Of generators with conditions that real samples depend on, by default:
+
+    * ``quality/dependence``: how much samples depend on their conditions, as a part of what real ones do: the ratio of
+      the squared distance correlations (:func:`~lightning_gan_stability.metrics.condition_dependence`); near 0 if they
+      are ignored, or taken from another row.
+    * ``quality/class_consistency``, ``quality/class_diversity``, with integer labels: the smallest over classes of the
+      share of samples that look like their class, and of the mean distance of two samples of it, both as parts of what
+      real samples have (:func:`~lightning_gan_stability.metrics.class_report`).
+
     Besides ``metrics``:
 
     * ``quality/missing``: the share of the real data in modes, or else in K-means cells of the features, that get less
@@ -97,6 +128,9 @@ class QualityMonitor(GANCallback):
     * ``quality/imbalance``: total variation ½ Σ |q − p| between generated and real shares of the modes or cells.
     * ``quality/moved``: total variation between this measurement's generated shares and the last one's; near 1 if a
       collapsed generator hops from mode to mode.
+    * ``quality/fluctuation``, from the third measurement on: how much the samples of the same latents come and go from
+      one measurement to the next, in the last five, as a part of their variance
+      (:func:`~lightning_gan_stability.metrics.checkpoint_fluctuation`). 0: all change is steady.
     * ``quality/time_share``, for loggers alone: the part of the run's time that measuring took.
 
     Real features are extracted once. Fake samples have the same latents each time, networks are in eval mode, and the
@@ -111,8 +145,9 @@ class QualityMonitor(GANCallback):
         extractor: from samples to features (n, ...), which are flattened. None: vectors are their own features, images
             (n, c, h, w) are seen by :class:`~lightning_gan_stability.metrics.extractors.Inception`.
         metrics: which of ``fid``, ``kid``, ``precision``, ``recall``, ``density``, ``coverage``, ``diversity`` (mean
-            pairwise distance, relative to real), ``modes`` (with ``high_quality`` and ``reverse_kl``) and ``ndb``.
-            None: all but ``ndb``; ``modes`` if they are known.
+            pairwise distance, relative to real), ``modes`` (with ``high_quality`` and ``reverse_kl``), ``dependence``,
+            ``class_consistency``, ``class_diversity``, ``fluctuation`` and ``ndb``. None: all but ``ndb``; ``modes``
+            if they are known, those of conditions if there are any.
         n_samples: generated; with conditions at most as many as there are real samples. FIDs that are published have
             50,000.
         n_real: real samples at most, or ``"all"``, as published FIDs have it. None: ``n_samples``.
@@ -133,7 +168,8 @@ class QualityMonitor(GANCallback):
 
     Raises:
         ValueError: if an argument has a bad value, or features or data have.
-        MisconfigurationException: with less than 20 samples in the split, or with ``modes`` that are not known.
+        MisconfigurationException: with less than 20 samples in the split, with ``modes`` that are not known, or with
+            metrics of conditions that real samples do not depend on.
         RuntimeError: if Inception's weights cannot be downloaded.
 
     Example:
@@ -147,6 +183,7 @@ class QualityMonitor(GANCallback):
     history: list[Values]
     shares: list[float]
     measured_at: int
+    tracked: list[Tensor]
 
     def __init__(
         self,
@@ -179,6 +216,7 @@ class QualityMonitor(GANCallback):
         self.add_state("history", [])
         self.add_state("shares", [])  # of generated samples in each cell
         self.add_state("measured_at", -1)  # global step of the last measurement
+        self.add_state("tracked", [], on_device=False)  # features of the same latents, of the last measurements
         self._spent = 0.0
 
     # ---------- what the Trainer calls
@@ -246,7 +284,7 @@ class QualityMonitor(GANCallback):
             known = hasattr(self.extractor, "classify") or (
                 isinstance(getattr(data, "centers", None), Tensor) and getattr(data, "std", None) is not None
             )
-            wanted = [name for name in get_args(Name) if name != "ndb" and (known or name != "modes")]
+            wanted = [name for name in get_args(Name) if name != "ndb" and (known or name != "modes")]  # if there are
         more = ["high_quality", "reverse_kl"] if "modes" in wanted else []
         return {f"{self.name}/{name}": self.every for name in (*wanted, *more, "missing", "imbalance", "moved")}
 
@@ -261,6 +299,7 @@ class QualityMonitor(GANCallback):
             # the same on all ranks, whose sums may differ by a rounding
             fake = self._generate(module, self._real, self.n_samples, "quality")
             self.values, shares = trainer.strategy.broadcast(self._evaluate(fake))
+        self._track(fake)
         self.values["moved"] = distance(shares, self.shares) if self.shares else 0.0
         self.shares, self.measured_at = shares, trainer.global_step
         self.history.append({"step": trainer.global_step} | self.values)
@@ -270,11 +309,24 @@ class QualityMonitor(GANCallback):
             values = self.values | {"time_share": time_share}
             logger.log_metrics({f"{self.name}/{name}": x for name, x in values.items()}, step=trainer.global_step)
 
+    def _track(self, fake: Seen) -> None:
+        """Add what came and went in the last measurements."""
+        if "fluctuation" not in self._wanted:
+            return
+        features = fake.features[:TRACKED, :: math.ceil(fake.features.shape[1] / WIDTH)].float().cpu()
+        if self.tracked and self.tracked[-1].shape != features.shape:
+            self.tracked = []
+        self.tracked = [*self.tracked, features][-LOOKS:]
+        if len(self.tracked) >= 3 and bool(features.isfinite().all()):
+            self.values["fluctuation"] = checkpoint_fluctuation(torch.stack(self.tracked)).fluctuation
+
     def _evaluate(self, fake: Seen) -> tuple[Values, list[float]]:
         if not bool(fake.features.isfinite().all() and fake.modes.isfinite().all()):
             gone = dict.fromkeys(self._wanted, math.nan) | {"missing": 1.0, "imbalance": 1.0}
             return gone, [0.0] * len(self._cells.shares)
         values = self._compare(self._real.seen.features, fake.features)
+        told = {} if self._told is None else self._told.measure(fake.features)
+        values |= {name: value for name, value in told.items() if name in self._wanted}
         if "modes" in self._wanted:
             found = self._cells.cover(fake.modes)
             values |= {"modes": float(found.modes), "high_quality": found.high_quality, "reverse_kl": found.reverse_kl}
@@ -348,8 +400,6 @@ class QualityMonitor(GANCallback):
                 "QualityMonitor(metrics=['modes', ...]) must know the modes: use a data module with `centers` and "
                 "`std`, or an extractor with `classify(samples)`, or remove 'modes'."
             )
-        default = [name for name in get_args(Name) if name != "ndb" and (known or name != "modes")]
-        self._wanted = frozenset(default if self.metrics is None else self.metrics)
         self._known = known
         values = sum(leaf[0].numel() for leaf in tree_leaves(first.real))
         self._at_once = max(1, min(BATCH, VALUES // max(values, 1)))
@@ -363,11 +413,32 @@ class QualityMonitor(GANCallback):
         if not bool(self._real.seen.features.isfinite().all()):
             raise ValueError("QualityMonitor: the real samples have features that are not finite.")
         self._cells = Cells(self._real.seen, centers if known else None, std, self._classified)
+        self._told = self._real.told
+        self._wanted = self._chosen()
         self.null = trainer.strategy.broadcast(
             self._compare(self._real.seen.features[::2], self._real.seen.features[1::2])
         )
         for logger in trainer.loggers:
             logger.log_hyperparams({self.name: self.protocol})
+
+    def _chosen(self) -> frozenset[str]:
+        """The metrics that are measured.
+
+        Raises:
+            MisconfigurationException: if one of them cannot be.
+        """
+        there = () if self._told is None else self._told.names
+        if self.metrics is not None:
+            lacking = [name for name in self.metrics if name in OF_CONDITIONS and name not in there]
+            if lacking:
+                raise MisconfigurationException(
+                    f"QualityMonitor(metrics=[{lacking[0]!r}, ...]) must have conditions that real samples depend on"
+                    f"{'' if lacking[0] == 'dependence' else ', which are integer labels'}, and these samples have "
+                    f"none: remove {lacking[0]!r}, or look at what `unpack` returns."
+                )
+            return frozenset(self.metrics)
+        left_out = {"ndb", *({"modes"} if not self._known else ()), *{*OF_CONDITIONS} - {*there}}
+        return frozenset(get_args(Name)) - left_out
 
     @property
     def state_key(self) -> str:
@@ -389,7 +460,7 @@ class QualityMonitor(GANCallback):
 
     def _features(self, data: RealData, first: Unpacked, cache: str | Path | None) -> _Reading:
         """Real features of all ranks, from the cache or seen now, and the conditions of this rank."""
-        reading = _Reading(data, None if first.condition is None else _Kept())
+        reading = _Reading(data, None if first.condition is None else _Kept(), self._describe)
         if cache:
             self._see(take_rows(first.real, 0, 1))  # lets a lazy extractor read its weights
             mine = self._cached(Path(cache), reading)
@@ -397,6 +468,15 @@ class QualityMonitor(GANCallback):
             mine = _joined(map(self._see, reading.read()))
         reading.see(Seen(*map(_interleaved, mine)))
         return reading
+
+    def _describe(self, part: Unpacked) -> Tensor:
+        """What the generator is told, as labels or as rows of numbers; of the samples' kind, as their features."""
+        labels = as_labels(part.condition)
+        if labels is not None:
+            return labels
+        condition = part.condition
+        alike = isinstance(part.real, Tensor) and isinstance(condition, Tensor) and condition.shape == part.real.shape
+        return self._see(condition).features if alike else described(condition)
 
     def _cached(self, folder: Path, reading: _Reading) -> Seen:
         file = folder / f"{_digest(self.extractor, self._known, reading.read())}.pt"
@@ -419,7 +499,8 @@ class QualityMonitor(GANCallback):
 
         Returns:
             By ``"missing"``, ``"diversity"`` and ``"coverage"``; see :mod:`lightning_gan_stability.metrics.decisions`.
-            With ``"mass"``, the share of the data that is surely missed.
+            With ``"mass"``, the share of the data that is surely missed. Of conditions that real samples depend on by
+            ``"dependence"``, of labels also by ``"class_consistency"`` and ``"class_diversity"``.
         """
         with self._isolated():
             if self._confirming is None:
@@ -431,11 +512,12 @@ class QualityMonitor(GANCallback):
             real = self._confirming
         with self._isolated(), module.noise.of("confirmation"):
             fake = self._generate(module, real, max(self.n_samples, CONFIRMED), "confirmation", trainer.global_step)
-            return trainer.strategy.broadcast(self._p_values(real.seen, fake, least_coverage))
+            return trainer.strategy.broadcast(self._p_values(real, fake, least_coverage))
 
-    def _p_values(self, real: Seen, fake: Seen, least_coverage: float) -> Values:
+    def _p_values(self, reading: _Reading, fake: Seen, least_coverage: float) -> Values:
         if not bool(fake.features.isfinite().all()):
             return {"mass": 1.0, "missing": 0.0, "diversity": 0.0, "coverage": 0.0}
+        real, told = reading.seen, reading.told
         covered = covered_by(fake.features, real.features)
         (cells, k), (theirs, _) = self._finer.assign(real), self._finer.assign(fake)
         lost = lost_modes(cells, theirs, covered, k)
@@ -445,7 +527,7 @@ class QualityMonitor(GANCallback):
             "missing": lost.p,
             "diversity": too_little_variation(fake.features, pairwise_diversity(real.features)),
             "coverage": too_little_coverage(as_many, least_coverage),
-        }
+        } | ({} if told is None else told.p_values(fake.features))
 
     def _show(self, trainer: Trainer) -> None:
         """Give the last measurement to callbacks, and the most telling values of it to the progress bar."""
@@ -478,21 +560,28 @@ class _Reading:
 
     seen: Seen
 
-    def __init__(self, data: RealData, conditions: _Kept | None) -> None:
-        self.data, self.conditions = data, conditions
+    def __init__(self, data: RealData, conditions: _Kept | None, describe: Callable[[Unpacked], Tensor]) -> None:
+        self.data, self.conditions, self.describe = data, conditions, describe
         self.n = 0
+        self.told: Told | None = None
+        self._described: list[Tensor] = []
 
     def read(self) -> Iterator[Sample]:
         """The real samples, in parts; their conditions are kept."""
         self.conditions = None if self.conditions is None else _Kept()
+        self._described = []
         for part in self.data:
             if self.conditions is not None:
                 self.conditions.add(part.condition)
+                self._described.append(self.describe(part))
             yield part.real
 
     def see(self, seen: Seen) -> None:
         """Take the features of all ranks."""
         self.seen, self.n = seen, len(seen.features)
+        if self._described and _is_even(mine := torch.cat(self._described)):
+            self.told = Told(_interleaved(mine), seen.features)
+        self._described = []
 
     def conditions_of(self, n: int) -> int:
         """How many samples can be generated where n are wanted: with conditions as many as there are."""
@@ -530,6 +619,14 @@ def _interleaved(rows: Tensor) -> Tensor:
     for rank, part in enumerate(parts):
         whole[rank :: len(parts)] = part
     return whole
+
+
+def _is_even(rows: Tensor) -> bool:
+    """Whether every rank has its share of the rows, so that generated samples stand beside their conditions."""
+    if not is_distributed():
+        return True
+    lengths = torch.cat(gather_all_tensors(torch.tensor([len(rows)], device=rows.device))).tolist()
+    return all(length == len(range(rank, sum(lengths), len(lengths))) for rank, length in enumerate(lengths))
 
 
 def _digest(extractor: nn.Module | None, known: bool, samples: Iterable[Tensor]) -> str:

@@ -1,0 +1,264 @@
+"""Conditional generators: do samples belong to their conditions? Measured, tested exactly, and said."""
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from scipy.stats import binom
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from toys import trainer
+
+from lightning_gan_stability import CollapseDetector, GANModule, QualityMonitor
+from lightning_gan_stability.metrics import checkpoint_fluctuation, class_report, condition_dependence
+from lightning_gan_stability.metrics.decisions import (
+    too_little_class_variation,
+    too_little_consistency,
+    too_little_dependence,
+)
+from lightning_gan_stability.noise import generator
+
+N = 400
+
+
+def translated(source):
+    """The truth: a rotation, bent a little."""
+    return torch.stack([source[:, 1] + 0.3 * source[:, 0] ** 2, -source[:, 0]], 1)
+
+
+class Translator(nn.Module):
+    """Knows the truth, and takes the source of the row that is so many rows away."""
+
+    def __init__(self, shift=0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.shift = shift
+
+    def forward(self, source):
+        return translated(source.roll(self.shift, 0)) + self.weight
+
+
+class Classes(nn.Module):
+    """Ten Gaussians in a row; whose labels are moved, or of which one does not vary."""
+
+    def __init__(self, moved=0, still=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.moved, self.still = moved, still
+
+    def forward(self, latents, labels):
+        spread = torch.where(labels == self.still, 0.01, 1.0)[:, None] if self.still is not None else 1.0
+        places = torch.stack([8.0 * ((labels + self.moved) % 10), torch.zeros(len(labels))], 1)
+        return places + spread * latents + self.weight
+
+
+class Blind(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, samples, condition=None):
+        return self.layer(samples)
+
+
+def gan(network, latent_dim=None):
+    frozen = lambda parameters: torch.optim.SGD(parameters, lr=0.0)  # noqa: E731
+    return GANModule(network, Blind(), latent_dim, g_optimizer=frozen)
+
+
+def pairs(n=N):
+    draw = torch.Generator().manual_seed(0)
+    source = torch.randn(n, 2, generator=draw)
+    return DataLoader(TensorDataset(translated(source), source), 20, shuffle=True)
+
+
+def labelled(n=1000):
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % 10
+    x = torch.stack([8.0 * labels, torch.zeros(n)], 1) + torch.randn(n, 2, generator=draw)
+    return DataLoader(TensorDataset(x, labels), 50, shuffle=True)
+
+
+def run(module, data, steps=8, **kwargs):
+    monitor = QualityMonitor(nn.Identity(), **{"n_samples": 2500, "every": 2} | kwargs)
+    detector = CollapseDetector()
+    fit = trainer(callbacks=[monitor, detector], max_steps=steps, max_epochs=-1, limit_val_batches=0)
+    fit.fit(module, data)
+    return monitor, detector
+
+
+# ---------- what is said
+
+
+def test_a_translator_of_its_own_source_is_well():
+    monitor, detector = run(gan(Translator()), pairs())
+    assert monitor.values["dependence"] == pytest.approx(1.0, abs=1e-6)
+    assert detector.events == []
+
+
+@pytest.mark.filterwarnings("ignore:ignored condition")
+def test_a_translator_of_another_rows_source_is_not_well():
+    """FID and recall see nothing of it."""
+    monitor, detector = run(gan(Translator(shift=1)), pairs())
+    assert monitor.values["fid"] < 0.01
+    assert monitor.values["recall"] == 1.0
+    assert abs(monitor.values["dependence"]) < 0.1
+    assert [(event["step"], event["verdict"]) for event in detector.events] == [(8, "ignored condition")]
+    assert detector.events[0]["evidence"]["p"] < 1e-3
+
+
+def test_classes_that_are_well():
+    monitor, detector = run(gan(Classes(), 2), labelled())
+    assert monitor.values["class_consistency"] > 0.95
+    assert monitor.values["class_diversity"] > 0.8
+    assert detector.events == []
+
+
+@pytest.mark.parametrize(
+    ("network", "verdict"), [(Classes(moved=1), "ignored condition"), (Classes(still=4), "class collapse")]
+)
+@pytest.mark.filterwarnings("ignore:(ignored condition|class collapse)")
+def test_classes_that_are_not_well(network, verdict):
+    monitor, detector = run(gan(network, 2), labelled())
+    assert monitor.values["coverage"] > 0.8
+    assert [event["verdict"] for event in detector.events] == [verdict]
+    low = "class_consistency" if verdict == "ignored condition" else "class_diversity"
+    assert monitor.values[low] < 0.1
+
+
+def test_samples_that_nothing_depends_on_say_nothing():
+    draw = torch.Generator().manual_seed(0)
+    data = DataLoader(TensorDataset(torch.randn(N, 2, generator=draw), torch.randn(N, 2, generator=draw)), 20)
+    monitor, detector = run(gan(Translator(shift=1)), data)
+    assert "dependence" not in monitor.values
+    assert detector.events == []
+
+
+# ---------- the values
+
+
+def test_values_are_those_of_the_functions():
+    module, data = gan(Classes(still=4), 2), labelled(300)
+    monitor, _ = run(module, data, n_samples=300, n_real="all")
+    x, labels = data.dataset.tensors
+    order = torch.randperm(300, generator=generator("real"))
+    with torch.no_grad():
+        fake = module.generator(torch.randn(300, 2, generator=generator("quality")), labels[order])
+    found = condition_dependence(labels[order], fake, x[order], permutations=1)
+    assert monitor.values["dependence"] == pytest.approx(found.ratio, rel=1e-9)
+    report = class_report(x, labels, fake, labels[order]).values()
+    lowest = min(part.consistency / part.real_consistency for part in report)
+    assert monitor.values["class_consistency"] == pytest.approx(lowest, rel=1e-9)
+    assert monitor.values["class_diversity"] == pytest.approx(min(part.diversity for part in report), rel=1e-5)
+
+
+def test_metrics_of_conditions_without_any_are_refused():
+    with pytest.raises(MisconfigurationException, match=r"metrics=\['dependence', ...\]\) must have conditions"):
+        run(gan(nn.Linear(2, 2), 2), DataLoader(torch.randn(100, 2), 20), metrics=["fid", "dependence"])
+    with pytest.raises(MisconfigurationException, match="integer labels"):
+        run(gan(Translator()), pairs(), metrics=["class_diversity"])
+
+
+def test_a_condition_of_the_samples_kind_is_seen_by_the_extractor():
+    """Pictures whose sources differ by what the extractor does not see."""
+
+    class Mean(nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3))
+
+    draw = torch.Generator().manual_seed(0)
+    source = torch.randn(200, 1, 4, 4, generator=draw)
+    data = DataLoader(TensorDataset(source + 1, source), 20)
+
+    class Add(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return x + self.weight
+
+    module = gan(Add())
+    module.discriminator = nn.Sequential(nn.Flatten(), nn.Linear(16, 1))
+    monitor = QualityMonitor(Mean(), n_samples=100, every=5)
+    trainer(callbacks=[monitor], max_steps=2, max_epochs=-1, limit_val_batches=0).fit(module, data)
+    assert monitor.values["dependence"] == pytest.approx(1.0, abs=1e-6)
+
+
+# ---------- what comes and goes
+
+
+def test_fluctuation_is_that_of_the_same_latents():
+    class Jumps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+            self.register_buffer("step", torch.zeros(1))
+
+        def forward(self, latents):
+            if self.training:
+                self.step += 1
+            return latents + 0.1 * (self.step**2 % 7) + self.weight
+
+    module = gan(Jumps(), 2)
+    monitor = QualityMonitor(nn.Identity(), ["fid", "fluctuation"], n_samples=100, every=2)
+    seen = []
+    original = monitor._track
+
+    def track(fake):
+        seen.append(fake.features[:32].clone())
+        original(fake)
+
+    monitor._track = track
+    loader = DataLoader(torch.randn(100, 2), 20)
+    trainer(callbacks=[monitor], max_steps=14, max_epochs=-1, limit_val_batches=0).fit(module, loader)
+    assert "fluctuation" not in monitor.history[1]
+    for i in range(2, 8):
+        expected = checkpoint_fluctuation(torch.stack(seen[max(0, i - 4) : i + 1])).fluctuation
+        assert monitor.history[i]["fluctuation"] == pytest.approx(expected, rel=1e-6)
+        assert expected > 1e-4
+
+
+# ---------- exact tests
+
+
+def test_dependence_by_hand():
+    torch.manual_seed(0)
+    source = torch.randn(250, 2)
+    fake = torch.where((torch.arange(250) < 125)[:, None], source, source.roll(7, 0))
+    low = sum(
+        condition_dependence(source[rows], fake[rows], permutations=1).dependence
+        < 0.5 * condition_dependence(source[rows], source[rows], permutations=1).dependence
+        for rows in (slice(start, start + 25) for start in range(0, 250, 25))
+    )
+    assert 0 < low < 10
+    expected = sum(binom.pmf(k, 10, 0.5) for k in range(low, 11))
+    assert too_little_dependence(source, fake, source) == pytest.approx(expected)
+
+
+def test_false_alarms_of_dependence():
+    """Samples of the same distribution, weakly dependent: the level holds."""
+    torch.manual_seed(0)
+    p = []
+    for _ in range(200):
+        source = torch.randn(300, 1)
+        real, fake = (0.7 * source + torch.randn(300, 1) for _ in range(2))
+        p.append(too_little_dependence(source, fake, real))
+    assert sum(x < 0.05 for x in p) <= binom.ppf(0.999, 200, 0.05)
+
+
+def test_consistency_by_hand():
+    real, labels = torch.arange(40.0)[:, None] + 1000 * (torch.arange(40) % 2)[:, None], torch.arange(40) % 2
+    told = torch.cat([torch.zeros(20), torch.ones(20)]).long()
+    fake = torch.cat([torch.zeros(8, 1), torch.full((12, 1), 1000.0), torch.full((20, 1), 1000.0)])
+    # of class 0 eight of 20 look like it, of class 1 all; real ones always do
+    expected = min(1.0, 2 * min(binom.cdf(8, 20, 0.5), binom.cdf(20, 20, 0.5)))
+    assert too_little_consistency(real, labels, fake, told) == pytest.approx(expected)
+
+
+def test_class_variation_needs_fifty_samples():
+    torch.manual_seed(0)
+    real, labels = torch.randn(200, 2), torch.arange(200) % 2
+    still = real * labels[:, None]
+    assert too_little_class_variation(real, labels, still, labels) < 1e-6
+    assert too_little_class_variation(real, labels, still[:80], labels[:80]) == 1.0
+    assert too_little_class_variation(real, labels, 0.3 * real, labels) > 0.5
