@@ -417,3 +417,11 @@ def test_why_gans_are_hard(path, run, monkeypatch, tmp_path):
     if path.stem == "divergences":  # JS and both gradients of shifted Gaussians
         row = next(line.split() for line in out if line.split()[0] == "5.0")
         assert [float(x) for x in row[1:]] == pytest.approx([12.5, 12.5, 0.6759, 4.738e-2, 4.953], rel=1e-3)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.timeout(200)
+def test_monitors_benchmark_smoke(run, monkeypatch):
+    out = benchmark(run, monkeypatch, "monitors")
+    assert len([line for line in out.splitlines() if line.startswith("| ")]) == 1 + 4
+    assert "memory at 32×32, n = 100: " in out
