@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from PIL import Image
 from torch import nn
@@ -515,6 +516,35 @@ def quality(rank=None, **kwargs):
     return seen | {"weights": weights(module), "first": first.seen, "iteration": module.iteration}
 
 
+class Labelled(nn.Module):
+    """Knows where a label's samples are, by half."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, latents, labels):
+        return 2.0 * labels[:, None] + latents + self.weight
+
+
+class Unlabelled(nn.Linear):
+    def forward(self, samples, labels=None):
+        return super().forward(samples)
+
+
+def told(rank=None, **kwargs):
+    """Measurements of samples with labels, for which EarlyStopping waits in vain."""
+    labels = torch.arange(120) % 3
+    real = 4.0 * labels[:, None] + torch.randn(120, 2, generator=torch.Generator().manual_seed(0))
+    module = GANModule(Labelled(), Unlabelled(2, 1), 2, g_optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    stop = EarlyStopping("quality/recall", patience=2, mode="max")
+    options = {"max_steps": 9, "max_epochs": -1} | kwargs
+    run = trainer(callbacks=[QualityMonitor(n_samples=101, every=2), stop], **options)
+    run.fit(module, DataLoader(TensorDataset(real, labels), batch_size=10))
+    values = {k: v.item() for k, v in run.callback_metrics.items() if k.startswith("quality/")}
+    return {"values": values, "stopped": stop.stopped_epoch, "steps": run.global_step, "waits": stop.wait_count}
+
+
 def paired(rank=None, **kwargs):
     """A reconstruction, measured on validation data of which each process sees its half."""
     torch.manual_seed(0)
@@ -685,7 +715,7 @@ def worker(rank, port, folder, names):
     options = {"strategy": "ddp", "devices": size, "use_distributed_sampler": False}
     results = {}
     others = {"noise": noise, "quality": quality, "paired": paired, "resumed": resumed, "refused": refused}
-    others |= {"unequal": unequal, "more": more, "stopped": stopped, "pictures": pictures}
+    others |= {"told": told, "unequal": unequal, "more": more, "stopped": stopped, "pictures": pictures}
     others |= {f"sharded {case}": sharded(case) for case in SHARDED}
     others |= {f"threaded {case}": threaded(case) for case in THREADED}
     others["sharded paired"] = lambda rank, **kwargs: paired(rank, **kwargs | {"strategy": sharding()})
@@ -885,6 +915,15 @@ def test_two_processes_measure_pairs_as_one_does(ranks, case):
     one = paired()
     assert one.keys() == {"quality/psnr", "quality/mse"}
     assert {k: first[k] for k in one} == {k: second[k] for k in one} == pytest.approx(one, rel=1e-6)
+
+
+def test_two_processes_measure_conditions_and_stop_as_one_does(ranks):
+    first, second = results(ranks, "told")
+    one = told()
+    assert {"quality/dependence", "quality/class_consistency", "quality/fluctuation"} < one["values"].keys()
+    assert first["values"] == second["values"] == pytest.approx(one["values"], rel=1e-5, abs=1e-7)
+    assert one["steps"] == 6  # the first measurement in training, and two that are no better
+    assert [first[name] for name in ("steps", "waits")] == [second[name] for name in ("steps", "waits")] == [6, 2]
 
 
 @pytest.mark.parametrize("case", ["quality", "sharded quality"])

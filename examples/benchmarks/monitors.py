@@ -6,8 +6,8 @@
 A DCGAN of 64×64 pixels, batches of 64, one thread, CPU seconds. Each round times in turn ten steps without monitors,
 with `HealthMonitor` and `QualityMonitor` that only look on, with two decisions of `HealthMonitor` in them, and with a
 measurement of 2,500 samples, seen by a network as large as Inception (torchvision's, with random weights, since its
-time alone counts). Memory is the largest resident set of a process that trains on 128×128 pixels and measures 2,500 samples,
-over that of one that does not measure.
+time alone counts). Memory is the largest resident set of a process that trains on 128×128 pixels and measures 2,500
+samples, over that of one that does not measure.
 """
 
 import argparse
