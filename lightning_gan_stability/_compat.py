@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import SpectralNorm as OldSpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm as OldWeightNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -106,6 +107,29 @@ def _is_of_fsdp(hook: Any) -> bool:
 def _refill(hooks: dict[int, Any], entries: Mapping[int, Any]) -> None:
     hooks.clear()
     hooks.update(entries)  # in their order
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place."""
+    return tensor._version
+
+
+# ---------- torch: communication
+
+
+class NoExchange(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A context in which processes cannot talk: what would wait for the others raises instead.
+
+    Collectives are operations like others, and pass through modes of the dispatcher, on autograd's threads as well.
+
+    Raises:
+        RuntimeError: from the collective.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional"):
+            raise RuntimeError(f"{func} would wait for other processes.")
+        return func(*args, **kwargs or {})
 
 
 # ---------- torch: compilation

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,8 +19,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from lightning_gan_stability._checks import describe, is_number, is_term_name
-from lightning_gan_stability._compat import is_compiled
+from lightning_gan_stability._compat import is_compiled, version
 from lightning_gan_stability.callback import GANCallback, Regularizer, UpdateRule, callbacks_of, gradient_scaler
+from lightning_gan_stability.finite import (
+    Finding,
+    Replay,
+    Turn,
+    after_delay,
+    finite_so_far,
+    in_data,
+    in_turn,
+    in_weights,
+    isolated,
+)
 from lightning_gan_stability.layers import parameter_dtype
 from lightning_gan_stability.losses import AdversarialLoss
 from lightning_gan_stability.outputs import (
@@ -70,6 +82,36 @@ def adversarial_losses(loss: AdversarialLoss, player: Player, outputs: GANOutput
     return {name: loss.generator(logits, real).mean() for name, real, logits in outputs.pairs()}
 
 
+@dataclass(slots=True)
+class Failure:
+    """A loss or a gradient that was not finite.
+
+    Attributes:
+        step: at which iteration.
+        player: whose update.
+        terms: what was not finite, by its key in the log.
+        turn: what the gradient was taken of, if that is known.
+        versions: how often each parameter had changed when it was found.
+    """
+
+    step: int
+    player: Player
+    terms: list[str]
+    turn: Turn | None
+    versions: list[int]
+
+    def message(self, finding: Finding | None = None) -> str:
+        """What is said of it."""
+        advice = (
+            f"lower the learning rate of `{self.player}_optimizer`, or of the other player's, set `clip_norm`, or add "
+            "R1Penalty."
+        )
+        text = f"Not finite in the {NETWORKS[self.player]}'s update at step {self.step}: {', '.join(self.terms)}."
+        if finding is None:
+            return f"{text} If the data are finite, {advice}"
+        return f"{text} {finding.text} {finding.advice or advice[0].upper() + advice[1:]}"
+
+
 class Engine:
     """Takes the gradients and the steps of a GANModule's players.
 
@@ -81,15 +123,19 @@ class Engine:
         self.module = module
         self.compiled: bool | None = None  # whether a network is; None: nobody has looked yet
         self._looked = False  # at what the discriminator returns beside its logits
-        self._separate: str | None = None  # the penalty whose own step is being taken
+        self._separate: Regularizer | None = None  # the penalty whose own step is being taken
         self._callbacks: list[GANCallback] | None = None  # of the batch at hand, which asks for them often
         self._stateful: tuple[AdversarialLoss, bool] | None = None  # the loss, and whether it has buffers
         # iterations, players and values that may not be finite
         self._unchecked: list[tuple[int, Player, dict[str, Tensor]]] = []
+        self._turns: dict[Player, Turn] = {}  # of the batch at hand, which may have to be taken again
+        self._moves = 0  # steps that optimizers have taken
+        self._failure: Failure | None = None  # which nobody has explained yet
 
     def start(self) -> None:
         """Begin a fit, without a trace of the one before."""
         self.compiled, self._unchecked, self._looked = None, [], False
+        self._turns, self._failure = {}, None
 
     # ---------- the run
 
@@ -118,7 +164,7 @@ class Engine:
                 )
             yield
         finally:
-            self._callbacks = None
+            self._callbacks, self._turns = None, {}
             module.plan, module.adversarial = plan, adversarial
 
     def due(self, player: Player, separate: bool = False) -> list[Regularizer]:
@@ -155,9 +201,11 @@ class Engine:
 
     # ---------- gradients
 
-    def compute_gradients(self, player: Player, batch: Any, objective: Objective) -> GANOutputs:
-        """Put the gradient of an objective, of a batch in micro-batches, into the player's ``grad``."""
+    def compute_gradients(self, player: Player, batch: Any, objective: Objective | None = None) -> GANOutputs:
+        """Put the gradient of an objective (None: the player's loss), of a batch in micro-batches, into ``grad``."""
         self.check_trainable(player)
+        self._note_turn(player, batch, objective is not None and self._separate is None)
+        objective = functools.partial(self._objective, player) if objective is None else objective
         parts: list[GANOutputs] = []
         shares: list[float] = []
         terms: Terms = {}
@@ -174,6 +222,11 @@ class Engine:
             self._looked = True
             self._warn_of_idle_logits(whole)
         return whole
+
+    def _objective(self, player: Player, part: Any) -> tuple[GANOutputs, Tensor, Terms]:
+        """What a player sees of a (micro-)batch, its total loss, and the terms."""
+        outputs = self.module.compute_outputs(player, part)
+        return outputs, *self.module.player_loss(player, outputs)
 
     def _warn_of_idle_logits(self, outputs: GANOutputs) -> None:
         """Warn of a discriminator of which nothing trains, because its logits are taken for features."""
@@ -235,6 +288,7 @@ class Engine:
 
     def set_gradients(self, player: Player, gradients: Sequence[Tensor | None]) -> None:
         """Put given gradients, averaged over ranks, into the ``grad`` of the player's parameters."""
+        self._turns.pop(player, None)
         pairs = zip(self.trainable_parameters(player), gradients, strict=True)
         # the gradient of Σ p·g is g, and takes the way through the strategy that every loss's gradient takes
         products = [(p * g.detach()).sum() for p, g in pairs if g is not None]
@@ -459,12 +513,18 @@ class Engine:
                 unjudged = outputs.replace(real_logits=None, fake_logits=None)
                 return unjudged, term if every == 1 else every * term, {name: term.detach()}
 
-            self._separate = self.module.term_name(regularizer)
-            try:
+            with self._as_separate(regularizer):
                 self.compute_gradients(player, batch, objective)
                 self.step(player, schedule=False)
-            finally:
-                self._separate = None
+
+    @contextmanager
+    def _as_separate(self, penalty: Regularizer | None) -> Iterator[None]:
+        """In the separate step of a penalty; None: in a player's own."""
+        before, self._separate = self._separate, penalty
+        try:
+            yield
+        finally:
+            self._separate = before
 
     def _outputs_of(self, regularizer: Regularizer, part: Any) -> GANOutputs:
         """What a penalty reads of a (micro-)batch, and no more."""
@@ -507,6 +567,7 @@ class Engine:
         else:
             optimizer.step()
         record.moved.add(player)
+        self._moves += 1
         module.constrain(player)
         if schedule:
             self.schedule("step", [optimizer.optimizer])
@@ -536,7 +597,7 @@ class Engine:
         if self._separate is None:
             record.gradient_norms[player] = record.values[f"{player}/grad_norm"] = norm
         else:
-            record.values[f"{player}/grad_norm/{self._separate}"] = norm
+            record.values[f"{player}/grad_norm/{module.term_name(self._separate)}"] = norm
         # a gradient scaler skips the steps whose gradient overflows, and is right to
         values = record.terms[player] | ({"grad_norm": norm} if gradient_scaler(module.trainer) is None else {})
         self._unchecked.append((module.iteration, player, values))
@@ -554,7 +615,7 @@ class Engine:
         """Stop the run if a term of a loss or a gradient was not finite.
 
         Raises:
-            FloatingPointError: with the player, the step and the terms.
+            FloatingPointError: with the player, the step and the terms, and where the values come from.
         """
         unchecked, self._unchecked = self._unchecked, []
         module = self.module
@@ -571,12 +632,95 @@ class Engine:
                 raise FloatingPointError("Not finite in another process's update.")
         if bad:
             step, player, _ = bad[0]
-            terms = ", ".join(name for s, p, name in bad if (s, p) == (step, player))
-            raise FloatingPointError(
-                f"Not finite in the {NETWORKS[player]}'s update at step {step}: {terms}. If the data are finite, "
-                f"lower the learning rate of `{player}_optimizer`, or of the other player's, set `clip_norm`, or add "
-                "R1Penalty."
-            )
+            terms = [name for s, p, name in bad if (s, p) == (step, player)]
+            versions = [version(p) for p in module.parameters()]
+            self._failure = Failure(step, player, terms, self._turns.get(player), versions)
+            error = FloatingPointError(self._failure.message())
+            in_batch = self._callbacks is not None
+            if not (in_batch and self._may_be_rescued()):  # or else the training step asks, if nobody rescues it
+                self.explain(error)
+            raise error
+
+    # ---------- not finite
+
+    def _note_turn(self, player: Player, batch: Any, own: bool) -> None:
+        """Note what a gradient is taken of, until the batch is over."""
+        module = self.module
+        if module.noise.in_step:
+            start = module.noise.randomness()
+            self._turns[player] = Turn(player, batch, start, self._moves, module.adversarial, own, self._separate)
+
+    def explain(self, error: FloatingPointError) -> None:
+        """Let the error of a value that is not finite say where it comes from, as far as a second look shows."""
+        failure, self._failure = self._failure, None
+        if failure is None:
+            return  # an error of somebody else's
+        finding = None
+        try:
+            for finding in self._findings(failure):  # noqa: B007  # the last one says most
+                pass
+        except Exception:
+            # The run is about to stop with an error that stands without this. A turn that is taken again runs
+            # everybody's code, with hooks and after memory has become scarce, and whatever it raises would hide that.
+            pass
+        if finding is not None:
+            error.args = (failure.message(finding),)
+
+    def _findings(self, failure: Failure) -> Iterator[Finding | None]:
+        """What a second look finds, the longer it takes the more."""
+        module, turn = self.module, failure.turn
+        if failure.step != module.iteration:
+            yield after_delay(module)
+            return
+        if turn is None:
+            yield in_weights(module)
+            return
+        with isolated(module, self.callbacks(), turn), self._as_separate(turn.penalty):
+            batch = turn.batch
+            with module.noise.replay():
+                seen = batch if isinstance(batch, GANOutputs) else module.unpacked(batch)
+            found = in_data(seen.real, seen.condition) or in_weights(module)
+            yield found or finite_so_far()
+            moved = turn.moves != self._moves or failure.versions != [version(p) for p in module.parameters()]
+            # of shards the weights are with other processes, who need not look
+            if found is None and not moved and not turn.own and module.device_mesh is None:
+                with self._uncompiled():
+                    yield in_turn(module, self._replay(turn))
+
+    def _replay(self, turn: Turn) -> Replay:
+        """How a turn is taken again; the random state is the one that it began with."""
+        module, player = self.module, turn.player
+        penalties = self.due(player) if turn.penalty is None else [turn.penalty]
+        mine = {id(p) for p in self.trainable_parameters(player)}
+        start = module.noise.randomness()
+
+        def parts() -> Iterator[Any]:
+            module.noise.restore(start)
+            for part, _ in self._parts(turn.batch):
+                yield part if isinstance(part, GANOutputs) else module.unpacked(part)
+
+        def see(part: Any) -> GANOutputs:
+            if turn.penalty is not None:
+                return self._outputs_of(turn.penalty, part)
+            if isinstance(part, GANOutputs):  # samples for both players, whose graph is used up
+                with module.noise.replay():
+                    part = module.resample(part, part.latents)
+            return module.compute_outputs(player, part)
+
+        def weigh(outputs: GANOutputs) -> tuple[Terms, Terms]:
+            if turn.penalty is None:
+                return self._weighed_terms(player, outputs)
+            ((name, every, term),) = self._penalties(player, outputs, [turn.penalty])
+            return {name: every * term}, {name: term.detach()}
+
+        return Replay(
+            player,
+            parts,
+            see,
+            weigh,
+            {module.term_name(c): c for c in penalties},
+            {name: p for name, p in module.named_parameters() if id(p) in mine},
+        )
 
 
 def _checked_factor(source: str, name: str, factor: Any) -> Any:

@@ -636,12 +636,7 @@ class GANModule(LightningModule):
         Returns:
             What the player saw on the whole batch, without graphs.
         """
-
-        def player_objective(part: Any) -> tuple[GANOutputs, Tensor, Terms]:
-            outputs = self.compute_outputs(player, part)
-            return outputs, *self.player_loss(player, outputs)
-
-        return self.engine.compute_gradients(player, batch, player_objective if objective is None else objective)
+        return self.engine.compute_gradients(player, batch, objective)
 
     def separate_steps(self, player: Player, batch: Any) -> None:
         """Take the steps of a player's due penalties that have steps of their own, on samples of their own.
@@ -824,9 +819,10 @@ class GANModule(LightningModule):
             with self.engine.adjusted_for_batch(rule), self.noise.of_step():
                 self.last_step = step = StepRecord(self.iteration, visible, finished=False, values=values)
                 rule(self, batch)
-        except FloatingPointError:
+        except FloatingPointError as error:
             rescued = any(callback.rescue(trainer, self) for callback in self.engine.callbacks())
             if not rescued:
+                self.engine.explain(error)
                 raise
         if not step.moved:
             # one batch is one global_step, also when a rule leaves both players where they are

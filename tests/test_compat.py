@@ -7,6 +7,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional_collectives
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
@@ -26,6 +27,7 @@ from toys import ignoring, trainer
 from lightning_gan_stability import MLP, _compat
 from lightning_gan_stability._compat import (
     Float32Buffers,
+    NoExchange,
     allow_unused_parameters,
     buffer_names,
     check_on_train_epoch_end,
@@ -49,6 +51,7 @@ from lightning_gan_stability._compat import (
     scheduler_parts,
     to_device,
     trainer_of,
+    version,
     without_fsdp_hooks,
 )
 
@@ -70,6 +73,8 @@ RELIES_ON = {
     "lerp_": {"_foreach_lerp_"},
     "norms": {"_foreach_norm"},
     "without_fsdp_hooks": {"_forward_pre_hooks", "_forward_hooks"},
+    "version": {"_version"},
+    "NoExchange": {"_c10d_functional", "_c10d_functional_autograd"},  # and torch.utils._python_dispatch
     "is_compiled": {"_compiled_call_impl", "_modules", "_orig_mod"},
     "original_module": {"_modules", "_orig_mod"},
     "mark_dynamic": {"_dynamo"},
@@ -360,6 +365,44 @@ def test_without_fsdp_hooks_of_a_group_of_layers(mesh):
     fully_shard([network[0], network[1]], mesh=mesh)
     with without_fsdp_hooks(network):
         assert hooks(network) == []
+
+
+def test_version_counts_changes_in_place():
+    p = nn.Parameter(torch.ones(2))
+    before = version(p)
+    with torch.no_grad():
+        p * 2
+        assert version(p) == before
+        p.copy_(torch.zeros(2))
+    assert version(p) > before
+
+
+def collectives():
+    """What processes say to each other: in place, as functions, and in the middle of a backward pass."""
+    yield lambda: dist.all_reduce(torch.ones(1))
+    yield lambda: dist.all_gather([torch.ones(1)], torch.ones(1))
+    yield lambda: dist.broadcast(torch.ones(1), 0)
+    yield lambda: dist.barrier()
+    yield lambda: functional_collectives.all_reduce(torch.ones(1), "sum", dist.group.WORLD).sum()
+
+    def backward():
+        x = torch.ones(1, requires_grad=True)
+        y = x * 2
+        y.register_hook(lambda gradient: dist.all_reduce(gradient.clone()))
+        torch.autograd.grad(y, x)
+
+    yield backward
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_NoExchange_raises_where_a_process_would_wait(mesh, number):
+    exchange = [*collectives()][number]
+    exchange()
+    with NoExchange(), pytest.raises(RuntimeError, match="would wait for other processes"):
+        exchange()
+    with NoExchange():
+        assert nn.Linear(2, 1)(torch.ones(3, 2)).shape == (3, 1)
+    exchange()
 
 
 # ---------- torch: compilation

@@ -633,6 +633,47 @@ def refused(rank, **kwargs):
     return {"said": said}
 
 
+class Asks(nn.Module):
+    """Passes on what it gets, after the processes have spoken to each other."""
+
+    def forward(self, x):
+        torch.distributed.all_reduce(x.detach().sum())
+        return x
+
+
+def broken(rank, **kwargs):
+    """What is said of values that are not finite on one of two processes."""
+    said, log = {}, ActivationLayer(torch.log)
+    cases = {
+        "layer": ([nn.Linear(2, 1)], 0, -1.0, {}),
+        "samples": ([nn.Linear(2, 1), Asks()], 1, float("nan"), {}),
+        "shards": ([nn.Linear(2, 1)], 0, -1.0, {"strategy": sharding()}),
+        "samples of shards": ([nn.Linear(2, 1)], 1, float("nan"), {"strategy": sharding()}),
+    }
+    for name, (layers, where, value, options) in cases.items():
+        batch = torch.ones(4, 2)
+        if rank == where:
+            batch[3] = value
+        torch.manual_seed(0)
+        generator = nn.Sequential(nn.Linear(4, 2), ActivationLayer(torch.exp))
+        try:
+            fit(GANModule(generator, nn.Sequential(log, *layers), 4), [batch], **kwargs | options)
+        except FloatingPointError as error:
+            said[name] = str(error)
+    return {"said": said}
+
+
+class ActivationLayer(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
 class Signal(Callback):
     """Sends SIGUSR1 to one process in the middle of a step; its handler saves, as Lightning's does under SLURM."""
 
@@ -715,7 +756,8 @@ def worker(rank, port, folder, names):
     options = {"strategy": "ddp", "devices": size, "use_distributed_sampler": False}
     results = {}
     others = {"noise": noise, "quality": quality, "paired": paired, "resumed": resumed, "refused": refused}
-    others |= {"told": told, "unequal": unequal, "more": more, "stopped": stopped, "pictures": pictures}
+    others |= {"told": told, "broken": broken, "unequal": unequal, "more": more, "stopped": stopped}
+    others["pictures"] = pictures
     others |= {f"sharded {case}": sharded(case) for case in SHARDED}
     others |= {f"threaded {case}": threaded(case) for case in THREADED}
     others["sharded paired"] = lambda rank, **kwargs: paired(rank, **kwargs | {"strategy": sharding()})
@@ -845,6 +887,20 @@ def test_what_cannot_be_sharded_is_refused(ranks):
 def test_different_numbers_of_batches_are_refused_on_all_ranks(ranks):
     for rank, seen in enumerate(results(ranks, "unequal")):
         assert f"have between 3 and 4 batches in an epoch, this one {3 + rank}: give all the same" in seen["said"]
+
+
+def test_values_that_are_not_finite_on_one_process_are_named_there_and_stop_both(ranks):
+    one, other = (seen["said"] for seen in results(ranks, "broken"))
+    start = "Not finite in the discriminator's update at step 0: "
+    assert all(said.startswith(start) for said in (*one.values(), *other.values()))
+    assert "of `discriminator.0` (ActivationLayer), whose inputs are finite, in real sample 3 of 4." in one["layer"]
+    assert "On this process's part of the batch all is finite: see the error of another process." in other["layer"]
+    others = "The data and the weights are finite on this process: see the error of another one, too. Lower the"
+    for kind in ("samples", "samples of shards"):
+        assert "`real`, in sample 3 of 4." in other[kind]
+        # the network waits for the other process, which does not take its turn again
+        assert one[kind].startswith(f"{start}`d/grad_norm`. {others}")
+    assert one["shards"].startswith(f"{start}`d/adversarial`, `d/grad_norm`. {others}")
 
 
 def test_a_signal_that_one_process_gets_stops_both_at_the_same_batch(ranks):

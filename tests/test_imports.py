@@ -35,7 +35,7 @@ FLOORS = [
         "audio",
         "metrics.*",
     ],
-    ["callback", "protocols", "networks", "engine", "sharding", "monitored", "guard"],
+    ["callback", "protocols", "finite", "networks", "engine", "sharding", "monitored", "guard"],
     ["module"],
     ["regularizers.*", "update_rules.*", "callbacks.*", "monitors.*", "data.*", "recipes.*"],
     ["cli.*", "__main__", "__init__"],
