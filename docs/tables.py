@@ -629,6 +629,16 @@ METHODS: dict[str, list[Method]] = {
             ],
         ),
         Method(
+            ["copying_test"],
+            [Paper("1705.07663")],
+            "distances of training and of held-out samples to the nearest generated one, whose order is random without "
+            "copies; negative hypergeometric number of training samples before the r-th held-out one, r = 1, 2, 4, 8",
+            [
+                "test_memorization.py::test_p_values_of_copying_are_those_of_all_labels",
+                "test_memorization.py::test_no_generator_that_copies_nothing_is_accused",
+            ],
+        ),
+        Method(
             ["condition_dependence"],
             [Paper("1310.2926")],
             "bias-corrected squared distance correlation of conditions and samples; permutation tests of shuffled "
@@ -762,6 +772,17 @@ METHODS: dict[str, list[Method]] = {
             ],
         ),
         Method(
+            ["MemorizationMonitor"],
+            [],
+            "`copying_test` every `every` steps, with all training samples; the i-th look speaks at the level "
+            "6 `false_alarms` / (π i)²",
+            [
+                "test_memorization_monitor.py::test_copies_are_said_with_their_share",
+                "test_memorization_monitor.py::test_a_perfect_generator_is_never_accused",
+                "test_memorization_monitor.py::test_the_pairs_are_the_nearest",
+            ],
+        ),
+        Method(
             ["PairedMonitor"],
             [],
             "metrics of torchmetrics on generated samples and their targets, in every validation",
@@ -825,6 +846,7 @@ STRATEGIES: dict[str, dict[str, str]] = {
     "SampleLogger": {},
     "HealthMonitor": {},
     "QualityMonitor": {},
+    "MemorizationMonitor": {},
     "PairedMonitor": {},
     "CollapseDetector": {},
     "R1Penalty, separate": {},
@@ -923,6 +945,7 @@ RECIPES = [
     Recipe("The same, by slow weights of both players", "Lookahead", {"k": 5}, ["configs/lookahead.yaml"]),
     Recipe("Samples flicker from step to step", "GeneratorEMA", {"decay": 0.999}, ["configs/sngan.yaml"]),
     Recipe("There is little data", "AdaptiveAugmentation", None, [], "{} or `LeCam`: [guide](image_gans.md)"),
+    Recipe("Samples look like training data", "MemorizationMonitor", None, [], "{}, with held-out data"),
     Recipe("The latents do not matter", "ModeSeeking", {"weight": 1.0}),
     Recipe("Reconstruction breaks when D joins", "AdversarialStart", None, [], "{}: [guide](reconstruction.md)"),
     Recipe("The adversarial loss drowns the others", "AdaptiveAdversarialWeight", None, [], "{} or `LossBalancer`"),

@@ -37,6 +37,7 @@ from lightning_gan_stability.metrics.statistics import DensityCoverage, FrechetD
 from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.monitors.collapse import CollapseDetector
 from lightning_gan_stability.monitors.health import HealthMonitor
+from lightning_gan_stability.monitors.memorization import MemorizationMonitor
 from lightning_gan_stability.monitors.paired import PairedMonitor
 from lightning_gan_stability.monitors.quality import QualityMonitor
 from lightning_gan_stability.monitors.rollback import Remedy, ScaleLearningRate, ScalePenalty
@@ -138,6 +139,7 @@ __all__ = [
     "Lookahead",
     "LossBalancer",
     "MelDistance",
+    "MemorizationMonitor",
     "MinibatchStdDev",
     "Minimax",
     "ModeSeeking",

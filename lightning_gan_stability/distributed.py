@@ -1,9 +1,13 @@
 """Tensors that are spread over processes, or meant for all of them."""
 
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -54,6 +58,20 @@ def gather_rows(tensor: Tensor) -> list[Tensor]:
     found = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(found, padded)
     return [rows[:n] for rows, n in zip(found, lengths, strict=True)]
+
+
+def gather_objects(thing: T) -> list[T]:
+    """What every process has, in the order of ranks; anything that can be pickled.
+
+    Example:
+        >>> gather_objects({"row": 3})
+        [{'row': 3}]
+    """
+    if not is_distributed():
+        return [thing]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, thing)
+    return found
 
 
 def any_rank(flags: list[bool], device: torch.device) -> list[bool]:

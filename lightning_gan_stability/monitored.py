@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightning_gan_stability.callback import Cadence
 
 #: Keys that begin like this are those of this package's callbacks.
-PREFIXES = ("quality/", "health/", "balance/", "collapse/")
+PREFIXES = ("quality/", "health/", "balance/", "collapse/", "memorization/")
 
 
 class Monitored:

@@ -310,6 +310,7 @@ def test_monitors_are_not_rolled_back():
     assert remembering == {
         "CollapseDetector",
         "HealthMonitor",
+        "MemorizationMonitor",
         "PairedMonitor",
         "QualityMonitor",
         "SampleLogger",

@@ -325,6 +325,7 @@ LeCam: {start: 1}
 LogitDrift: {weight: 0.001}
 Lookahead: {k: 2, alpha: 0.5}
 LossBalancer: {weights: {adversarial: 1, mse: 2}}
+MemorizationMonitor: {every: 2, n_samples: 50, n_train: 100, pairs: 2, false_alarms: 0.001, name: copies}
 ModeSeeking: {}
 OptimizerSchedule: {values: {lr: {start: 1.0e-3, end: 1.0e-4, steps: 10, shape: linear}, betas.1: 0.9}, player: d}
 OrthogonalPenalty: {player: d}

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError
 from torchmetrics.image import PeakSignalNoiseRatio
-from toys import Shift, fit, free_port, points, small, tensors, trainer, weights
+from toys import Copier, Shift, fit, free_port, points, small, tensors, trainer, weights
 
 from lightning_gan_stability import (
     MLP,
@@ -64,6 +64,7 @@ from lightning_gan_stability import (
     LogitDrift,
     Lookahead,
     LossBalancer,
+    MemorizationMonitor,
     Minimax,
     ModeSeeking,
     OptimisticAdam,
@@ -557,6 +558,18 @@ def paired(rank=None, **kwargs):
     return {k: v.item() for k, v in run.callback_metrics.items() if k.startswith("quality/")}
 
 
+def memorized(rank=None, **kwargs):
+    """A generator that copies half of its training data, of which each process sees a share."""
+    real = torch.randn(250, 2, generator=torch.Generator().manual_seed(0))
+    module = GANModule(Copier(real[:150]), MLP([2, 8, 1]), latent_dim=4)
+    monitor = MemorizationMonitor(every=2, n_samples=101, pairs=5)
+    run = trainer(callbacks=[monitor], max_steps=3, max_epochs=-1, limit_val_batches=0, **kwargs)
+    parts = [DataLoader(TensorDataset(part), batch_size=10) for part in (real[:150], real[150:])]
+    run.fit(module, *parts)
+    names = [str(file) for file in Path("memorization").glob("*.png")]
+    return {"events": monitor.events, "values": monitor.values, "drawn": monitor.drawn, "files": sorted(names)}
+
+
 def pictures(rank, shards=False, **kwargs):
     """Weights with pictures and without, and what was drawn."""
     folder = Path("shards" if shards else "ddp", str(rank))
@@ -755,12 +768,13 @@ def worker(rank, port, folder, names):
     os.chdir(folder)
     options = {"strategy": "ddp", "devices": size, "use_distributed_sampler": False}
     results = {}
-    others = {"noise": noise, "quality": quality, "paired": paired, "resumed": resumed, "refused": refused}
-    others |= {"told": told, "broken": broken, "unequal": unequal, "more": more, "stopped": stopped}
-    others["pictures"] = pictures
+    others = {"noise": noise, "quality": quality, "paired": paired, "memorized": memorized}
+    others |= {"resumed": resumed, "refused": refused, "told": told, "broken": broken}
+    others |= {"unequal": unequal, "more": more, "stopped": stopped, "pictures": pictures}
     others |= {f"sharded {case}": sharded(case) for case in SHARDED}
     others |= {f"threaded {case}": threaded(case) for case in THREADED}
     others["sharded paired"] = lambda rank, **kwargs: paired(rank, **kwargs | {"strategy": sharding()})
+    others["sharded memorized"] = lambda rank, **kwargs: memorized(rank, **kwargs | {"strategy": sharding()})
     others["sharded pictures"] = lambda rank, **kwargs: pictures(rank, shards=True, **kwargs)
     others["sharded quality"] = lambda rank, **kwargs: quality(rank, **kwargs | {"strategy": sharding()})
     for name in [*CASES, *others] if names is None else names:
@@ -962,6 +976,19 @@ def test_two_processes_measure_what_one_measures(ranks, case):
     )
     assert first["first"]["null"] == pytest.approx(one["first"]["null"], rel=1e-6)
     assert first["first"]["shares"] == one["first"]["shares"]
+
+
+@pytest.mark.parametrize("case", ["memorized", "sharded memorized"])
+def test_two_processes_find_the_pairs_that_one_finds(ranks, case):
+    first, second = results(ranks, case)
+    with pytest.warns(UserWarning, match="memorization at step 2"):
+        one = memorized()
+    for found in (first, second):
+        assert [event["step"] for event in found["events"]] == [2]
+        assert found["values"] == one["values"]
+        for pair, expected in zip(found["drawn"], one["drawn"], strict=True):
+            assert all(torch.allclose(*both, rtol=1e-6, atol=1e-6) for both in zip(pair, expected, strict=True))
+    assert sorted(one["files"]) == ["memorization/000002.png", "memorization/000003.png"]
 
 
 @pytest.mark.parametrize("case", ["paired", "sharded paired"])

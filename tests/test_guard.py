@@ -56,7 +56,8 @@ def test_a_step_that_is_not_the_package_s_is_refused_with_its_callbacks(name):
     arguments = {"AdaptiveAdversarialWeight": ["layers.2"], "AdversarialStart": [1], "LossBalancer": [{"mse": 1.0}]}
     arguments |= {"AugmentationSchedule": [0.1], "OptimizerSchedule": [{"lr": 0.1}]}
     arguments["PairedMonitor"] = [{"error": MeanSquaredError()}]
-    callback = getattr(lightning_gan_stability, name)(*arguments.get(name, []))
+    keywords = {"held_out": points(3, seed=1)} if name == "MemorizationMonitor" else {}
+    callback = getattr(lightning_gan_stability, name)(*arguments.get(name, []), **keywords)
     others = [lightning_gan_stability.QualityMonitor(n_samples=50)] if name == "CollapseDetector" else []
     others += [lightning_gan_stability.Reconstruction()] if name == "AdversarialStart" else []
     module, run = (

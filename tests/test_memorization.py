@@ -5,10 +5,11 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from scipy.stats import kstest
+from scipy.stats import kstest, nhypergeom
 
-from lightning_gan_stability.metrics import memorization_test
+from lightning_gan_stability.metrics import copying_test, memorization_test
 from lightning_gan_stability.metrics.features import Pairs
+from lightning_gan_stability.metrics.memorization import least_copies
 
 
 def samples(n, d, seed):
@@ -123,6 +124,83 @@ def test_novel_samples_are_not_copies():
     assert found.p_value > 0.99
     assert found.p_copied > 0.9
     assert (found.copied, found.nearer < 0.1) == (0.0, True)
+
+
+# ---------- copies, of any generator
+
+
+def order_p(labels):
+    """The p-value by counting, of labels in their order: True for held-out samples."""
+    held = np.flatnonzero(labels)
+    n, total = len(held), len(labels)
+    ranks = [r for r in (1, 2, 4, 8) if r <= n]
+    # the r-th held-out sample at a place, before which all others are training samples
+    tails = [nhypergeom.sf(held[r - 1] - (r - 1) - 1, total, total - n, r) for r in ranks]
+    return min(1.0, len(ranks) * min(tails))
+
+
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_p_values_of_copying_are_those_of_all_labels(n):
+    """Each choice of the held-out samples among all has a p-value; a share of at most α of them has α or less."""
+    real, fake = samples(11, 2, 0), samples(6, 2, 1)
+    order = nearest(real, fake).argsort()
+    p_values = []
+    for chosen in combinations(range(11), n):
+        rest = [i for i in range(11) if i not in chosen]
+        found = copying_test(real[rest], real[list(chosen)], fake).p_value
+        assert found == pytest.approx(order_p(np.isin(order, chosen)), rel=1e-9)
+        p_values.append(found)
+    p_values = np.array(p_values)
+    for p in np.unique(p_values):
+        assert (p_values <= p + 1e-12).mean() <= p + 1e-12
+
+
+@pytest.mark.parametrize("d", [2, 40])
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.1, 0.0])
+def test_no_generator_that_copies_nothing_is_accused(scale, d):
+    """Neither one of typical samples, nor one that collapsed to a point; the other test takes these for copies."""
+    found, others = [], []
+    for seed in range(200):
+        train, held_out, fake = samples(340, d, seed).split([200, 80, 60])
+        found.append(copying_test(train, held_out, scale * fake + 0.1))
+        others.append(memorization_test(train, held_out, scale * fake + 0.1).p_copied)
+    p_values = np.array([each.p_value for each in found])
+    for level in (0.01, 0.05, 0.2):  # 200 draws: at most 3 standard deviations above
+        assert (p_values <= level).mean() <= level + 3 * (level * (1 - level) / 200) ** 0.5
+    assert all(each.copied == 0 for each in found if each.p_value > 0.05)
+    if d == 40 and 0 < scale < 1:
+        assert (np.array(others) <= 0.01).mean() > 0.9
+
+
+@pytest.mark.parametrize(("share", "d", "noise"), [(0.1, 2, 0.0), (0.1, 16, 1e-3), (0.5, 2, 1e-4), (0.5, 16, 0.1)])
+def test_the_share_of_copies_is_found(share, d, noise):
+    shares = []
+    for seed in range(10):
+        train, held_out, fake = samples(2100, d, seed).split([1200, 400, 500])
+        fake = fake.clone()
+        copies = int(share * 500)
+        fake[:copies] = train[:copies] + noise * fake[:copies]
+        found = copying_test(train, held_out, fake)
+        assert found.p_value < 1e-3
+        shares.append(found.copied)
+    assert np.mean(shares) == pytest.approx(share, abs=0.02)
+
+
+@pytest.mark.parametrize(("n_train", "n"), [(1000, 100), (300, 7), (50, 60), (20, 1)])
+@pytest.mark.parametrize("level", [0.006, 1e-3, 1e-5])
+def test_how_many_copies_it_takes(n_train, n, level):
+    """One copy less has a higher p-value: of training samples at the generated ones, held-out ones behind them all."""
+    needed = least_copies(n_train, n, level)
+    for copies in (n_train,) if needed == np.inf else (needed - 1, needed):
+        train = torch.full((n_train, 1), 3.0)
+        train[:copies] = 1.0
+        found = copying_test(train, torch.full((n, 1), 2.0), torch.ones(5, 1))
+        assert (found.p_value <= level) == (copies == needed)
+
+
+def test_bad_features_of_copies():
+    with pytest.raises(ValueError, match="must have the same width"):
+        copying_test(samples(9, 2, 0), samples(5, 3, 1), samples(5, 2, 2))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from lightning_gan_stability import (
 from lightning_gan_stability.datasets import digits
 from lightning_gan_stability.metrics import density_coverage, frechet_distance, mode_coverage, precision_recall
 from lightning_gan_stability.metrics.statistics import Cells, Seen, distance
-from lightning_gan_stability.monitors import quality
+from lightning_gan_stability.monitors import reading
 from lightning_gan_stability.monitors.real_data import from_start
 
 FEW = {"n_samples": 100, "every": 2}
@@ -214,8 +214,8 @@ def test_inception_of_a_local_file(tmp_path, monkeypatch):
 
 
 def test_values_are_computed_where_there_is_float64():
-    assert quality._home(torch.device("mps")) == torch.device("cpu")
-    assert quality._home(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert reading.home(torch.device("mps")) == torch.device("cpu")
+    assert reading.home(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
 def test_labels_of_fakes_follow_the_data():

@@ -425,11 +425,11 @@ def test_conditional_samples_are_as_many_as_conditions():
 
 
 def test_large_conditions_are_read_again(monkeypatch):
-    from lightning_gan_stability.monitors import quality
+    from lightning_gan_stability.monitors import reading
 
     values = []
     for kept in (2**27, 100):
-        monkeypatch.setattr(quality, "KEPT", kept)
+        monkeypatch.setattr(reading, "KEPT", kept)
         torch.manual_seed(0)
         module = GANModule(LabelNet(), MLP([2, 8, 1]), latent_dim=2)
         monitor = QualityMonitor(metrics=["fid"], n_samples=60, every=2)

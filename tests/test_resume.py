@@ -49,6 +49,7 @@ from lightning_gan_stability import (
     LogitDrift,
     Lookahead,
     LossBalancer,
+    MemorizationMonitor,
     Minimax,
     ModeSeeking,
     NegativeMomentum,
@@ -350,6 +351,10 @@ CASES = {
     "SampleLogger": {"make": batch_norm, "callbacks": lambda: [SampleLogger(every=3)]},
     "HealthMonitor": {"make": batch_norm, "callbacks": lambda: [HealthMonitor(every=3)]},
     "QualityMonitor": {"make": batch_norm, "callbacks": lambda: [QualityMonitor(n_samples=50, every=3)]},
+    "MemorizationMonitor": {
+        "make": batch_norm,
+        "callbacks": lambda: [MemorizationMonitor(every=3, n_samples=50, held_out=points(8, seed=1))],
+    },
     "CollapseDetector": {
         "make": small,
         "callbacks": lambda: [QualityMonitor(n_samples=50, every=2), CollapseDetector(patience=2)],

@@ -20,6 +20,7 @@ from lightning_gan_stability import (
     CollapseDetector,
     GANModule,
     HealthMonitor,
+    MemorizationMonitor,
     Minimax,
     PairedMonitor,
     QualityMonitor,
@@ -81,7 +82,15 @@ def test_every_method_in_every_precision(name, way, tmp_path, monkeypatch):
 
 
 # the rule of all cases of test_distributed.py that name none, and the monitors, which have tests of their own there
-ELSEWHERE = (Alternating, QualityMonitor, CollapseDetector, HealthMonitor, PairedMonitor, SampleLogger)
+ELSEWHERE = (
+    Alternating,
+    QualityMonitor,
+    CollapseDetector,
+    HealthMonitor,
+    MemorizationMonitor,
+    PairedMonitor,
+    SampleLogger,
+)
 
 
 @pytest.mark.parametrize("name", METHODS)

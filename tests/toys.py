@@ -47,6 +47,22 @@ class Shift(nn.Module):
         return x + 0.1
 
 
+class Copier(nn.Module):
+    """Draws from a standard normal distribution, but for a share of its samples, which are copies of given rows."""
+
+    def __init__(self, rows, share=0.5, noise=0.0):
+        super().__init__()
+        self.register_buffer("rows", rows)
+        self.share, self.noise = share, noise
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, z):
+        uniform = torch.special.ndtr(z[:, :2])
+        row = (uniform[:, 1] * len(self.rows)).long().clamp(max=len(self.rows) - 1)
+        copies = self.rows[row] + self.noise * z[:, 2:]
+        return torch.where(uniform[:, :1] < self.share, copies, z[:, 2:]) + 0 * self.weight
+
+
 def dirac(lr=0.2, psi=1.0, **kwargs):
     return GANModule(Point(), Line(psi), latent_dim=1, g_optimizer=sgd(lr), d_optimizer=sgd(lr), **kwargs)
 

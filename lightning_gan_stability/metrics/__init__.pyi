@@ -4,6 +4,7 @@ from .extractors import DigitClassifier as DigitClassifier
 from .extractors import Inception as Inception
 from .fluctuation import checkpoint_fluctuation as checkpoint_fluctuation
 from .giveaways import find_giveaways as find_giveaways
+from .memorization import copying_test as copying_test
 from .memorization import memorization_test as memorization_test
 from .paired import CodebookPerplexity as CodebookPerplexity
 from .paired import CodebookUsage as CodebookUsage

@@ -1,11 +1,14 @@
 """Whether a generator repeats its training data, by distances to the nearest training samples; plain torch."""
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
 
 from lightning_gan_stability._checks import check_integer, check_share
 from lightning_gan_stability.metrics.features import Pairs, checked
+
+RANKS = (1, 2, 4, 8)  # of held-out samples, the nearest first, that training samples are counted before
 
 
 class Memorization(NamedTuple):
@@ -45,7 +48,8 @@ def memorization_test(
     (a/m − q)/(1 − q), if positive.
 
     Both tests are right for samples drawn like the held-out ones, and independently of each other. A generator that is
-    nearer because it draws typical samples alone is found by the first test too: look at the pairs.
+    nearer because it draws typical samples alone is found by both, in high dimensions above all: :func:`copying_test`
+    is the test that does not accuse it.
 
     Args:
         train: (N, d) features of all training samples.
@@ -88,3 +92,93 @@ def memorization_test(
         neighbours=neighbours.flatten()[order],
         distances=distances[order],
     )
+
+
+class Copying(NamedTuple):
+    """A test that generated samples are nearer to training samples than to held-out ones.
+
+    Attributes:
+        p_value: of the test.
+        copied: estimated share of generated samples that are copies, in [0, 1]; 0 where ``p_value`` is above 5 %.
+    """
+
+    p_value: float
+    copied: float
+
+
+def copying_test(train: Tensor, held_out: Tensor, fake: Tensor) -> Copying:
+    """Whether generated samples are nearer to training samples than to held-out ones, whatever their distribution is.
+
+    Each real sample x has c(x) = min over j of ‖x − gⱼ‖, its distance to the nearest generated sample. To a generator
+    that copies nothing, the N training and n held-out samples are alike, as they are draws of one distribution: their
+    order by c is random, also if the generator knows a part of the distribution only, or collapsed. So the number a of
+    training samples that come before the r-th held-out one is negative hypergeometric, and
+    P(a or more) = H(r − 1; N + n, n, a + r − 1), that at most r − 1 of the first a + r − 1 are held-out ones, with the
+    hypergeometric distribution's function H. The p-value is four times the smallest of those for r = 1, 2, 4 and 8. It
+    takes K training samples with copies, distinct ones, to find them: p is about 4 (N / (N + n))ᴷ.
+
+    With the distance τ of the r-th held-out sample, r = 4, the estimate of the share of copies is the share of
+    generated samples that are less than τ from a training sample, minus N r / (n (r − 1)) times that of those which are
+    so near to a held-out one. The question is that of "LOGAN: Membership Inference Attacks Against Generative Models",
+    https://arxiv.org/abs/1705.07663. Copies of a few training samples alone are too few for an answer; a generator that
+    gives no others has collapsed.
+
+    Args:
+        train: (N, d) features of training samples.
+        held_out: (n, d) features of samples of the same distribution that the generator was not trained on.
+        fake: (m, d) features of generated samples.
+
+    Returns:
+        The p-value and the share.
+
+    Raises:
+        ValueError: if features are not finite, or have different widths.
+
+    Example:
+        >>> import torch
+        >>> x = torch.arange(80.0)[:, None]
+        >>> found = copying_test(train=x[::2], held_out=x[1::2], fake=x[0:40:2])
+        >>> found.p_value < 1e-4, round(found.copied, 2)
+        (True, 1.0)
+        >>> copying_test(train=x[::2], held_out=x[1::2], fake=x[40:41] + 0.5).copied
+        0.0
+    """
+    x, y, z = checked(train=train, held_out=held_out, fake=fake, least=1)
+    near, held = (Pairs(part, z).nearest()[0].flatten() for part in (x, y))
+    held = held.sort().values
+    ranks = [r for r in RANKS if r <= len(held)]
+    counts = [int((near < held[r - 1]).sum()) for r in ranks]
+    p = min(1.0, len(ranks) * min(_tail(a, r, len(x), len(y)) for a, r in zip(counts, ranks, strict=True)))
+    if p > 0.05:
+        return Copying(p, 0.0)
+    r = min(4, len(held))
+    closest = [Pairs(z, part).nearest()[0].flatten() for part in (x, y)]
+    shares = [float((distances < held[r - 1]).double().mean()) for distances in closest]
+    by_chance = shares[1] * len(x) / len(y) * r / (r - 1) if r > 1 else 0.0
+    return Copying(p, max(0.0, shares[0] - by_chance))
+
+
+def _tail(a: int, r: int, n_train: int, n_held_out: int) -> float:
+    """The probability that a or more training samples come before the r-th held-out one."""
+    from scipy.stats import hypergeom  # slow to import
+
+    return float(hypergeom.cdf(r - 1, n_train + n_held_out, n_held_out, a + r - 1))
+
+
+def least_copies(n_train: int, n_held_out: int, level: float) -> float:
+    """How many training samples must have copies before :func:`copying_test` has a p-value of at most a level.
+
+    Returns:
+        A number of samples; infinity, if copies of all of them are not enough.
+
+    Example:
+        >>> least_copies(1000, 100, level=0.006), least_copies(100, 1, level=0.006)
+        (67, inf)
+    """
+    ranks = [r for r in RANKS if r <= n_held_out]
+    low, high = 0, n_train + 1
+    while low < high:
+        a = (low + high) // 2
+        found = min(_tail(a, r, n_train, n_held_out) for r in ranks) * len(ranks) <= level
+        low, high = (low, a) if found else (a + 1, high)
+    return low if low <= n_train else math.inf

@@ -1,5 +1,6 @@
 from .collapse import CollapseDetector as CollapseDetector
 from .health import HealthMonitor as HealthMonitor
+from .memorization import MemorizationMonitor as MemorizationMonitor
 from .paired import PairedMonitor as PairedMonitor
 from .quality import QualityMonitor as QualityMonitor
 from .rollback import Remedy as Remedy

@@ -62,6 +62,7 @@ def picture(
     sources: Sequence[Tensor] = (),
     paired: bool = False,
     sound: bool = False,
+    target: str = "target",
 ) -> Image:
     """Draw samples as one picture.
 
@@ -72,6 +73,7 @@ def picture(
         sources: what samples were made from, of which each gets a column.
         paired: real samples are the targets of generated ones, row by row.
         sound: see :func:`kind_of`.
+        target: what the targets are called.
 
     Raises:
         ValueError: if there is no picture of such samples.
@@ -98,7 +100,7 @@ def picture(
     names = [*["source"] * len(sources), "generated"]
     if real is not samples and (paired or kind != "image"):
         columns.append(_panels(real, kind, limits))
-        names.append("target" if paired else "real")
+        names.append(target if paired else "real")
     return sheet(columns, ", ".join(names))
 
 

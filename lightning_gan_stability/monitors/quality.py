@@ -12,18 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_gan_stability._checks import check, check_choice, check_integer, check_type, describe, is_number
+from lightning_gan_stability._checks import check, check_choice, check_integer, check_type, is_number
 from lightning_gan_stability.callback import Cadence, GANCallback
-from lightning_gan_stability.distributed import is_distributed
 from lightning_gan_stability.layers import evaluation
 from lightning_gan_stability.metrics.decisions import (
     covered_by,
@@ -31,7 +27,6 @@ from lightning_gan_stability.metrics.decisions import (
     too_little_coverage,
     too_little_variation,
 )
-from lightning_gan_stability.metrics.extractors import Inception
 from lightning_gan_stability.metrics.fluctuation import checkpoint_fluctuation
 from lightning_gan_stability.metrics.statistics import Cells, Seen, distance
 from lightning_gan_stability.metrics.values import (
@@ -43,13 +38,22 @@ from lightning_gan_stability.metrics.values import (
     precision_recall,
 )
 from lightning_gan_stability.module import GANModule
-from lightning_gan_stability.monitors.conditions import Told, as_labels, described
+from lightning_gan_stability.monitors.conditions import as_labels, described
 from lightning_gan_stability.monitors.files import save_atomically
-from lightning_gan_stability.monitors.latents import fixed_latents
-from lightning_gan_stability.monitors.real_data import RealData, Split, Stage, loader_of_stage, rebatched
+from lightning_gan_stability.monitors.reading import (
+    Kept,
+    Reading,
+    extractor_for,
+    features_of,
+    generated,
+    home,
+    interleaved,
+    samples_at_once,
+)
+from lightning_gan_stability.monitors.real_data import RealData, Split, Stage, loader_of_stage
 from lightning_gan_stability.noise import seed_of
 from lightning_gan_stability.outcome import Outcome, courses_of
-from lightning_gan_stability.outputs import Condition, Sample, Unpacked, batch_size, take_rows, tree_leaves
+from lightning_gan_stability.outputs import Unpacked, take_rows
 
 Name = Literal[
     "fid",
@@ -69,8 +73,6 @@ Name = Literal[
 OF_CONDITIONS = ("dependence", "class_consistency", "class_diversity")
 TRACKED, LOOKS, WIDTH = 32, 5, 2048  # samples that are followed, over so many measurements, and their features at most
 Values = dict[str, float]
-BATCH, VALUES = 256, 2**20  # samples that are generated at once, and their values, of which networks hold many more
-KEPT = 2**27  # bytes of conditions that are kept
 CONFIRMED = 2500  # samples, real and generated, from which a suspicion is confirmed
 SHOWN = ("fid", "precision", "recall")  # in the progress bar
 LOWER_IS_BETTER: dict[str, bool | None] = {
@@ -340,33 +342,21 @@ class QualityMonitor(GANCallback):
                 values |= dict(zip(names, map(float, function(real, fake)), strict=True))
         return {name: value for name, value in values.items() if name in self._wanted}
 
-    def _generate(self, module: GANModule, real: _Reading, n: int, *key: object) -> Seen:
-        trainer = module.trainer
-        n = real.conditions_of(n)
-        latents = fixed_latents(module, n, *key)
-        mine = torch.arange(trainer.global_rank, n, trainer.world_size, device=module.device)
+    def _generate(self, module: GANModule, real: Reading, n: int, *key: object) -> Seen:
         asked = {} if self.truncation == 1 else {"truncation": self.truncation}  # a `sample` of yours may have none
-        seen = []
-        for condition in real.each_condition(len(mine), self._at_once):
-            size = condition if isinstance(condition, int) else batch_size(condition)
-            rows, mine = mine[:size], mine[size:]
-            given = None if isinstance(condition, int) else condition
-            with evaluation(module):
-                z = None if latents is None else latents[rows]
-                seen.append(self._see(module.sample(size, given, z, **asked)))
-        return Seen(*map(_interleaved, _joined(seen)))
+        seen = _joined(map(self._see, generated(module, real, n, self._at_once, *key, **asked)))
+        return Seen(*map(interleaved, seen))
 
     def _see(self, samples: Tensor) -> Seen:
         assert self.extractor is not None
-        samples = samples.detach().float()
-        with evaluation(self.extractor), torch.autocast(samples.device.type, enabled=False):
-            features = self.extractor.to(samples.device)(samples)
-            modes = self.extractor.classify(samples) if self._classified else samples  # type: ignore[operator]
-        if not isinstance(features, Tensor) or len(features) != len(samples):
-            raise ValueError(f"`extractor` must give one row of features per sample, got {describe(features)}.")
-        home = _home(samples.device)
-        modes = modes.flatten(1) if self._known else features.new_empty(len(features), 0)  # samples are large
-        return Seen(features.flatten(1).to(home), modes.to(home))
+        features = features_of(self.extractor, samples)
+        if not self._known:
+            return Seen(features, features.new_empty(len(features), 0))  # samples are large
+        modes = samples.detach().float()
+        if self._classified:
+            with evaluation(self.extractor), torch.autocast(samples.device.type, enabled=False):
+                modes = self.extractor.classify(modes)  # type: ignore[operator]
+        return Seen(features, modes.flatten(1).to(features.device))
 
     @contextmanager
     def _isolated(self) -> Iterator[None]:
@@ -390,9 +380,7 @@ class QualityMonitor(GANCallback):
                 "another `split`."
             )
         if self.extractor is None:
-            sample = first.real
-            self.extractor = nn.Identity() if isinstance(sample, Tensor) and sample.dim() == 2 else Inception()
-            rank_zero_info(f"QualityMonitor: no extractor is given, so it takes {type(self.extractor).__name__}.")
+            self.extractor = extractor_for(first.real, "QualityMonitor")
         self._classified = hasattr(self.extractor, "classify")
         known = self._classified or (isinstance(centers, Tensor) and std is not None)
         if self.metrics is not None and "modes" in self.metrics and not known:
@@ -401,10 +389,9 @@ class QualityMonitor(GANCallback):
                 "`std`, or an extractor with `classify(samples)`, or remove 'modes'."
             )
         self._known = known
-        values = sum(leaf[0].numel() for leaf in tree_leaves(first.real))
-        self._at_once = max(1, min(BATCH, VALUES // max(values, 1)))
+        self._at_once = samples_at_once(first.real)
         self._real = self._features(data, first, self.cache)
-        self._confirming: _Reading | None = None
+        self._confirming: Reading | None = None
         if (n := len(self._real.seen.features)) < LEAST:
             raise MisconfigurationException(
                 f"QualityMonitor(split='{self.split}') compares with real samples, and the loader has {n}: give at "
@@ -458,15 +445,15 @@ class QualityMonitor(GANCallback):
             "null": self.null,
         }
 
-    def _features(self, data: RealData, first: Unpacked, cache: str | Path | None) -> _Reading:
+    def _features(self, data: RealData, first: Unpacked, cache: str | Path | None) -> Reading:
         """Real features of all ranks, from the cache or seen now, and the conditions of this rank."""
-        reading = _Reading(data, None if first.condition is None else _Kept(), self._describe)
+        reading = Reading(data, None if first.condition is None else Kept(), describe=self._describe)
         if cache:
             self._see(take_rows(first.real, 0, 1))  # lets a lazy extractor read its weights
             mine = self._cached(Path(cache), reading)
         else:
             mine = _joined(map(self._see, reading.read()))
-        reading.see(Seen(*map(_interleaved, mine)))
+        reading.see(Seen(*map(interleaved, mine)))
         return reading
 
     def _describe(self, part: Unpacked) -> Tensor:
@@ -478,14 +465,14 @@ class QualityMonitor(GANCallback):
         alike = isinstance(part.real, Tensor) and isinstance(condition, Tensor) and condition.shape == part.real.shape
         return self._see(condition).features if alike else described(condition)
 
-    def _cached(self, folder: Path, reading: _Reading) -> Seen:
+    def _cached(self, folder: Path, reading: Reading) -> Seen:
         file = folder / f"{_digest(self.extractor, self._known, reading.read())}.pt"
         try:
             mine = Seen(*torch.load(file, weights_only=True))
         except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError):  # none, or one that was torn
             mine = _joined(map(self._see, reading.read()))
             save_atomically(tuple(column.cpu() for column in mine), file)
-        return Seen(*(column.to(_home(reading.data.trainer.strategy.root_device)) for column in mine))
+        return Seen(*(column.to(home(reading.data.trainer.strategy.root_device)) for column in mine))
 
     # ---------- looking again
 
@@ -514,7 +501,7 @@ class QualityMonitor(GANCallback):
             fake = self._generate(module, real, max(self.n_samples, CONFIRMED), "confirmation", trainer.global_step)
             return trainer.strategy.broadcast(self._p_values(real, fake, least_coverage))
 
-    def _p_values(self, reading: _Reading, fake: Seen, least_coverage: float) -> Values:
+    def _p_values(self, reading: Reading, fake: Seen, least_coverage: float) -> Values:
         if not bool(fake.features.isfinite().all()):
             return {"mass": 1.0, "missing": 0.0, "diversity": 0.0, "coverage": 0.0}
         real, told = reading.seen, reading.told
@@ -539,94 +526,8 @@ class QualityMonitor(GANCallback):
         return {f"{self.name}/{name}": torch.tensor(value) for name, value in self.values.items()}
 
 
-class _Kept:
-    """Conditions, in main memory while they are small."""
-
-    def __init__(self) -> None:
-        self.parts: list[Condition] | None = []
-        self.n = self.bytes = 0
-
-    def add(self, condition: Condition) -> None:
-        self.n += batch_size(condition)
-        self.bytes += sum(leaf.nbytes for leaf in tree_leaves(condition))
-        if self.parts is not None:
-            self.parts.append(move_data_to_device(condition, "cpu"))
-        if self.bytes > KEPT:
-            self.parts = None  # they are read again for each measurement
-
-
-class _Reading:
-    """Real samples as they were read: their features, and the conditions of this rank."""
-
-    seen: Seen
-
-    def __init__(self, data: RealData, conditions: _Kept | None, describe: Callable[[Unpacked], Tensor]) -> None:
-        self.data, self.conditions, self.describe = data, conditions, describe
-        self.n = 0
-        self.told: Told | None = None
-        self._described: list[Tensor] = []
-
-    def read(self) -> Iterator[Sample]:
-        """The real samples, in parts; their conditions are kept."""
-        self.conditions = None if self.conditions is None else _Kept()
-        self._described = []
-        for part in self.data:
-            if self.conditions is not None:
-                self.conditions.add(part.condition)
-                self._described.append(self.describe(part))
-            yield part.real
-
-    def see(self, seen: Seen) -> None:
-        """Take the features of all ranks."""
-        self.seen, self.n = seen, len(seen.features)
-        if self._described and _is_even(mine := torch.cat(self._described)):
-            self.told = Told(_interleaved(mine), seen.features)
-        self._described = []
-
-    def conditions_of(self, n: int) -> int:
-        """How many samples can be generated where n are wanted: with conditions as many as there are."""
-        return n if self.conditions is None else min(n, self.n)
-
-    def each_condition(self, n: int, at_once: int) -> Iterator[Condition]:
-        """The conditions of n samples, some at a time; their number, where there are no conditions."""
-        if self.conditions is None:
-            yield from (min(at_once, n - start) for start in range(0, n, at_once))
-            return
-        parts = self.conditions.parts
-        for part in rebatched((part.condition for part in self.data) if parts is None else parts, at_once):
-            if n > 0:
-                yield take_rows(part, 0, n)
-            n -= batch_size(part)
-
-
-def _home(device: torch.device) -> torch.device:
-    """Where values are computed: on the device, if it knows float64."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
 def _joined(parts: Iterable[Seen]) -> Seen:
     return Seen(*map(torch.cat, zip(*parts, strict=True)))
-
-
-def _interleaved(rows: Tensor) -> Tensor:
-    """The rows of all ranks, in the order of one process that takes every rank's rows in turn."""
-    if not is_distributed():
-        return rows
-    parts = gather_all_tensors(rows)
-    whole = rows.new_empty(sum(map(len, parts)), *rows.shape[1:])
-    if any(len(whole[rank :: len(parts)]) != len(part) for rank, part in enumerate(parts)):
-        return torch.cat(parts)
-    for rank, part in enumerate(parts):
-        whole[rank :: len(parts)] = part
-    return whole
-
-
-def _is_even(rows: Tensor) -> bool:
-    """Whether every rank has its share of the rows, so that generated samples stand beside their conditions."""
-    if not is_distributed():
-        return True
-    lengths = torch.cat(gather_all_tensors(torch.tensor([len(rows)], device=rows.device))).tolist()
-    return all(length == len(range(rank, sum(lengths), len(lengths))) for rank, length in enumerate(lengths))
 
 
 def _digest(extractor: nn.Module | None, known: bool, samples: Iterable[Tensor]) -> str:

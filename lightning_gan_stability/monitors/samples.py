@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
-import wave
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import optree
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
@@ -21,6 +19,7 @@ from lightning_gan_stability._checks import check, check_integer, describe, is_i
 from lightning_gan_stability.callback import GANCallback
 from lightning_gan_stability.layers import evaluation
 from lightning_gan_stability.module import GANModule
+from lightning_gan_stability.monitors.drawn import Drawn, key_of, log_drawn, named, place_of, plain
 from lightning_gan_stability.monitors.latents import fixed_latents
 from lightning_gan_stability.monitors.pictures import as_image, kind_of, picture, table_picture
 from lightning_gan_stability.outcome import Outcome
@@ -32,14 +31,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SOUNDS = 4  # of a picture
-
-
-class Drawn(NamedTuple):
-    """What is logged: pictures by their keys, and sounds (channels, t) by key and caption."""
-
-    pictures: dict[str, Image]
-    sounds: dict[str, dict[str, Tensor]]
-    sample_rate: int = 0
 
 
 class SampleLogger(GANCallback):
@@ -116,7 +107,7 @@ class SampleLogger(GANCallback):
         self.name = check(isinstance(name, str) and bool(name), "name", "a key of the log", name)
         self._structure: tuple[Any, Any] | None = None
         self._keeps_real = False
-        self._drawn_to: list[Path | str] = []  # folders and loggers
+        self._drawn_to: list[str] = []  # folders and loggers
         # leaves of trees, whose structure the first batch of each fit says
         self.add_state("real_rows", [], on_device=False)
         self.add_state("condition_rows", [], on_device=False)
@@ -167,17 +158,12 @@ class SampleLogger(GANCallback):
         if trainer.is_global_zero:
             loggers: Sequence[Logger | None] = trainer.loggers or [None]
             for logger in loggers:
-                self._log(logger, drawn, folder, trainer.global_step)
-            self._drawn_to = [type(logger).__name__ if _takes_pictures(logger) else folder for logger in loggers]
+                log_drawn(logger, drawn, self.name, folder, trainer.global_step)
+            self._drawn_to = [place_of(logger, self.name, folder) for logger in loggers]
 
     def outcome(self, trainer: Trainer) -> Outcome:
         """Where its pictures are."""
-        return Outcome(
-            files=[
-                ("pictures", f"{place / self.name}" if isinstance(place, Path) else f"{place}, under {self.name}")
-                for place in self._drawn_to
-            ]
-        )
+        return Outcome(files=[("pictures", place) for place in self._drawn_to])
 
     # ---------- rows
 
@@ -214,7 +200,7 @@ class SampleLogger(GANCallback):
         if self.draw is not None or isinstance(module, TableSynthesis):
             return True
         drawn = False
-        for _, leaf in _named(real):
+        for _, leaf in named(real):
             kind = kind_of(leaf, self.sample_rate is not None)
             if kind is None:
                 raise MisconfigurationException(
@@ -256,12 +242,12 @@ class SampleLogger(GANCallback):
         """Pictures and sounds, on the first rank."""
         if not trainer.is_global_zero:
             return Drawn({}, {})
-        fake, real, condition = (tree_map(_plain, tree) for tree in (fake, *self._rows()))
+        fake, real, condition = (tree_map(plain, tree) for tree in (fake, *self._rows()))
         if self.draw is not None:
             with isolate_rng():  # a function of the user's draws from where it likes
                 made = self.draw(fake, real, condition)
             images = made if isinstance(made, Mapping) else {"": made}
-            return Drawn({self._key(name): as_image(image) for name, image in images.items()}, {})
+            return Drawn({key_of(self.name, name): as_image(image) for name, image in images.items()}, {})
         if isinstance(module, TableSynthesis):
             return Drawn({self.name: _table(module, fake, real)}, {})
         return self._pictures(trainer, module, *_by_label(fake, real, condition))
@@ -269,8 +255,8 @@ class SampleLogger(GANCallback):
     def _pictures(self, trainer: Trainer, module: GANModule, fake: Sample, real: Sample, condition: Condition) -> Drawn:
         drawn = Drawn({}, {}, self._sample_rate(trainer, module))
         targets: list[Any] = tree_leaves(real) or [None] * len(tree_leaves(fake))
-        for (name, samples), target in zip(_named(fake), targets, strict=True):
-            key, sources = self._key(name), self._sources(samples, condition)
+        for (name, samples), target in zip(named(fake), targets, strict=True):
+            key, sources = key_of(self.name, name), self._sources(samples, condition)
             paired = module.latent_dim is None or bool(sources)
             shown = [source for source in sources if target is None or not _equal(source, target)]
             sound = self.sample_rate is not None
@@ -286,9 +272,6 @@ class SampleLogger(GANCallback):
             require("soundfile", "audio")  # which wandb needs for files of sound
         return drawn
 
-    def _key(self, name: object) -> str:
-        return f"{self.name}/{name}" if name != "" else self.name
-
     def _sample_rate(self, trainer: Trainer, module: GANModule) -> int:
         """In Hz, or 0 if it is not known."""
         for owner in (self, module, getattr(trainer, "datamodule", None)):
@@ -296,49 +279,6 @@ class SampleLogger(GANCallback):
             if is_integer(rate) and rate > 0:
                 return int(rate)
         return 0
-
-    # ---------- loggers
-
-    def _log(self, logger: Logger | None, drawn: Drawn, folder: Path, step: int) -> None:
-        if isinstance(logger, WandbLogger):
-            for key, image in drawn.pictures.items():
-                logger.log_image(key, [image], step=step)
-            for key, sounds in drawn.sounds.items():
-                waves, rates = [_clipped(x).T.numpy() for x in sounds.values()], [drawn.sample_rate] * len(sounds)
-                logger.log_audio(f"{key}/sound", waves, step=step, sample_rate=rates, caption=[*sounds])
-        elif isinstance(logger, TensorBoardLogger):
-            from torchvision.transforms.functional import pil_to_tensor
-
-            writer = logger.experiment
-            for key, image in drawn.pictures.items():
-                writer.add_image(key, pil_to_tensor(image), step)
-            for key, sounds in drawn.sounds.items():
-                for caption, sound in sounds.items():
-                    writer.add_audio(f"{key}/sound/{caption}", _clipped(sound).mean(0), step, drawn.sample_rate)
-        else:
-            for key, image in drawn.pictures.items():
-                image.save(self._file(folder, key, step, "png"))
-            for key, sounds in drawn.sounds.items():
-                for caption, sound in sounds.items():
-                    _write_wave(self._file(folder, f"{key}/{caption}", step, "wav"), sound, drawn.sample_rate)
-
-    def _file(self, folder: Path, key: str, step: int, ending: str) -> Path:
-        """``samples/<step>.png`` of the key ``samples``, ``samples/<step>_a.png`` of ``samples/a``."""
-        name = re.sub(r"[^\w.-]", "_", key.removeprefix(self.name))
-        file = folder / self.name / f"{step:06d}{name}.{ending}"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return file
-
-
-def _takes_pictures(logger: Logger | None) -> bool:
-    return isinstance(logger, WandbLogger | TensorBoardLogger)
-
-
-def _named(tree: Sample) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a tree with their paths, ``"a.b"``; a tensor alone has the name ""."""
-    accessors, leaves, _ = optree.tree_flatten_with_accessor(tree)
-    for accessor, leaf in zip(accessors, leaves, strict=True):
-        yield ".".join(str(getattr(entry, "field", entry.entry)) for entry in accessor), leaf
 
 
 def _equal(source: Tensor, target: Tensor) -> bool:
@@ -361,26 +301,3 @@ def _table(module: TableSynthesis, fake: Tensor, real: Tensor) -> Image:
     encoder = module.encoder
     made, data = (encoder.decode(rows[:, : encoder.width].float().nan_to_num()) for rows in (fake, real))
     return table_picture(made, data, [column["name"] for column in encoder.columns if "categories" in column])
-
-
-def _plain(leaf: Tensor) -> Tensor:
-    """On the CPU, in a type that NumPy knows."""
-    leaf = leaf.detach().cpu()
-    return leaf.float() if leaf.is_floating_point() else leaf
-
-
-# ---------- files
-
-
-def _clipped(sound: Tensor) -> Tensor:
-    return sound.nan_to_num().clamp(-1, 1)
-
-
-def _write_wave(file: Path, sound: Tensor, sample_rate: int) -> None:
-    """A file of 16 bits; without soundfile."""
-    samples = (_clipped(sound).T * 32767).round().to(torch.int16).contiguous().numpy()
-    with wave.open(str(file), "wb") as out:
-        out.setnchannels(samples.shape[1])
-        out.setsampwidth(2)
-        out.setframerate(sample_rate)
-        out.writeframes(samples.astype("<i2").tobytes())

@@ -1,0 +1,217 @@
+"""What monitors see of real and of generated samples: their features, and what they were generated from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from lightning_gan_stability._checks import describe
+from lightning_gan_stability.distributed import is_distributed
+from lightning_gan_stability.layers import evaluation
+from lightning_gan_stability.metrics.extractors import Inception
+from lightning_gan_stability.metrics.statistics import Seen
+from lightning_gan_stability.module import GANModule
+from lightning_gan_stability.monitors.conditions import Told
+from lightning_gan_stability.monitors.latents import fixed_latents
+from lightning_gan_stability.monitors.real_data import RealData, rebatched
+from lightning_gan_stability.outputs import Condition, Sample, Unpacked, batch_size, take_rows, tree_leaves, tree_map
+
+BATCH, VALUES = 256, 2**20  # samples that are generated at once, and their values, of which networks hold many more
+KEPT = 2**27  # bytes of conditions that are kept
+
+
+# ---------- features
+
+
+def extractor_for(samples: Sample, asker: str) -> nn.Module:
+    """What sees samples where no extractor is given: vectors are their own features, others are images.
+
+    Args:
+        samples: some of them.
+        asker: who takes it, for a message.
+
+    Example:
+        >>> extractor_for(torch.zeros(4, 2), "QualityMonitor")
+        Identity()
+    """
+    extractor = nn.Identity() if isinstance(samples, Tensor) and samples.dim() == 2 else Inception()
+    rank_zero_info(f"{asker}: no extractor is given, so it takes {type(extractor).__name__}.")
+    return extractor
+
+
+def features_of(extractor: nn.Module, samples: Sample) -> Tensor:
+    """Features (n, d) of samples, in eval mode and full precision, on the device on which values are computed.
+
+    Args:
+        extractor: from samples to features (n, ...); it is moved to their device.
+        samples: (n, ...), or a tree of such tensors.
+
+    Raises:
+        ValueError: if there is not one row of features for each sample.
+
+    Example:
+        >>> features_of(nn.Identity(), torch.zeros(4, 1, 8, 8)).shape
+        torch.Size([4, 64])
+    """
+    samples = tree_map(lambda leaf: leaf.detach().float(), samples)
+    device, n = tree_leaves(samples)[0].device, batch_size(samples)
+    with evaluation(extractor), torch.autocast(device.type, enabled=False):
+        features = extractor.to(device)(samples)
+    if not isinstance(features, Tensor) or len(features) != n:
+        raise ValueError(f"`extractor` must give one row of features per sample, got {describe(features)}.")
+    return features.flatten(1).to(home(device))
+
+
+def home(device: torch.device) -> torch.device:
+    """Where values are computed: on the device, if it knows float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def interleaved(rows: Tensor) -> Tensor:
+    """The rows of all ranks, in the order of one process that takes every rank's rows in turn."""
+    if not is_distributed():
+        return rows
+    parts = gather_all_tensors(rows)
+    whole = rows.new_empty(sum(map(len, parts)), *rows.shape[1:])
+    if any(len(whole[rank :: len(parts)]) != len(part) for rank, part in enumerate(parts)):
+        return torch.cat(parts)
+    for rank, part in enumerate(parts):
+        whole[rank :: len(parts)] = part
+    return whole
+
+
+def _is_even(rows: Tensor) -> bool:
+    """Whether every rank has its share of the rows, so that generated samples stand beside their conditions."""
+    if not is_distributed():
+        return True
+    lengths = torch.cat(gather_all_tensors(torch.tensor([len(rows)], device=rows.device))).tolist()
+    return all(length == len(range(rank, sum(lengths), len(lengths))) for rank, length in enumerate(lengths))
+
+
+# ---------- what was read
+
+
+class Kept:
+    """Conditions, in main memory while they are small."""
+
+    def __init__(self) -> None:
+        self.parts: list[Condition] | None = []
+        self.n = self.bytes = 0
+
+    def add(self, condition: Condition) -> None:
+        self.n += batch_size(condition)
+        self.bytes += sum(leaf.nbytes for leaf in tree_leaves(condition))
+        if self.parts is not None:
+            self.parts.append(move_data_to_device(condition, "cpu"))
+        if self.bytes > KEPT:
+            self.parts = None  # they are read again for each measurement
+
+
+class Reading:
+    """Real samples as they were read: their features, and the conditions of this rank.
+
+    Args:
+        data: what is read.
+        conditions: where their conditions go; None: they have none.
+        repeated: conditions are taken again, from the first one on, for more samples than there are of them.
+        describe: from what was read to labels (n,) or rows of numbers (n, d) that describe its conditions.
+
+    Attributes:
+        seen: features of the real samples of all ranks.
+        told: their conditions, if they are described and each rank has its share.
+    """
+
+    seen: Seen
+
+    def __init__(
+        self,
+        data: RealData,
+        conditions: Kept | None,
+        repeated: bool = False,
+        describe: Callable[[Unpacked], Tensor] | None = None,
+    ) -> None:
+        self.data, self.conditions, self.repeated, self.describe = data, conditions, repeated, describe
+        self.n = 0
+        self.told: Told | None = None
+        self._described: list[Tensor] = []
+
+    def read(self) -> Iterator[Sample]:
+        """The real samples, in parts; their conditions are kept."""
+        self.conditions, self._described = None if self.conditions is None else Kept(), []
+        for part in self.data:
+            if self.conditions is not None:
+                self.conditions.add(part.condition)
+                self._described += [] if self.describe is None else [self.describe(part)]
+            yield part.real
+
+    def see(self, seen: Seen) -> None:
+        """Take the features of all ranks."""
+        self.seen, self.n = seen, len(seen.features)
+        if self._described and _is_even(mine := torch.cat(self._described)):
+            self.told = Told(interleaved(mine), seen.features)
+        self._described = []
+
+    def conditions_of(self, n: int) -> int:
+        """How many samples can be generated where n are wanted: with conditions as many as there are, or repeated."""
+        return n if self.conditions is None or self.repeated else min(n, self.n)
+
+    def each_condition(self, n: int, at_once: int) -> Iterator[Condition]:
+        """The conditions of n samples, some at a time; their number, where there are no conditions."""
+        if self.conditions is None:
+            yield from (min(at_once, n - start) for start in range(0, n, at_once))
+            return
+        parts = self.conditions.parts
+        while n > 0:
+            for part in rebatched((part.condition for part in self.data) if parts is None else parts, at_once):
+                if n <= 0:
+                    return
+                yield take_rows(part, 0, n)
+                n -= batch_size(part)
+            if not self.repeated:
+                return
+
+
+# ---------- generated samples
+
+
+def samples_at_once(samples: Sample) -> int:
+    """How many samples are generated at once, of the size of given ones.
+
+    Example:
+        >>> samples_at_once(torch.zeros(4, 2)), samples_at_once(torch.zeros(4, 3, 1024, 1024))
+        (256, 1)
+    """
+    values: int = sum(leaf[0].numel() for leaf in tree_leaves(samples))
+    return max(1, min(BATCH, VALUES // max(values, 1)))
+
+
+def generated(module: GANModule, real: Reading, n: int, at_once: int, *key: object, **asked: Any) -> Iterator[Sample]:
+    """This rank's share of n generated samples, some at a time: of the same latents and conditions each time.
+
+    Rank r of w makes the samples r, r + w, r + 2w, ...; with conditions there are at most as many as of these, unless
+    they are repeated.
+
+    Args:
+        module: whose samples, in eval mode.
+        real: whose conditions.
+        n: samples of all ranks.
+        at_once: samples at a time.
+        key: tells the latents of different monitors apart.
+        asked: further arguments of :meth:`GANModule.sample`.
+    """
+    trainer, n = module.trainer, real.conditions_of(n)
+    latents = fixed_latents(module, n, *key)
+    mine = torch.arange(trainer.global_rank, n, trainer.world_size, device=module.device)
+    for condition in real.each_condition(len(mine), at_once):
+        size = condition if isinstance(condition, int) else batch_size(condition)
+        rows, mine = mine[:size], mine[size:]
+        given = None if isinstance(condition, int) else condition
+        with evaluation(module):
+            samples = module.sample(size, given, None if latents is None else latents[rows], **asked)
+        yield samples
