@@ -764,11 +764,13 @@ METHODS: dict[str, list[Method]] = {
         Method(
             ["HealthMonitor"],
             [Paper("1701.04862", "vanishing"), Paper("1705.10461", "oscillation"), Paper("2006.06676", "overfitting")],
-            "verdicts from gradients, accuracy, means and deviations of samples, and the steps of both players; "
-            "each takes `patience` decisions in a row",
+            "verdicts from gradients, accuracy, means and deviations of samples, the steps of both players, shares of "
+            "the generator's terms in its gradient, and codes; most take `patience` decisions in a row",
             [
                 "test_health.py::test_oscillation_has_the_period_of_the_dirac_gan",
                 "test_health.py::test_a_rotation_has_its_period",
+                "test_health_reconstruction.py::test_shares_are_those_of_the_gradients_by_the_samples",
+                "test_health_reconstruction.py::test_perplexity_by_hand",
             ],
         ),
         Method(

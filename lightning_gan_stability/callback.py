@@ -290,6 +290,20 @@ class GANCallback(Callback):
         """
         return {}
 
+    def watch_terms(self, module: GANProtocol, player: Player, outputs: GANOutputs, terms: Terms) -> None:
+        """A look at what a player's loss is the sum of, before its backward pass: each term times all its factors.
+
+        With :meth:`GANModule.gradients_of` it tells what each term asks of samples or parameters, where
+        ``module.reruns_graphs`` says that graphs may run more than once. It is called for each micro-batch, and as
+        often as an update rule evaluates the loss.
+
+        Args:
+            module: whose loss.
+            player: whose turn it is.
+            outputs: what the player sees.
+            terms: the weighed terms by their names, with graphs; leave them as they are.
+        """
+
     def constrain(self, module: GANProtocol, player: Player, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """What a player's parameters become after a step of its optimizer, by differentiable operations.
 

@@ -371,6 +371,8 @@ class Engine:
         for name, term in terms.items():
             factor = factors.get(name, 1.0)
             parts[name] = term if isinstance(factor, int | float) and factor == 1 else factor * term
+        for callback in self.callbacks():
+            callback.watch_terms(module, player, outputs, parts)
         return parts, values
 
     def auxiliary_losses(self, player: Player, outputs: GANOutputs) -> Terms:
@@ -475,15 +477,26 @@ class Engine:
 
     def rerunnable(self, player: Player) -> AbstractContextManager[None]:
         """Forward passes whose graphs callbacks may run several times, where there are such callbacks."""
-        eager = player == "g" and any(callback.keeps_graphs for callback in self.callbacks())
+        eager = player == "g" and self._are_graphs_kept()
         return self._uncompiled() if eager else nullcontext()
 
-    def _uncompiled(self) -> AbstractContextManager[None]:
-        """Forward passes without compiled graphs, which run backward once and have no second derivatives."""
+    def _are_graphs_kept(self) -> bool:
+        return any(callback.keeps_graphs for callback in self.callbacks())
+
+    @property
+    def reruns_graphs(self) -> bool:
+        """Whether the graphs of the generator's turn may run backward several times, as compiled ones cannot."""
+        return not self._has_compiled() or self._are_graphs_kept()
+
+    def _has_compiled(self) -> bool:
         module = self.module
         if self.compiled is None:
             self.compiled = any(map(is_compiled, chain(module.generator.modules(), module.discriminator.modules())))
-        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+        return self.compiled
+
+    def _uncompiled(self) -> AbstractContextManager[None]:
+        """Forward passes without compiled graphs, which run backward once and have no second derivatives."""
+        return torch.compiler.set_stance("force_eager") if self._has_compiled() else nullcontext()
 
     def gradients_of(self, term: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
         """Gradients of one term of a loss, whose graph stays."""

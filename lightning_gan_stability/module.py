@@ -234,6 +234,14 @@ class GANModule(LightningModule):
         discriminator = original_module(self.discriminator)
         return discriminator.packing if isinstance(discriminator, Packed) else 1
 
+    @property
+    def reruns_graphs(self) -> bool:
+        """Whether :meth:`gradients_of` may take gradients of the generator's terms: compiled graphs run once.
+
+        Networks that are compiled run so unless a callback has ``keeps_graphs``.
+        """
+        return self.engine.reruns_graphs
+
     # ---------- override these
 
     def unpack(self, batch: Any) -> tuple[Sample, Condition]:
@@ -670,7 +678,7 @@ class GANModule(LightningModule):
         return self.engine.term_names(regularizer.player).get(regularizer, regularizer.name)
 
     def gradients_of(self, term: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
-        """Gradients of one term of a loss before the backward pass, in :meth:`GANCallback.weigh_terms`.
+        """Gradients of a term before the backward pass, in :meth:`GANCallback.weigh_terms` or ``watch_terms``.
 
         Args:
             term: a scalar with a graph, which is kept.

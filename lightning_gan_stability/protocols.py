@@ -76,6 +76,9 @@ class GANProtocol(Protocol):
     @property
     def packing(self) -> int: ...
 
+    @property
+    def reruns_graphs(self) -> bool: ...
+
     # ---------- what users override
     def unpack(self, batch: Any) -> tuple[Sample, Condition]: ...
 

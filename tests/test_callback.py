@@ -325,6 +325,7 @@ def test_a_callback_leaves_steps_alone():
     callback, parameters = Stateless(), [torch.ones(1)]
     assert callback.constrain(None, "d", parameters) is parameters
     assert callback.weigh_terms(None, "g", None, {"adversarial": torch.ones(())}) == {}
+    assert callback.watch_terms(None, "g", None, {"adversarial": torch.ones(())}) is None
     assert callback.rescue(None, None) is False
     assert callback.rescues is False
 

@@ -92,6 +92,7 @@ from lightning_gan_stability import (
     Wasserstein,
     WeightClipping,
 )
+from lightning_gan_stability.monitors.giveaway import strongest_giveaway
 from lightning_gan_stability.noise import Noise
 from lightning_gan_stability.sharding import check_strategy
 
@@ -570,6 +571,44 @@ def memorized(rank=None, **kwargs):
     return {"events": monitor.events, "values": monitor.values, "drawn": monitor.drawn, "files": sorted(names)}
 
 
+class Coded(nn.Module):
+    """A reconstruction with codes that are the same for the same sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = MLP([2, 8, 2])
+
+    def forward(self, x):
+        return self.layers(x), {"codebook": x.square().mean() * 0, "codes": (4 * x[:, 0].sigmoid()).long()}
+
+
+def healthy(rank=None, shards=False, **kwargs):
+    """Shares of the gradient and perplexities, of two processes with halves of each batch, or of one with the whole."""
+    torch.manual_seed(0)
+    module = Tokenizer(Coded(), MLP([2, 8, 1]), g_optimizer=adam, d_optimizer=adam)
+    monitor = HealthMonitor(every=2)
+    strategy = lambda: {"strategy": sharding()} if shards else {}  # noqa: E731
+    fit(module, data(rank), callbacks=[Reconstruction(3.0), monitor], **kwargs | strategy())
+    seen = {"windows": monitor.windows, "weights": weights(module)}
+    return seen | {"giveaway": giveaway(**kwargs | strategy())}
+
+
+class Look(Callback):
+    """Looks for what gives samples away, as a HealthMonitor does whose discriminator is always right."""
+
+    def on_train_end(self, trainer, module):
+        self.found = strongest_giveaway(trainer, module)
+
+
+def giveaway(**kwargs):
+    """What is found in data of which each process reads its share, and in which a column is constant."""
+    look, real = Look(), torch.randn(150, 2, generator=torch.Generator().manual_seed(0))
+    real[:, 1] = 0.5
+    run = trainer(callbacks=[look], max_steps=2, max_epochs=-1, **kwargs)
+    run.fit(small(), DataLoader(TensorDataset(real), batch_size=10))
+    return look.found
+
+
 def pictures(rank, shards=False, **kwargs):
     """Weights with pictures and without, and what was drawn."""
     folder = Path("shards" if shards else "ddp", str(rank))
@@ -775,6 +814,7 @@ def worker(rank, port, folder, names):
     others |= {f"threaded {case}": threaded(case) for case in THREADED}
     others["sharded paired"] = lambda rank, **kwargs: paired(rank, **kwargs | {"strategy": sharding()})
     others["sharded memorized"] = lambda rank, **kwargs: memorized(rank, **kwargs | {"strategy": sharding()})
+    others |= {"healthy": healthy, "sharded healthy": lambda rank, **kwargs: healthy(rank, shards=True, **kwargs)}
     others["sharded pictures"] = lambda rank, **kwargs: pictures(rank, shards=True, **kwargs)
     others["sharded quality"] = lambda rank, **kwargs: quality(rank, **kwargs | {"strategy": sharding()})
     for name in [*CASES, *others] if names is None else names:
@@ -1007,6 +1047,22 @@ def test_two_processes_measure_conditions_and_stop_as_one_does(ranks):
     assert first["values"] == second["values"] == pytest.approx(one["values"], rel=1e-5, abs=1e-7)
     assert one["steps"] == 6  # the first measurement in training, and two that are no better
     assert [first[name] for name in ("steps", "waits")] == [second[name] for name in ("steps", "waits")] == [6, 2]
+
+
+@pytest.mark.parametrize("case", ["healthy", "sharded healthy"])
+def test_two_processes_have_the_shares_and_codes_of_one(ranks, case):
+    first, second = results(ranks, case)
+    one = healthy()
+    assert difference(first["weights"], one["weights"]) <= 1e-6
+    for window, same, other in zip(first["windows"], second["windows"], one["windows"], strict=True):
+        keys = {key for key in window if "/" in key}
+        assert keys == {
+            "share/adversarial", "share/codebook", "share/reconstruction", "perplexity/codes", "codes/codes"
+        }  # fmt: skip
+        assert [window[key] for key in keys] == [same[key] for key in keys]
+        assert {key: window[key] for key in keys} == {key: pytest.approx(other[key], rel=1e-5) for key in keys}
+    assert first["giveaway"] == second["giveaway"]
+    assert first["giveaway"].kind == "constant"
 
 
 @pytest.mark.parametrize("case", ["quality", "sharded quality"])

@@ -131,7 +131,7 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_the_health_monitor_has_advice_for_each_verdict():
-    others = {"oscillation", "loss_tells_nothing"}  # which it decides from more than its windows
+    others = {"oscillation", "giveaway", "loss_tells_nothing"}  # which it decides from more than its windows
     assert health.ADVICE.keys() == health.DECISIONS.keys() | others
     assert all(f"`{verdict}` | {advice}" in tables.TABLES["advice"]() for verdict, advice in health.ADVICE.items())
 

@@ -313,7 +313,8 @@ def test_windows_without_a_generator_step_do_not_count():
     module = dirac(1e-9, psi=0.0, loss=Minimax())
     monitor = watched(module, zeros(180), UpdateRatio(30), every=10)
     assert [math.isnan(w["g_norm"]) for w in monitor.windows] == [True, True, False] * 6
-    assert set(monitor.counts) == set(ADVICE) - {"loss_tells_nothing"}
+    beside_others = {"silent_adversarial", "dominant_adversarial", "head_start", "codebook_collapse", "giveaway"}
+    assert set(monitor.counts) == set(ADVICE) - {"loss_tells_nothing"} - beside_others
 
 
 @pytest.mark.parametrize("seed", [0, 1])

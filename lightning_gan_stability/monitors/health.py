@@ -19,26 +19,49 @@ from lightning_gan_stability._checks import check_bool, check_integer
 from lightning_gan_stability.callback import Cadence, GANCallback
 from lightning_gan_stability.layers import evaluation
 from lightning_gan_stability.module import GANModule
+from lightning_gan_stability.monitors.giveaway import strongest_giveaway
 from lightning_gan_stability.monitors.latents import fixed_latents
 from lightning_gan_stability.monitors.real_data import RealData, loader_to_read, rebatched
+from lightning_gan_stability.monitors.shares import (
+    CELLS,
+    Kind,
+    by_book,
+    codebook_collapse,
+    codes_of,
+    count,
+    dominant_adversarial,
+    head_start,
+    known_size,
+    perplexities,
+    shares,
+    silent_adversarial,
+    squared_norms,
+    worst_books,
+)
 from lightning_gan_stability.outcome import Outcome, Trouble
 from lightning_gan_stability.outputs import (
     PLAYERS,
+    GANOutputs,
     Logits,
+    Player,
     Sample,
+    Terms,
     Unpacked,
     batch_size,
     entries,
     tree_leaves,
 )
+from lightning_gan_stability.protocols import GANProtocol
 
 Evidence: TypeAlias = dict[str, float]
 Window: TypeAlias = Mapping[str, float]
 
-SIGNALS = ("accuracy", "gap", "d_loss", "g_loss", "d_norm", "g_norm")
+SIGNALS = ("accuracy", "gap", "d_loss", "g_loss", "reconstruction", "d_norm", "g_norm")
 LEVELS, POINTS = (1, 4, 16), 64  # steps between the positions that a rotation is looked for in; how many at each
 KEPT = (POINTS + 1) * LEVELS[-1]
 HELD_OUT = 256  # samples of held-out data, of each process
+LIKELY, YOUTH, EARLY = 0.95, 500, 5  # an accuracy, and steps and windows before which nobody looks for a give-away
+AT_ONCE = ("head_start", "giveaway")  # verdicts that take no patience
 ADVICE = {
     "vanishing_gradient": "Use the NonSaturating or Relativistic loss, or add R1Penalty or SpectralNorm.",
     "exploding_gradient": "Add R1Penalty and R2Penalty, or set `clip_norm`.",
@@ -46,6 +69,15 @@ ADVICE = {
     "weak_discriminator": "Add UpdateRatio(d_steps=2), raise `d_optimizer`'s learning rate, or weaken D's penalties.",
     "oscillation": "The players circle. Add R1Penalty, Extragradient or Lookahead, or use OptimisticAdam.",
     "overfitting_discriminator": "D learns the data by heart. Augment images, or add ConsistencyPenalty or data.",
+    "silent_adversarial": "Raise the weight of the adversarial loss (`g_weight`), or add AdaptiveAdversarialWeight.",
+    "dominant_adversarial": "Lower the adversarial weight, or fix its share by LossBalancer or "
+    "AdaptiveAdversarialWeight, or let D rest: AdaptiveUpdateRatio(generator_rests='adversarial').",
+    "head_start": "Let D train later (a smaller `discriminator_first` of AdversarialStart) or more slowly "
+    "(`d_optimizer`), or let the adversarial weight rise over more steps (its `ramp`).",
+    "codebook_collapse": "Codes lie idle: restart those that are not used, let the codebook follow a moving average, "
+    "normalize codes or make them shorter, or lower the weight of the commitment loss.",
+    "giveaway": "The discriminator can win by one number of a sample: take the difference out of the data, or let the "
+    "generator make it.",
     "not_finite": "Lower the learning rates, set `clip_norm`, add R1Penalty, or CollapseDetector(action='rollback').",
     "loss_tells_nothing": "For information: do not select by loss. Let ModelCheckpoint monitor 'quality/fid'.",
 }
@@ -155,6 +187,10 @@ DECISIONS: dict[str, tuple[Callable[[Sequence[Window]], Evidence | None], str]] 
     "noisy_gradient": (noisy_gradient, "g_norm"),
     "weak_discriminator": (weak_discriminator, "accuracy"),
     "overfitting_discriminator": (overfitting_discriminator, "r_v"),
+    "silent_adversarial": (silent_adversarial, "adversarial_share"),
+    "dominant_adversarial": (dominant_adversarial, "adversarial_share"),
+    "head_start": (head_start, "adversarial_share"),
+    "codebook_collapse": (codebook_collapse, "perplexity"),
     "not_finite": (not_finite, "overflows"),
 }
 
@@ -171,13 +207,27 @@ class HealthMonitor(GANCallback):
       "The Numerics of GANs", https://arxiv.org/abs/1705.10461.
     * ``overfitting_discriminator``: r_v above 0.6 (:func:`overfitting_discriminator`), if there is held-out data.
       "Training Generative Adversarial Networks with Limited Data", https://arxiv.org/abs/2006.06676.
+    * ``silent_adversarial``, ``dominant_adversarial``: beside a reconstruction, the adversarial terms (feature matching
+      is one) have less than 1 % of the generator's gradient with respect to its samples, and accuracy is above 95 %;
+      or more than 90 %, and the reconstruction is a fifth worse than it was.
+    * ``head_start``: accuracy above 95 % at the step from which the generator meets the discriminator, without a ramp;
+      said at once.
+    * ``codebook_collapse``: of the codes in ``extras`` (integer tensors with "code", "index" or "token" in their names)
+      in effect less than a tenth of the codebook is used, or less than a quarter of what was; each book by itself.
+      "Neural Discrete Representation Learning", https://arxiv.org/abs/1711.00937.
+    * ``giveaway``: accuracy above 95 %, and one number of a sample tells real and generated samples of the training
+      data apart (:func:`~lightning_gan_stability.metrics.find_giveaways`, looked for once, after step 500).
     * ``not_finite``: a loss or gradient was not finite, or a gradient scaler skips more than half of the steps.
     * ``loss_tells_nothing``: the rank correlation of generator loss and FID is below 0.3; for information.
 
     Signals are kept on the device and averaged over ranks every ``every`` steps; a verdict takes ``patience`` of these
     in a row. It is a warning when it comes up first, in ``verdicts`` (``step``, ``verdict``, ``evidence``, ``advice``),
-    in the log as ``health/<verdict>`` (1 or 0), and in the table at the end of the run. A run is the same with and
-    without the monitor. Costs a copy of 256 numbers and a few scalars per step, and forward passes every ``every``.
+    in the log as ``health/<verdict>`` (1 or 0), and in the table at the end of the run. If the generator's loss has
+    other terms than the adversarial one, the log also has ``g/share/<term>``: ‖∇_x L_i‖ / Σ_j ‖∇_x L_j‖ for the terms
+    with all their weights, 0 for one that does not depend on the samples; and ``g/perplexity/<codes>``, of the worst
+    book. A run is the same with and without the monitor. Costs a copy of 256 numbers and a few scalars per step, and
+    forward passes every ``every``; for shares a backward pass from each term to the samples, on one batch in ``every``.
+    Compiled networks have no shares, as their graphs run once.
 
     Args:
         every: steps between decisions.
@@ -201,6 +251,13 @@ class HealthMonitor(GANCallback):
     positions_seen: int
     counts: dict[str, int]
     fids: list[tuple[float, float]]
+    squares: dict[str, Tensor]
+    kinds: dict[str, Kind]
+    measured: dict[str, int]
+    counted: dict[str, Tensor]
+    cells: dict[str, int]
+    largest: dict[str, int]
+    finding: dict[str, Any] | None
 
     def __init__(self, every: int = 100, patience: int = 3, held_out: bool = True) -> None:
         super().__init__()
@@ -214,6 +271,15 @@ class HealthMonitor(GANCallback):
         self.add_state("positions_seen", 0)
         self.add_state("counts", {})  # decisions in a row
         self.add_state("fids", [])  # generator loss and FID at each measurement
+        self.add_state("squares", {})  # of the norms of terms' gradients, in this window
+        self.add_state("kinds", {})  # of these terms
+        self.add_state("measured", {})  # the iteration of each
+        self.add_state("counted", {})  # how often each code came in this window, (books, cells + 1)
+        self.add_state("cells", {})  # codes that there is room for
+        self.add_state("largest", {})  # code of each that was ever seen
+        self.add_state("finding", None)  # a give-away, {} if there was none
+        self._refused = False  # graphs that cannot run twice
+        self._codes: int | None = None  # in the generator's codebook
         self._held: list[Unpacked] = []  # held-out data, in main memory
         self._followed: list[nn.Parameter] = []  # each player's two largest, the discriminator's first
         self._watched = 0
@@ -224,7 +290,7 @@ class HealthMonitor(GANCallback):
         """Fetch a batch of held-out data."""
         super().on_train_start(trainer, pl_module)
         module: GANModule = pl_module  # type: ignore[assignment]
-        self._watched = 0
+        self._watched, self._refused, self._codes = 0, False, known_size(module.generator)
         moving = [sorted(module.trainable_parameters(p), key=Tensor.numel, reverse=True)[:2] for p in PLAYERS]
         self._followed = [p for two in moving for p in two]
         with isolate_rng():
@@ -235,11 +301,40 @@ class HealthMonitor(GANCallback):
     ) -> None:
         """Keep this step's signals; decide if it is time."""
         module: GANModule = pl_module  # type: ignore[assignment]
-        self.rows.append(_signals(module))
+        plain = [name for name, kind in self.kinds.items() if kind == "reconstruction"]
+        self.rows.append(_signals(module, plain))
         self._keep(_position(self._followed))
         if trainer.global_step % self.every == 0:
             self._decide(trainer, module, batch)
         self._watched += 1
+
+    def watch_terms(self, module: GANProtocol, player: Player, outputs: GANOutputs, terms: Terms) -> None:
+        """Count codes, and measure each term's gradient the first time that it is there since the last decision."""
+        if player == "d" or not module.noise.in_step:
+            return
+        self._count_codes(module, outputs)
+        names = [name for name in terms if self.measured.get(name, module.iteration) == module.iteration]
+        if names and {*terms} != {"adversarial"} and not self._refused and module.reruns_graphs:
+            self._measure(module, outputs, terms, names)
+
+    def _measure(self, module: GANProtocol, outputs: GANOutputs, terms: Terms, names: list[str]) -> None:
+        try:
+            found = squared_norms(module, outputs, terms, names)
+        except RuntimeError as error:  # of functions that let their graph run once
+            self._refused = True
+            rank_zero_warn(f"HealthMonitor leaves out the shares of terms, whose gradients it cannot take: {error}")
+            return
+        for name, (square, kind) in found.items():
+            self.squares[name] = self.squares.get(name, 0.0) + square
+            self.kinds[name], self.measured[name] = kind, module.iteration
+
+    def _count_codes(self, module: GANProtocol, outputs: GANOutputs) -> None:
+        for name, codes in codes_of(outputs.extras):
+            rows = by_book(codes, tree_leaves(outputs.fake)[0].dim())
+            if name not in self.counted or len(self.counted[name]) != len(rows):
+                cells = self.cells.setdefault(name, max(CELLS, self._codes or 0))
+                self.counted[name] = torch.zeros(len(rows), cells + 1, dtype=torch.long, device=module.device)
+            count(self.counted[name], rows)
 
     def logged(self, trainer: Trainer) -> dict[str, Cadence]:
         """A key for each verdict, new every ``every`` steps."""
@@ -264,8 +359,7 @@ class HealthMonitor(GANCallback):
                 said["verdict"],
                 _text(said["evidence"]),
                 said["advice"],
-                lasts=self.counts.get(said["verdict"], self.patience) >= self.patience
-                and said["verdict"] != "loss_tells_nothing",
+                lasts=self._lasts(said["verdict"]),
             )
             for said in self.verdicts
         ]
@@ -281,15 +375,27 @@ class HealthMonitor(GANCallback):
         found["oscillation"] = trainer.strategy.broadcast(self._rotation())  # of rank 0, where networks are sharded
         if news:
             found["loss_tells_nothing"] = loss_tells_nothing(*zip(*self.fids, strict=True))
+        if (giveaway := self._giveaway(trainer, module)) is not None:
+            found["giveaway"] = giveaway or None
         for name, evidence in found.items():
             self.counts[name] = self.counts.get(name, 0) + 1 if evidence is not None else 0
-            if evidence is not None and self.counts[name] == self.patience:
+            if evidence is not None and self.counts[name] == self._patience_for(name):
                 self._say(trainer, name, evidence)
         self._log(trainer)
 
+    def _lasts(self, verdict: str) -> bool:
+        """Whether it is so at the last decision; what is for information is no trouble then."""
+        needed = self._patience_for(verdict)
+        return verdict != "loss_tells_nothing" and self.counts.get(verdict, needed) >= needed
+
+    def _patience_for(self, verdict: str) -> int:
+        return 1 if verdict in AT_ONCE else self.patience
+
     def _log(self, trainer: Trainer) -> None:
         # not by `module.log`, which reaches the loggers on every `log_every_n_steps`-th step alone
-        state = {f"health/{name}": float(self.counts.get(name, 0) >= self.patience) for name in ADVICE}
+        state = {f"health/{name}": float(self.counts.get(name, 0) >= self._patience_for(name)) for name in ADVICE}
+        state |= {f"g/{name}": value for name, value in self.windows[-1].items() if name.startswith("share/")}
+        state |= worst_books(self.windows[-1])
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in state.items()})
         for logger in trainer.loggers:
             logger.log_metrics(state, step=trainer.global_step)
@@ -309,9 +415,59 @@ class HealthMonitor(GANCallback):
         spread = ((g / g.mean()).square().mean() - 1).clamp(min=0).sqrt()
         overflows = norms.isinf().sum() / norms.isnan().logical_not().sum()
         values = dict(zip(SIGNALS, _mean(rows), strict=True)) | {"g_spread": spread, "overflows": overflows}
+        alone = rows[:, SIGNALS.index("g_loss")].isnan().cumprod(0).bool()  # before the adversarial loss came up
+        values["accuracy_before"] = _mean(rows[alone])[SIGNALS.index("accuracy")]
         values |= self._probe(module, batch)
         reduced = trainer.strategy.reduce(torch.stack([v.float() for v in values.values()]), reduce_op="mean")
-        return dict(zip(values, reduced.tolist(), strict=True))
+        window = dict(zip(values, reduced.tolist(), strict=True))
+        return window | self._shares(trainer, module) | self._perplexities(trainer, module)
+
+    def _shares(self, trainer: Trainer, module: GANModule) -> dict[str, float]:
+        """Shares of the generator's gradient, where terms have been measured on samples that they depend on."""
+        kinds = trainer.strategy.broadcast({name: self.kinds[name] for name in self.squares})
+        zero = torch.zeros((), device=module.device)
+        squares = [self.squares.get(name, zero) for name in kinds]
+        self.squares, self.measured = {}, {}
+        nothing = {"adversarial_share": math.nan, "reconstruction_share": math.nan}
+        if not squares:
+            return nothing
+        found = shares(trainer.strategy.reduce(torch.stack(squares), reduce_op="sum"), kinds)
+        others = sum(found[f"share/{name}"] for name, kind in kinds.items() if kind != "adversarial")
+        return found if others > 0 else found | nothing
+
+    def _perplexities(self, trainer: Trainer, module: GANModule) -> dict[str, float]:
+        """How many codes of each codebook are in effect used, where there are enough of them to tell."""
+        found: dict[str, float] = {}
+        sizes = trainer.strategy.broadcast({name: tuple(counts.shape) for name, counts in self.counted.items()})
+        for name, (books, cells) in sizes.items():
+            counts = self.counted.get(name)
+            if counts is None or counts.shape != (books, cells):
+                counts = torch.zeros(books, cells, dtype=torch.long, device=module.device)
+            counts = trainer.strategy.reduce(counts, reduce_op="sum").cpu()
+            if counts[:, -1].any():
+                self.cells[name] = 4 * (cells - 1)
+            elif counts.any():
+                self.largest[name] = max(self.largest.get(name, 0), int(counts.sum(0).nonzero().max()))
+                codes = max(self._codes or 0, self.largest[name] + 1)
+                if int(counts.sum(1).min()) >= codes:
+                    keys = [f"perplexity/{name}"] if books == 1 else [f"perplexity/{name}/{i}" for i in range(books)]
+                    found |= dict(zip(keys, perplexities(counts), strict=True)) | {f"codes/{name}": float(codes)}
+        self.counted = {}
+        lowest = min((value for key, value in found.items() if key.startswith("perplexity/")), default=math.nan)
+        return found | {"perplexity": lowest}
+
+    def _giveaway(self, trainer: Trainer, module: GANModule) -> Evidence | None:
+        """What was found, nothing if there is none; None where nobody has looked, because D is not always right."""
+        last = self.windows[-self.patience :]
+        always = len(last) == self.patience and all(window["accuracy"] > LIKELY for window in last)
+        if self.finding is None and always and trainer.global_step >= YOUTH and len(self.windows) >= EARLY:
+            found = strongest_giveaway(trainer, module)
+            self.finding = {} if found is None else {"auc": found.auc, "p_value": found.p_value}
+            if found is not None:
+                self._say(trainer, "giveaway", self.finding, f"{found.sentence} {ADVICE['giveaway']}")
+        if self.finding is None:
+            return None
+        return self.finding if always else {}
 
     def _probe(self, module: GANModule, batch: Any) -> dict[str, Tensor]:
         """How far fake samples are from real ones, and logits of training, held-out and fake samples."""
@@ -354,10 +510,10 @@ class HealthMonitor(GANCallback):
                 return found | {"period": found["period"] * level}
         return None
 
-    def _say(self, trainer: Trainer, verdict: str, evidence: Evidence) -> None:
+    def _say(self, trainer: Trainer, verdict: str, evidence: Evidence, advice: str = "") -> None:
         if any(said["verdict"] == verdict for said in self.verdicts):
             return
-        step, advice = trainer.global_step, ADVICE[verdict]
+        step, advice = trainer.global_step, advice or ADVICE[verdict]
         self.verdicts.append({"step": step, "verdict": verdict, "evidence": evidence, "advice": advice})
         say = rank_zero_info if verdict == "loss_tells_nothing" else rank_zero_warn
         say(f"{verdict} at step {step}: {_text(evidence)}. {advice}")
@@ -382,8 +538,13 @@ def _text(evidence: Evidence) -> str:
 
 
 @torch.no_grad()
-def _signals(module: GANModule) -> Tensor:
-    """One step's :data:`SIGNALS`; NaN where a player did not move, infinite where they are not finite."""
+def _signals(module: GANModule, reconstructions: Sequence[str]) -> Tensor:
+    """One step's :data:`SIGNALS`; NaN where a player did not move, infinite where they are not finite.
+
+    Args:
+        module: whose step.
+        reconstructions: names of terms of the generator's loss, whose values are added up.
+    """
     record, nan = module.last_step, torch.tensor(math.nan, device=module.device)
     values: dict[str, Tensor] = {}
     if record.pairs and "d" in record.moved:
@@ -394,6 +555,9 @@ def _signals(module: GANModule) -> Tensor:
     for player in record.moved:
         found = {"loss": record.terms[player].get("adversarial"), "norm": record.gradient_norms.get(player)}
         values |= {f"{player}_{name}": value for name, value in found.items() if value is not None}
+    terms = record.terms["g"]
+    if reconstructions and all(name in terms for name in reconstructions):
+        values["reconstruction"] = torch.stack([terms[name].float() for name in reconstructions]).sum()
     infinite = torch.full_like(nan, math.inf)
     known = {name: torch.where(value.isfinite(), value.detach().float(), infinite) for name, value in values.items()}
     return torch.stack([known.get(name, nan) for name in SIGNALS])
