@@ -11,8 +11,12 @@ from toys import trainer
 from lightning_gan_stability import CollapseDetector, GANModule, QualityMonitor
 from lightning_gan_stability.metrics import checkpoint_fluctuation, class_report, condition_dependence
 from lightning_gan_stability.metrics.decisions import (
+    level,
+    samples_to_decide,
+    samples_to_decide_on_conditions,
     too_little_class_variation,
     too_little_consistency,
+    too_little_coverage,
     too_little_dependence,
 )
 from lightning_gan_stability.noise import generator
@@ -262,3 +266,23 @@ def test_class_variation_needs_fifty_samples():
     assert too_little_class_variation(real, labels, still, labels) < 1e-6
     assert too_little_class_variation(real, labels, still[:80], labels[:80]) == 1.0
     assert too_little_class_variation(real, labels, 0.3 * real, labels) > 0.5
+
+
+def test_what_cannot_be_decided_is_said_with_the_number_it_takes():
+    """The least numbers from which the tests can speak, by the tests themselves."""
+    with pytest.warns(UserWarning, match=r"cannot decide on an 'ignored condition' at false_alarms=0\.01: .* 100 "):
+        run(gan(Translator(shift=1)), pairs(100))
+    first = level(0.01, 1)
+    needed = samples_to_decide_on_conditions(first, 1)
+    source = torch.randn(needed, 2)
+    assert too_little_dependence(source, source.roll(1, 0), source) <= first
+    assert 0.5 ** ((needed - 25) // 25) > first
+    few = samples_to_decide(0.1, first)
+    assert 3 * too_little_coverage(torch.zeros(few, dtype=torch.bool), 0.1) <= first
+    assert 3 * too_little_coverage(torch.zeros(few - 1, dtype=torch.bool), 0.1) > first
+
+
+def test_classes_can_be_looked_at():
+    monitor, _ = run(gan(Classes(), 2), labelled(300), n_samples=300)
+    assert [*monitor.classes] == [*range(10)]
+    assert monitor.classes[3].n_fake == 30

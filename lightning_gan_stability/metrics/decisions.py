@@ -17,6 +17,7 @@ from lightning_gan_stability.metrics.conditions import class_report, condition_d
 from lightning_gan_stability.metrics.features import Pairs
 from lightning_gan_stability.metrics.values import pairwise_diversity
 
+BLOCK = 25  # rows, of which the dependence on conditions is measured
 HELD = 0.2  # a mode or cell is missed if it has less than this part of what the real data have there
 
 
@@ -132,6 +133,28 @@ def level(false_alarms: float, look: int) -> float:
     return false_alarms * 6 / (math.pi * look) ** 2
 
 
+def samples_to_decide(least_coverage: float, level: float, tests: int = 3) -> int:
+    """How many real samples it takes until a coverage of 0 is surely less than ``least_coverage``.
+
+    The least n with ``tests`` (1 − least_coverage)ⁿ ≤ level.
+
+    Example:
+        >>> samples_to_decide(0.5, level=0.3, tests=3)
+        4
+    """
+    return math.ceil(math.log(level / tests) / math.log1p(-least_coverage))
+
+
+def samples_to_decide_on_conditions(level: float, tests: int) -> int:
+    """How many samples it takes until ignored conditions are surely ignored: blocks of 25, all of them below.
+
+    Example:
+        >>> samples_to_decide_on_conditions(0.01, tests=2)
+        200
+    """
+    return BLOCK * math.ceil(math.log2(tests / level))
+
+
 def too_little_dependence(condition: Tensor, fake: Tensor, real: Tensor, least: float = 0.5) -> float:
     """The p-value of samples that depend on their conditions ``least`` times as much as real ones do, or more.
 
@@ -155,7 +178,7 @@ def too_little_dependence(condition: Tensor, fake: Tensor, real: Tensor, least: 
     """
     from scipy.stats import binom
 
-    size = max(25, len(fake) // 50)
+    size = max(BLOCK, len(fake) // 50)
     blocks = len(fake) // size
     low = 0
     for start in range(0, blocks * size, size):

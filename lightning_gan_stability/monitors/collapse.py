@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_gan_stability._checks import check, check_integer, check_share, check_type
 from lightning_gan_stability.callback import GANCallback, callbacks_of
-from lightning_gan_stability.metrics.decisions import level
+from lightning_gan_stability.metrics.decisions import level, samples_to_decide, samples_to_decide_on_conditions
 from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.monitors.files import save_atomically
 from lightning_gan_stability.monitors.quality import QualityMonitor, Values
@@ -343,6 +343,7 @@ class CollapseDetector(GANCallback):
         self.add_state("healthy", None, on_device=False)  # what a rollback puts back
         self.add_state("weights", [])  # of penalties, after remedies
         self._given: Weights = []  # before any
+        self._warned = False  # of few samples
 
     def _begin(self) -> None:
         self.best, self.seen, self.course, self.recent, self.said = {}, [], [], [], None
@@ -383,7 +384,27 @@ class CollapseDetector(GANCallback):
 
     # ---------- deciding
 
+    def _warn_of_few(self, monitor: QualityMonitor) -> None:
+        """Say what cannot be decided from the samples that there are, and how many it takes."""
+        self._warned, first, n = True, level(self.false_alarms, 1), monitor.n_seen
+        if monitor.n_real is not None and n >= monitor.n_real:
+            return  # more may be read to confirm a suspicion
+        needed = {}
+        if "coverage" in monitor.null:
+            least = min(COVERED * monitor.null["coverage"], 0.5)
+            needed["'never learned' and a loss of coverage"] = samples_to_decide(max(least, 1e-3), first)
+        if names := [name for name in CONFIRMED_BY["ignored condition"] if name in monitor.of_conditions]:
+            needed["an 'ignored condition'"] = samples_to_decide_on_conditions(first, len(names))
+        for what, number in needed.items():
+            if n < number:
+                rank_zero_warn(
+                    f"CollapseDetector cannot decide on {what} at false_alarms={self.false_alarms}: the data have {n} "
+                    f"samples, and it takes {number}."
+                )
+
     def _judge(self, trainer: Trainer, module: GANModule, monitor: QualityMonitor) -> None:
+        if not self._warned:
+            self._warn_of_few(monitor)
         values, null, best = monitor.values, monitor.null, self.best
         finite = _finite(values)
         progress = is_progress(values, best) and not has_lost(values, best)

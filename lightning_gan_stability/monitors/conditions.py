@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lightning_gan_stability.metrics.conditions import class_report, condition_dependence
+from lightning_gan_stability.metrics.conditions import ClassReport, class_report, condition_dependence
 from lightning_gan_stability.metrics.decisions import (
     too_little_class_variation,
     too_little_consistency,
@@ -56,10 +56,12 @@ class Told:
 
     Attributes:
         names: what can be measured.
+        classes: by label, what was measured last.
     """
 
     def __init__(self, conditions: Tensor, real: Tensor) -> None:
         self.conditions, self.real = conditions.to(real.device), real
+        self.classes: dict[int, ClassReport] = {}
         self.names: tuple[str, ...] = ()
         if len(real) < 4:
             return
@@ -78,7 +80,8 @@ class Told:
         values = {"dependence": [found.ratio]}
         if "class_diversity" in self.names:
             labels = self.conditions[: len(fake)]
-            report = class_report(self.real, self.conditions, fake, labels, permutations=1).values()
+            self.classes = class_report(self.real, self.conditions, fake, labels, permutations=1)
+            report = self.classes.values()
             values["class_consistency"] = [x.consistency / x.real_consistency for x in report if x.real_consistency > 0]
             values["class_diversity"] = [part.diversity for part in report]
         known = {name: [x for x in parts if math.isfinite(x)] for name, parts in values.items()}

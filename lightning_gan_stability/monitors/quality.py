@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_gan_stability._checks import check, check_choice, check_integer, check_type, is_number
 from lightning_gan_stability.callback import Cadence, GANCallback
 from lightning_gan_stability.layers import evaluation
+from lightning_gan_stability.metrics.conditions import ClassReport
 from lightning_gan_stability.metrics.decisions import (
     covered_by,
     lost_modes,
@@ -167,6 +168,7 @@ class QualityMonitor(GANCallback):
         values: the last measurement, without ``quality/``.
         history: all measurements, with their ``step``; at the end of a fit also a table in Weights & Biases.
         null: what the metrics give for real data.
+        classes: the last measurement of each class, for integer labels.
 
     Raises:
         ValueError: if an argument has a bad value, or features or data have.
@@ -431,6 +433,21 @@ class QualityMonitor(GANCallback):
     def state_key(self) -> str:
         """What its state is called in checkpoints."""
         return type(self).__qualname__ if self.name == "quality" else f"{type(self).__qualname__}({self.name})"
+
+    @property
+    def classes(self) -> dict[int, ClassReport]:
+        """The last measurement class by class, of samples with integer labels."""
+        return {} if self._told is None else self._told.classes
+
+    @property
+    def of_conditions(self) -> tuple[str, ...]:
+        """The metrics of conditions that this run's data have."""
+        return () if self._told is None else self._told.names
+
+    @property
+    def n_seen(self) -> int:
+        """How many real samples there were to read, ``n_real`` at most."""
+        return len(self._real.seen.features)
 
     @property
     def protocol(self) -> dict[str, Any]:
