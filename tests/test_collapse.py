@@ -3,6 +3,7 @@
 import math
 import re
 from copy import deepcopy
+from itertools import pairwise
 from typing import get_args
 
 import pytest
@@ -429,6 +430,94 @@ def test_take_and_put_back_share_no_memory():
 
     fit = trainer(callbacks=[Take()], max_steps=6, max_epochs=-1, limit_val_batches=0)
     fit.fit(module, ring())
+
+
+# ---------- generators of which it is known what they are
+
+
+class Narrowing(nn.Module):
+    """All modes of a ring, in equal shares, and narrower with each step: 0.3 exp(−t / 80) + 0.05."""
+
+    def __init__(self, centers):
+        super().__init__()
+        self.register_buffer("centers", centers)
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.step = 0
+
+    def forward(self, latents):
+        chosen = (torch.special.ndtr(latents[:, 0]) * len(self.centers)).long().clamp(max=len(self.centers) - 1)
+        return self.centers[chosen] + (0.3 * math.exp(-self.step / 80) + 0.05) * latents[:, 1:] + 0 * self.weight
+
+
+class Fading(nn.Module):
+    """Nearly the same noise picture each time, and fainter with each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("picture", torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(0)))
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.step = 0
+
+    def forward(self, latents):
+        varied = 0.001 * latents[:, :1, None, None] * self.picture
+        return 20 * math.exp(-self.step / 300) * self.picture + varied + 0 * self.weight
+
+
+class Stepping(GANModule):
+    """Tells its generator the step."""
+
+    def generate(self, network, n, condition, latents):
+        self.generator.step = self.iteration
+        return super().generate(network, n, condition, latents)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_generator_that_narrows_is_none(known, seed):
+    data = Ring(batch_size=32, std=0.05, val_samples=64, seed=seed)
+    if not known:
+        generator = torch.Generator().manual_seed(seed)
+        points = data.centers[torch.randint(8, (5000,), generator=generator)]
+        data = DataLoader(points + 0.05 * torch.randn(5000, 2, generator=generator), 32, shuffle=True)
+    torch.manual_seed(seed)
+    module = Stepping(Narrowing(Ring().centers), MLP([2, 4, 1]), 3)
+    monitor, detector = QualityMonitor(every=8, n_samples=512), CollapseDetector()
+    fit = trainer(callbacks=[monitor, detector], max_steps=160, max_epochs=-1, limit_val_batches=0)
+    fit.fit(module, data)
+    assert monitor.history[-1]["coverage"] > 0.8 > monitor.history[0]["coverage"]  # it does get better
+    assert detector.events == []
+
+
+def shapes(n):
+    """Squares, discs and crosses, at random places."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
+    places = torch.randint(4, 12, (n, 2, 1, 1), generator=generator)
+    across, down = (rows - places[:, 0]).abs(), (columns - places[:, 1]).abs()
+    kinds = torch.stack(
+        [
+            torch.maximum(across, down) <= 2,
+            across.square() + down.square() <= 9,
+            (torch.minimum(across, down) == 0) & (torch.maximum(across, down) <= 3),
+        ]
+    )
+    chosen = torch.randint(3, (n,), generator=generator)
+    return 2.0 * kinds[chosen, torch.arange(n)][:, None] - 1
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_pictures_that_do_not_vary_are_said_though_their_fid_falls():
+    torch.manual_seed(0)
+    module = Stepping(Fading(), MLP([256, 4, 1]), 3)
+    monitor, detector = QualityMonitor(nn.Flatten(), every=50, n_samples=100), CollapseDetector()
+    fit = trainer(callbacks=[monitor, detector], max_steps=550, max_epochs=-1, limit_val_batches=0)
+    with ignoring():
+        fit.fit(module, DataLoader(shapes(400), batch_size=8, shuffle=True))
+    distances = [values["fid"] for values in monitor.history]
+    assert all(later < 0.9 * earlier for earlier, later in pairwise(distances))
+    assert max(values[name] for values in monitor.history for name in ("precision", "recall", "coverage")) == 0
+    assert [(event["step"], event["verdict"]) for event in detector.events] == [(500, "no variation")]
 
 
 # ---------- bad input

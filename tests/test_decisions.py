@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy import spatial, stats
 
 from lightning_gan_stability.metrics import density_coverage
 from lightning_gan_stability.metrics.decisions import (
+    blur_of,
     covered_by,
     level,
     lost_modes,
@@ -79,6 +80,35 @@ def test_coverage_is_that_of_the_metric():
     expected = stats.binomtest(count, 300, 0.9, alternative="less").pvalue
     assert too_little_coverage(covered, 0.9) == pytest.approx(expected, rel=1e-9)
     assert too_little_coverage(covered, 0.0) == 1.0
+
+
+def test_neighbourhoods_are_no_smaller_than_samples_are_off_the_data():
+    torch.manual_seed(0)
+    real, fake = torch.randn(200, 3, dtype=torch.float64), 2 * torch.randn(75, 3, dtype=torch.float64)
+    apart = spatial.distance.cdist(fake, real)
+    blur = np.median(apart.min(1))
+    assert blur_of(fake, real) == pytest.approx(blur, rel=1e-12)
+    radii = np.sort(spatial.distance.cdist(real, real), 1)[:, 5]
+    assert min(radii) < blur < max(radii)
+    for far in (0.0, blur, 2.0):
+        expected = (apart < np.maximum(radii, far)).any(0)
+        assert covered_by(fake, real, blur=far).tolist() == expected.tolist()
+
+
+def test_the_middle_of_a_mode_is_lost_by_a_hole_and_not_by_width():
+    """Where modes are not known, cells are parts of them: the middle one has half of the real samples."""
+    torch.manual_seed(0)
+    real = 0.05 * torch.randn(2500, 2)
+    middle = lambda x: (x.norm(dim=1) > 0.05 * np.sqrt(2 * np.log(2))).long()  # noqa: E731
+    wide = 0.5 * torch.randn(2500, 2)
+    assert lost_modes(middle(real), middle(wide), covered_by(wide, real), 2).p < 1e-6
+    near = covered_by(wide, real, blur=blur_of(wide, real))
+    assert lost_modes(middle(real), middle(wide), near, 2) == (0.0, 1.0)
+    hole = 0.05 * torch.randn(10_000, 2)
+    hole = hole[middle(hole) == 1][:2500]
+    found = lost_modes(middle(real), middle(hole), covered_by(hole, real, blur=blur_of(hole, real)), 2)
+    assert found.mass == pytest.approx(0.5, abs=0.05)
+    assert found.p < 1e-6
 
 
 def test_variation_is_a_t_test_of_blocks():

@@ -259,9 +259,14 @@ def test_metrics_benchmark_smoke(run, monkeypatch):
 @pytest.mark.filterwarnings("default")
 @pytest.mark.timeout(200)
 def test_detection_benchmark_smoke(run, monkeypatch):
-    table = [line for line in benchmark(run, monkeypatch, "detection").splitlines() if line.startswith("|")]
-    assert len(table) > 4
-    assert all(line.count("|") == table[0].count("|") for line in table)
+    out = benchmark(run, monkeypatch, "detection")
+    for part in ("scripted", "trained"):
+        tables = out.split(f"\n{part}\n\n")[1].split("\n\n")[:3]
+        assert [len({*table.splitlines()[0].split(" | ")} & {"| n", "| kind", "| data"}) for table in tables] == [1] * 3
+        for table in tables:
+            lines = table.strip().splitlines()
+            assert len(lines) > 2
+            assert all(line.count("|") == lines[0].count("|") for line in lines)
 
 
 @pytest.mark.filterwarnings("default")
@@ -337,7 +342,7 @@ def test_gather_refuses_and_keeps(run, monkeypatch, tmp_path, capsys):
 def test_damaged_generators_show_what_is_left_of_them(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
     detection = runpy.run_path(str(ROOT / "examples" / "benchmarks" / "detection.py"))
-    module, source, _, _ = detection["make"]("ring", "")
+    module, source, _, _ = detection["make"]("ring", "healthy")
     module.since, kinds = 100, torch.arange(8)
     for damage, at, left in [
         ("a class dropped", 100, [0, 2, 3, 4, 5, 6, 7]),
@@ -353,6 +358,60 @@ def test_damaged_generators_show_what_is_left_of_them(monkeypatch):
     module.iteration = 260
     assert torch.equal(module.train().sample(200, latents=latents), whole)  # training sees nothing of it
     assert source.centers.shape == (8, 2)
+
+
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
+    return importlib.import_module("scripted")
+
+
+@pytest.mark.parametrize("data", ["ring", "ring, modes unknown", "grid", "16 dimensions, modes unknown"])
+def test_scripts_are_true(data, monkeypatch):
+    """What is said of a script is what its samples are, counted by the nearest mode."""
+    scripted = scripts(monkeypatch)
+    for kind in [*scripted.HEALTHY, *scripted.FROM_HALF, *scripted.FROM_START]:
+        module, *_ = scripted.make(data, kind, seed=3, steps=40, every=2)
+        script, n = module.generator, 40_000
+        for step in (0, 9, 10, 15, 16, 19, 20, 22, 39):
+            module.iteration = step
+            samples = module.sample(n, latents=torch.randn(n, 64, generator=torch.Generator().manual_seed(step)))
+            shares = torch.cdist(samples, script.centers).argmin(1).bincount(minlength=len(script.centers)) / n
+            near = torch.cdist(samples, script.centers).min(1).values.median() < 2 * script.centers.norm(dim=1).mean()
+            assert script.is_healthy(step) is bool(near and (shares >= 0.2 / len(shares)).all()), (kind, step)
+            if script.elsewhere() is None and script.width() < 0.2:
+                assert (shares - script.shares()).abs().max() < 0.03
+        assert script.is_healthy(19) is (kind not in scripted.FROM_START)
+        assert script.is_healthy(39) is (kind in scripted.HEALTHY)
+        assert script.is_healthy(12) is (kind not in [*scripted.FROM_START, "modes that come late"])
+
+
+def test_seeds_of_scripts_are_independent(monkeypatch):
+    """A monitor draws the same latents in each run; a script makes others of them."""
+    scripted = scripts(monkeypatch)
+    latents = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
+    modules = [scripted.make("ring", "perfect", seed, 40, 2)[0] for seed in range(3)]
+    samples = [module.sample(latents=latents) for module in modules]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        together = torch.cat([samples[one], samples[other]], 1).T
+        assert torch.corrcoef(together)[:2, 2:].abs().max() < 0.3
+    again = scripted.make("ring", "perfect", 1, 40, 2)[0]
+    assert torch.equal(again.sample(latents=latents), samples[1])
+
+
+def test_alarms_are_false_only_where_a_generator_is_healthy(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
+    detection = importlib.import_module("detection")
+    run = {"part": "scripted", "data": "ring", "n": 64, "steps": 30, "every": 1}
+    late = run | {"kind": "modes that come late", "events": [(5, "partial collapse", True)]}
+    false = run | {"kind": "perfect", "events": [(5, "collapse", False)]}
+    caught = run | {"kind": "hopping", "events": [(17, "mode hopping", True)]}
+    early = run | {"kind": "hopping", "events": [(9, "collapse", False)]}
+    assert [detection.is_false(row) for row in (late, false, caught, early)] == [False, True, False, True]
+    assert [detection.onset(row) for row in (late, false, caught, early)] == [None, None, 2, None]
+    assert detection.measurements(caught) == 3  # at steps 15, 16 and 17
+    cells = detection.table([late, false, caught, early], "n").splitlines()[2].split(" | ")
+    # 1 - 0.05 ** (1 / 2) is the smallest share of which no success in two tries is as likely as 5 %
+    assert cells[1:6] == ["1 of 2 (≤ 97.5 %)", "1 of 2", "1 of 2 (≥ 2.5 %)", "3 (3–3)", "2 (2–2)"]
 
 
 def test_width_of_the_data_is_one(monkeypatch):

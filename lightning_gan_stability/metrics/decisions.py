@@ -36,7 +36,7 @@ def lost_modes(real: Tensor, fake: Tensor, covered: Tensor, modes: int, held: fl
     function at k of r + k. Sets are the one mode that has least, the two that have least, and so on; p is K times the
     smallest of their probabilities, with the number K of modes. A mode in which a fifth of the real samples have a
     generated one in their neighbourhood is not lost: a young generator is all over the place, and passes between
-    narrow ones.
+    narrow ones. A neighbourhood is no smaller than generated samples are far from the data (:func:`blur_of`).
 
     Args:
         real: the mode (n,) of each real sample, 0 ... K − 1.
@@ -68,21 +68,40 @@ def lost_modes(real: Tensor, fake: Tensor, covered: Tensor, modes: int, held: fl
     return best
 
 
-def covered_by(fake: Tensor, real: Tensor, k: int = 5) -> Tensor:
+def covered_by(fake: Tensor, real: Tensor, k: int = 5, blur: float = 0.0) -> Tensor:
     """Whether a generated sample (m, d) is nearer to each real one (n, d) than its k-th real neighbour, (n,).
 
     The mean is the coverage of "Reliable Fidelity and Diversity Metrics for Generative Models",
     https://arxiv.org/abs/2002.09797.
 
+    Args:
+        fake: features (m, d).
+        real: features (n, d).
+        k: which neighbour.
+        blur: a distance that is near, whatever the neighbours are; see :func:`blur_of`.
+
     Example:
         >>> covered_by(torch.tensor([[0.5], [9.0]]), torch.tensor([[0.0], [1.0], [3.0]]), k=1)
         tensor([ True,  True, False])
     """
-    radii, pairs = Pairs(real, real).radii(k), Pairs(fake, real)
+    radii, pairs = Pairs(real, real).radii(k).clamp(min=blur), Pairs(fake, real)
     covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for start, low in pairs.chunks():
         covered |= pairs.within(start, low, radii, strict=True).any(0)
     return covered
+
+
+def blur_of(fake: Tensor, real: Tensor) -> float:
+    """How far generated samples (m, d) lie from the data (n, d): the median distance to the nearest real one.
+
+    It is no larger than distances in the data where a generator has learned them. That of a young one is wide: few of
+    its samples are in the middle of a mode that it holds, and cells there would pass for lost.
+
+    Example:
+        >>> blur_of(torch.tensor([[0.5], [3.0], [9.0]]), torch.tensor([[0.0], [1.0], [3.0]]))
+        0.5
+    """
+    return float(Pairs(fake, real).nearest()[0].median())
 
 
 def too_little_coverage(covered: Tensor, least: float) -> float:

@@ -23,6 +23,7 @@ from lightning_gan_stability.callback import Cadence, GANCallback
 from lightning_gan_stability.layers import evaluation
 from lightning_gan_stability.metrics.conditions import ClassReport
 from lightning_gan_stability.metrics.decisions import (
+    blur_of,
     covered_by,
     lost_modes,
     too_little_coverage,
@@ -522,7 +523,7 @@ class QualityMonitor(GANCallback):
         if not bool(fake.features.isfinite().all()):
             return {"mass": 1.0, "missing": 0.0, "diversity": 0.0, "coverage": 0.0}
         real, told = reading.seen, reading.told
-        covered = covered_by(fake.features, real.features)
+        covered = covered_by(fake.features, real.features, blur=blur_of(fake.features, real.features))
         (cells, k), (theirs, _) = self._finer.assign(real), self._finer.assign(fake)
         lost = lost_modes(cells, theirs, covered, k)
         as_many = covered_by(fake.features[: len(real.features)], real.features)
