@@ -23,6 +23,7 @@ from lightning_gan_stability._compat import is_compiled, version
 from lightning_gan_stability.callback import GANCallback, Regularizer, UpdateRule, callbacks_of, gradient_scaler
 from lightning_gan_stability.finite import (
     Finding,
+    NotFinite,
     Replay,
     Turn,
     after_delay,
@@ -30,6 +31,7 @@ from lightning_gan_stability.finite import (
     in_data,
     in_turn,
     in_weights,
+    is_finite,
     isolated,
 )
 from lightning_gan_stability.layers import parameter_dtype
@@ -347,9 +349,9 @@ class Engine:
         return functools.reduce(torch.add, parts.values()), values
 
     def _weighed_terms(
-        self, player: Player, outputs: GANOutputs, adversarial: Tensor | None = None
+        self, player: Player, outputs: GANOutputs, adversarial: Tensor | None = None, watched: bool = True
     ) -> tuple[Terms, Terms]:
-        """The terms of a player's loss, times their factors, and their values without."""
+        """The terms of a player's loss, times their factors, and their values without; callbacks look at the first."""
         module, terms, values, factors = self.module, {}, {}, {}
         if adversarial is not None:
             terms["adversarial"], values["adversarial"] = adversarial, adversarial.detach()
@@ -371,7 +373,7 @@ class Engine:
         for name, term in terms.items():
             factor = factors.get(name, 1.0)
             parts[name] = term if isinstance(factor, int | float) and factor == 1 else factor * term
-        for callback in self.callbacks():
+        for callback in self.callbacks() if watched else ():
             callback.watch_terms(module, player, outputs, parts)
         return parts, values
 
@@ -628,7 +630,7 @@ class Engine:
         """Stop the run if a term of a loss or a gradient was not finite.
 
         Raises:
-            FloatingPointError: with the player, the step and the terms, and where the values come from.
+            NotFinite: with the player, the step and the terms, and where the values come from.
         """
         unchecked, self._unchecked = self._unchecked, []
         module = self.module
@@ -642,13 +644,13 @@ class Engine:
         if self._may_be_rescued():  # all ranks go back, or none
             number = torch.tensor(float(len(bad)), device=module.device)
             if module.trainer.strategy.reduce(number, reduce_op="sum") > 0 and not bad:
-                raise FloatingPointError("Not finite in another process's update.")
+                raise NotFinite("Not finite in another process's update.")
         if bad:
             step, player, _ = bad[0]
             terms = [name for s, p, name in bad if (s, p) == (step, player)]
             versions = [version(p) for p in module.parameters()]
             self._failure = Failure(step, player, terms, self._turns.get(player), versions)
-            error = FloatingPointError(self._failure.message())
+            error = NotFinite(self._failure.message())
             in_batch = self._callbacks is not None
             if not (in_batch and self._may_be_rescued()):  # or else the training step asks, if nobody rescues it
                 self.explain(error)
@@ -663,7 +665,7 @@ class Engine:
             start = module.noise.randomness()
             self._turns[player] = Turn(player, batch, start, self._moves, module.adversarial, own, self._separate)
 
-    def explain(self, error: FloatingPointError) -> None:
+    def explain(self, error: NotFinite) -> None:
         """Let the error of a value that is not finite say where it comes from, as far as a second look shows."""
         failure, self._failure = self._failure, None
         if failure is None:
@@ -696,9 +698,14 @@ class Engine:
             yield found or finite_so_far()
             moved = turn.moves != self._moves or failure.versions != [version(p) for p in module.parameters()]
             # of shards the weights are with other processes, who need not look
-            if found is None and not moved and not turn.own and module.device_mesh is None:
+            data = found is not None and not is_finite((seen.real, seen.condition))
+            if (found is None or data) and not moved and not turn.own and module.device_mesh is None:
                 with self._uncompiled():
-                    yield in_turn(module, self._replay(turn))
+                    second = in_turn(module, self._replay(turn))
+                if not data:
+                    yield second
+                elif second.of_term:  # networks that take such data have not passed it on
+                    yield Finding(f"{second.text} The data hold values that are not finite, too.", second.advice)
 
     def _replay(self, turn: Turn) -> Replay:
         """How a turn is taken again; the random state is the one that it began with."""
@@ -722,7 +729,7 @@ class Engine:
 
         def weigh(outputs: GANOutputs) -> tuple[Terms, Terms]:
             if turn.penalty is None:
-                return self._weighed_terms(player, outputs)
+                return self._weighed_terms(player, outputs, watched=False)
             ((name, every, term),) = self._penalties(player, outputs, [turn.penalty])
             return {name: every * term}, {name: term.detach()}
 

@@ -32,11 +32,16 @@ if TYPE_CHECKING:
 NAMED = 5  # of rows and names the message has so many, and the number of the others
 
 
+class NotFinite(FloatingPointError):
+    """A loss or a gradient of a player that is not finite; others' ``FloatingPointError`` is none of these."""
+
+
 class Finding(NamedTuple):
     """What a second look has found, and what to do about it; None: the advice that is always right."""
 
     text: str
     advice: str | None = None
+    of_term: bool = False  # all that the networks made is finite
 
 
 @dataclass(slots=True)
@@ -109,10 +114,11 @@ def _is_finite(leaf: Any) -> bool:
 def _may_enter(tree: Any) -> bool:
     """Whether what enters a layer is finite, but for masks of 0 and -∞, as attention has them."""
 
-    def is_mask(leaf: Tensor) -> bool:
-        return not leaf.is_complex() and bool(((leaf == 0) | leaf.isneginf()).all())
+    return all(_is_finite(leaf) or _is_mask(leaf) for leaf in tree_leaves(tree))
 
-    return all(_is_finite(leaf) or is_mask(leaf) for leaf in tree_leaves(tree))
+
+def _is_mask(leaf: Tensor) -> bool:
+    return not leaf.is_complex() and bool(((leaf == 0) | leaf.isneginf()).all())
 
 
 def broken_rows(tree: Any, n: int) -> list[int]:
@@ -167,7 +173,7 @@ def in_data(real: Any, condition: Any) -> Finding | None:
         if tree is None or is_finite(tree):
             continue
         for path, leaf in zip(optree.tree_paths(tree), optree.tree_leaves(tree), strict=True):
-            if not _is_finite(leaf):
+            if not (_is_finite(leaf) or _is_mask(leaf)):
                 rows = _in_rows(broken_rows(leaf, len(leaf)), len(leaf))
                 found.append(f"`{'.'.join(map(str, (name, *path)))}`{rows}")
     if not found:
@@ -415,7 +421,7 @@ def in_turn(module: GANProtocol, turn: Replay) -> Finding:
         module: whose turn.
         turn: how it is taken again.
     """
-    total = first = 0
+    total = sum(batch_size(part.real) for part in turn.parts())
     for gradients in (False, True):
         first, largest = 0, 0.0
         for part in turn.parts():
@@ -426,14 +432,13 @@ def in_turn(module: GANProtocol, turn: Replay) -> Finding:
                 watch.judged = Counter(watch.runs)
                 terms, values = turn.weigh(outputs)
                 watch.forward = False
-                found = _in_values(turn, watch, outputs, terms, values, first)
+                found = _in_values(turn, watch, outputs, terms, values, first, total)
                 if found is None and gradients:
-                    found, size = _in_gradients(turn, watch, terms, first)
+                    found, size = _in_gradients(turn, watch, terms, first, total)
                     largest = max(largest, size)
             if found is not None:
                 return found
             first += n
-        total = first
     if is_distributed():
         return Finding("On this process's part of the batch all is finite: see the error of another process.")
     if largest > 1e18:  # whose square float32 does not have
@@ -445,7 +450,7 @@ def in_turn(module: GANProtocol, turn: Replay) -> Finding:
 
 
 def _in_values(
-    turn: Replay, watch: LayerWatch, outputs: GANOutputs, terms: Terms, values: Terms, first: int
+    turn: Replay, watch: LayerWatch, outputs: GANOutputs, terms: Terms, values: Terms, first: int, total: int
 ) -> Finding | None:
     """A layer, or else a term, whose values are not finite."""
     broken = next((name for name, term in terms.items() if not _is_finite(term)), None)
@@ -456,7 +461,7 @@ def _in_values(
         suspects = [call for call in suspects if not _is_of(call, "generator")]
     if suspects:
         call = suspects[0]
-        rows = _in_rows([first + row for row in call.rows], first + watch.n, watch.side(call, outputs))
+        rows = _in_rows([first + row for row in call.rows], total, watch.side(call, outputs))
         half = call.dtype == torch.float16
         advice = "Use precision='bf16-mixed' or '32-true'." if half else None
         limit = " (float16 ends at 65504)" if half else ""
@@ -473,12 +478,16 @@ def _in_values(
             return None  # the second look watches the gradient that it takes
         origin = watch.origin()
         if origin is not None:
-            rows = _in_rows([first + row for row in origin.rows], first + watch.n)
+            rows = _in_rows([first + row for row in origin.rows], total)
             return Finding(f"First in the gradient that {key} takes, in the backward pass of {origin}{rows}.", _ROOT)
-    return Finding(f"All layers return finite values: {key} itself is not finite.", _LOGARITHM)
+    if not is_finite((outputs.fake, outputs.real_logits, outputs.fake_logits)):
+        return None  # what has come from the data
+    return Finding(f"All layers return finite values: {key} itself is not finite.", _LOGARITHM, of_term=True)
 
 
-def _in_gradients(turn: Replay, watch: LayerWatch, terms: Terms, first: int) -> tuple[Finding | None, float]:
+def _in_gradients(
+    turn: Replay, watch: LayerWatch, terms: Terms, first: int, total: int
+) -> tuple[Finding | None, float]:
     """The term whose gradient is not finite, and the layer that it begins in; and the largest value of gradients."""
     largest = 0.0
     for name, term in terms.items():
@@ -492,11 +501,11 @@ def _in_gradients(turn: Replay, watch: LayerWatch, terms: Terms, first: int) -> 
         if not broken:
             largest = max([largest, *(float(g.detach().abs().max()) for g in gradients.values() if g.numel())])
             continue
-        return Finding(_gradient_text(turn, watch, name, broken, first), _ROOT), largest
+        return Finding(_gradient_text(turn, watch, name, broken, first, total), _ROOT), largest
     return None, largest
 
 
-def _gradient_text(turn: Replay, watch: LayerWatch, name: str, broken: list[str], first: int) -> str:
+def _gradient_text(turn: Replay, watch: LayerWatch, name: str, broken: list[str], first: int, total: int) -> str:
     key = f"`{turn.player}/{name}`"
     penalty = turn.penalties.get(name)
     if penalty is not None and penalty.second_order:
@@ -504,7 +513,7 @@ def _gradient_text(turn: Replay, watch: LayerWatch, name: str, broken: list[str]
         return f"All values are finite, and the gradient of {key} is not."
     origin = watch.origin()
     if origin is not None:
-        rows = _in_rows([first + row for row in origin.rows], first + watch.n)
+        rows = _in_rows([first + row for row in origin.rows], total)
         return f"All values are finite, and the gradient of {key} is not: first in the backward pass of {origin}{rows}."
     owners = ((parameter, watch.origin_of(parameter)) for parameter in broken)
     parameter, owner = next(((p, call) for p, call in owners if call is not None), (None, None))

@@ -35,6 +35,7 @@ from lightning_gan_stability._compat import given_hyperparameters, is_compiled, 
 from lightning_gan_stability.augment import augment_pairs
 from lightning_gan_stability.callback import Regularizer, find_rule
 from lightning_gan_stability.engine import Engine, Objective
+from lightning_gan_stability.finite import NotFinite
 from lightning_gan_stability.guard import Guard, check_run, find_guard
 from lightning_gan_stability.layers import (
     Packed,
@@ -431,7 +432,7 @@ class GANModule(LightningModule):
         """Real samples and condition of a batch, checked; of a batch for packs, without the rest that fills none."""
         if isinstance(batch, Unpacked):
             return batch
-        real, condition = self._taken_apart(batch)
+        real, condition = self.taken_apart(batch)
         n, pack = batch_size(real), self.packing
         rows = n - n % pack
         if rows == n:
@@ -443,8 +444,8 @@ class GANModule(LightningModule):
             )
         return Unpacked(take_rows(real, 0, rows), take_rows(condition, 0, rows))
 
-    def _taken_apart(self, batch: Any) -> Unpacked:
-        """What `unpack` returns, checked."""
+    def taken_apart(self, batch: Any) -> Unpacked:
+        """What :meth:`unpack` makes of a batch, checked: all of it, also the rest that fills no pack."""
         found = self.unpack(batch)
         if not (isinstance(found, tuple | list) and len(found) == 2 and found[0] is not None):
             got = f"a {type(found).__name__} of {len(found)}" if isinstance(found, tuple | list) else describe(found)
@@ -827,7 +828,7 @@ class GANModule(LightningModule):
             with self.engine.adjusted_for_batch(rule), self.noise.of_step():
                 self.last_step = step = StepRecord(self.iteration, visible, finished=False, values=values)
                 rule(self, batch)
-        except FloatingPointError as error:
+        except NotFinite as error:
             rescued = any(callback.rescue(trainer, self) for callback in self.engine.callbacks())
             if not rescued:
                 self.engine.explain(error)
@@ -863,7 +864,7 @@ class GANModule(LightningModule):
         self._evaluate(batch, batch_idx, dataloader_idx, "test")
 
     def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
-        n = batch_size(self._taken_apart(batch).real)
+        n = batch_size(self.taken_apart(batch).real)
         if n < self.packing:
             return  # the rest of a data set that fills no pack
         with self.noise.of("validation", dataloader_idx, batch_idx), self._naming_incomplete(batch_idx, n):

@@ -146,7 +146,8 @@ class Monitored:
         for stop in self._stopping:
             assert stop.monitor is not None
             _, cadence = self._logged[stop.monitor]
-            if in_validation == (cadence == "validation") and self._is_new(trainer, stop.monitor):
+            there = stop.monitor in trainer.callback_metrics  # some take several measurements to come up
+            if there and in_validation == (cadence == "validation") and self._is_new(trainer, stop.monitor):
                 check_on_train_epoch_end(stop, False)
                 stop.on_validation_end(trainer, module)
 

@@ -20,6 +20,7 @@ class Course(NamedTuple):
         values: as many.
         real: what real data have; NaN if it is not known.
         lower_is_better: None if neither is.
+        limit: beyond which a run has not worked, whatever the other values are; NaN if there is none.
     """
 
     name: str
@@ -27,6 +28,13 @@ class Course(NamedTuple):
     values: Sequence[float]
     real: float = math.nan
     lower_is_better: bool | None = None
+    limit: float = math.nan
+
+    @property
+    def fails(self) -> bool:
+        """Whether it ends on the wrong side of its limit."""
+        last = self.values[-1]
+        return last > self.limit if self.lower_is_better else last < self.limit
 
     @property
     def best(self) -> int | None:
@@ -79,6 +87,7 @@ def courses_of(
     history: Sequence[Mapping[str, float]],
     lower_is_better: Mapping[str, bool | None],
     real: Mapping[str, float] | None = None,
+    limits: Mapping[str, float] | None = None,
 ) -> list[Course]:
     """The courses of a monitor's values.
 
@@ -88,6 +97,7 @@ def courses_of(
         lower_is_better: by the names of the values, in the order of the table; those that were never measured have no
             course.
         real: what real data have.
+        limits: beyond which a run has not worked.
 
     Example:
         >>> [course.values for course in courses_of("quality", [{"step": 0, "fid": 3.0}], {"fid": True, "kid": True})]
@@ -98,7 +108,8 @@ def courses_of(
         rows = [row for row in history if value in row]
         steps, values = [int(row["step"]) for row in rows], [row[value] for row in rows]
         if values:
-            found.append(Course(f"{name}/{value}", steps, values, (real or {}).get(value, math.nan), lower))
+            known, limit = ((part or {}).get(value, math.nan) for part in (real, limits))
+            found.append(Course(f"{name}/{value}", steps, values, known, lower, limit))
     return found
 
 
@@ -161,8 +172,12 @@ def judgement(outcome: Outcome, stopped: str = "") -> str:
     if lasting:
         names = ", ".join(f"{trouble.verdict} (since step {trouble.step:,})" for trouble in lasting)
         parts.append(f"{'Trouble at the end' if stopped else 'It did not work'}: {names}.")
+    failed = [one for one in outcome.courses if one.fails and len(one.values) > 1]
+    if failed and not lasting:
+        found = ", ".join(f"{one.name} is {_number(one.values[-1])} at the end" for one in failed)
+        parts.append(f"{'At the end' if stopped else 'It did not work'}: {found}.")
     if course is not None:
-        parts.append(_progress(course, bad=bool(stopped or lasting)))
+        parts.append(_progress(course, bad=bool(stopped or lasting or failed)))
     elif not lasting:
         parts.append(
             "Nobody measured how good the samples are: add a QualityMonitor, or a PairedMonitor if each has a target."
@@ -188,7 +203,7 @@ def _progress(course: Course, bad: bool) -> str:
     found = f"{change} (best {_number(top)} at step {course.steps[best]:,}{real})"
     if bad:
         return f"{found}."
-    if not math.isfinite(first):
+    if not math.isfinite(first) or sign * (last - course.real) <= 0:
         return f"It worked: {found}."
     if sign * last >= sign * first:
         return f"It did not work: {change}{'' if best in (0, len(course.values) - 1) else found[len(change) :]}."

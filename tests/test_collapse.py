@@ -658,3 +658,25 @@ def test_it_decides_from_the_monitor_that_is_named():
     assert found == {"kind": 0, "honest": 1}
     with pytest.raises(MisconfigurationException, match=r"finds no QualityMonitor of that name; there are 'kind'"):
         trainer(callbacks=[kind, CollapseDetector(monitor="other")], max_steps=2).fit(small(), ring())
+
+
+def test_names_of_one_trouble_that_change_are_one_event():
+    partial = LOST | {"imbalance": 0.3, "diversity": 0.8, "missing": 0.3}
+    values = [GOOD, GOOD, *[partial] * 4, *[LOST] * 4, *[LOST | {"moved": 0.9}] * 4]
+    assert [verdict for _, verdict in said(values)] == ["partial collapse"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_error_of_the_users_own_is_no_divergence():
+    class Own(GANModule):
+        def auxiliary_losses(self, player, outputs):
+            if self.iteration == 3:
+                raise FloatingPointError("mine")
+            return {}
+
+    detector = CollapseDetector("rollback")
+    module = Own(MLP([4, 16, 2]), MLP([2, 16, 1]), 4)
+    run = trainer(callbacks=[QualityMonitor(n_samples=50, every=1), detector], max_steps=9, max_epochs=-1)
+    with pytest.raises(FloatingPointError, match="mine"):
+        run.fit(module, ring())
+    assert detector.events == []

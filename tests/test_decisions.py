@@ -133,3 +133,12 @@ def test_a_point_does_not_vary_and_a_generator_at_the_limit_is_seldom_accused():
 def test_levels_of_all_looks_together():
     assert sum(level(0.03, look) for look in range(1, 10**5)) == pytest.approx(0.03, rel=1e-4)
     assert level(0.01, 1) > level(0.01, 2)
+
+
+@pytest.mark.parametrize("n", [4, 22, 28, 37, 64, 91, 399])
+def test_variation_of_any_number_of_samples(n):
+    """Blocks are of one size; a generator that varies as the data do is not accused, one that does not is."""
+    x = torch.randn(n, 2, generator=torch.Generator().manual_seed(n))
+    assert too_little_variation(x, 1.77) > 0.01
+    assert too_little_variation(torch.zeros(n, 2), 1.77) == 0.0
+    assert too_little_variation(x[:3], 1.77) == 1.0

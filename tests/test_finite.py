@@ -235,7 +235,7 @@ def test_rows_of_a_layer_are_those_of_the_whole_batch_with_micro_batches():
     module = judge(Log(), nn.Linear(2, 1), accumulate=3)
     # of three micro-batches the first has samples 0 to 2, the second 3 to 5
     found = error_of(module, marked(1, [4]))
-    assert "`discriminator.0` (Log), whose inputs are finite, in real sample 4 of 6." in found
+    assert "`discriminator.0` (Log), whose inputs are finite, in real sample 4 of 8." in found
 
 
 class Between(nn.Module):

@@ -530,7 +530,8 @@ def test_codes_beyond_what_there_is_room_for():
     [
         (lambda step: torch.randint(256, (8, 100)), None, []),
         (lambda step: torch.randint(256 if step < 8 else 12, (8, 100)), None, ["codebook_collapse"]),
-        (lambda step: torch.randint(20, (8, 100)), 256, ["codebook_collapse"]),  # never came into use
+        (lambda step: torch.randint(20, (8, 100)), 256, []),  # did not come into use, and is young
+        (lambda step: torch.full((8, 100), 0), None, ["codebook_collapse"]),  # whatever the size is
         (lambda step: torch.randint(20, (8, 100)), None, []),  # nobody knows that there are more
         (lambda step: torch.randint(2 + 6 * step, (8, 100)), 256, []),  # comes into use
         (lambda step: torch.randint(20, (8, 1)), 256, []),  # too few to tell
@@ -544,6 +545,59 @@ def test_codebook_collapse(of_step, known, verdicts):
     if verdicts and "perplexity/codes/2" in monitor.windows[0]:
         assert monitor.verdicts[0]["evidence"]["book"] == 2
         assert monitor.verdicts[0]["evidence"]["perplexity"] == 1
+
+
+def test_a_codebook_comes_into_use_in_500_steps():
+    window = {"perplexity/codes": 20.0, "codes/codes": 256.0}
+    assert shares.codebook_collapse([window | {"step": 400.0}] * 6) is None
+    assert shares.codebook_collapse([window | {"step": 500.0}] * 6) == {"perplexity": 20, "codes": 256, "best": 20}
+    assert shares.codebook_collapse([window | {"step": 500.0}] * 5) is None
+
+
+def test_a_reconstruction_that_jumps_as_the_adversarial_terms_begin():
+    before = HEALTHY | {"adversarial_share": 0.0, "accuracy": 0.7, "reconstruction": 1.0, "accuracy_before": 0.7}
+    begun = before | {"adversarial_share": 0.5}
+    assert shares.head_start([before, begun | {"reconstruction": 1.9}]) is None
+    assert shares.head_start([before, begun | {"reconstruction": 2.1}])["before"] == 1.0
+    assert shares.head_start([before, begun, begun | {"reconstruction": 3.0}])["reconstruction"] == 3.0
+    assert shares.head_start([before, begun, begun, begun | {"reconstruction": 3.0}]) is None
+
+
+def test_an_adversarial_term_that_nobody_hears():
+    window = HEALTHY | {"accuracy": 0.9, "adversarial_share": 1e-5}
+    assert shares.silent_adversarial([window] * 4) == {"adversarial_share": 1e-5, "accuracy": 0.9}
+    assert shares.silent_adversarial([window | {"adversarial_share": 1e-3}] * 4) is None
+    assert shares.silent_adversarial([window | {"accuracy": 0.6}] * 4) is None
+
+
+def test_samples_without_dimensions_are_watched():
+    class Numbers(GANModule):
+        def generate(self, network, n, condition, latents):
+            return network(latents)[:, 0]
+
+        def discriminate(self, network, sample, condition):
+            return network(sample[:, None])
+
+    monitor = HealthMonitor(every=3)
+    module = Numbers(MLP([4, 16, 1]), MLP([1, 16, 1]), latent_dim=4)
+    fit(module, [torch.randn(8) for _ in range(6)], callbacks=[monitor])
+    assert len(monitor.windows) == 2
+
+
+def test_an_unpack_that_draws_moves_nothing():
+    class Noisy(GANModule):
+        def unpack(self, batch):
+            return batch + 0.01 * torch.randn_like(batch), None
+
+    states = []
+    for callbacks in ([], [HealthMonitor(every=3)]):
+        torch.manual_seed(0)
+        module = Noisy(MLP([4, 16, 2]), MLP([2, 16, 1]), latent_dim=4)
+        data = DataLoader(torch.randn(64, 2, generator=torch.Generator().manual_seed(3)), 8, shuffle=True)
+        torch.manual_seed(1)
+        trainer(max_epochs=3, callbacks=callbacks).fit(module, data)
+        states.append(weights(module))
+    assert torch.equal(*states)
 
 
 # ---------- runs built to fail, and such as do not

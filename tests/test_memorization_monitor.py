@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from test_real_data import LOADERS, Points, run
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 from toys import Copier, ignoring, points, sgd, small, trainer, weights
 
 from lightning_gan_stability import (
@@ -380,7 +380,9 @@ def test_conditions_are_those_of_held_out_samples():
 @pytest.mark.parametrize("kind", [kind for kind in LOADERS if kind != "one after another"])
 def test_a_run_is_the_same_with_and_without_it(kind):
     many = 40 if kind == "an endless sampler" else "all"
-    monitor = MemorizationMonitor(every=3, n_samples=50, n_train=many)
+    # samples that come more often are compared with such as come as often
+    held_out = loader(normal(60, seed=50), 10) if kind.startswith("weighted") else None
+    monitor = MemorizationMonitor(every=3, n_samples=50, n_train=many, held_out=held_out)
     alone = run(LOADERS[kind](), val=loader(normal(60, seed=50), 10))
     seen = run(LOADERS[kind](), monitor, val=loader(normal(60, seed=50), 10))
     assert alone.iteration == seen.iteration > 6
@@ -556,3 +558,15 @@ def test_features_that_are_not_finite():
 def test_bad_values(arguments, text):
     with pytest.raises(ValueError, match=text):
         MemorizationMonitor(**arguments)
+
+
+def test_weights_of_a_sampler_are_refused_without_data_of_the_same_weights():
+    data = DataLoader(normal(60), 8, sampler=WeightedRandomSampler([1.0] * 30 + [9.0] * 30, 60))
+    with pytest.raises(MisconfigurationException, match="WeightedRandomSampler changes the frequencies"):
+        run(data, MemorizationMonitor(every=3, n_samples=50), val=loader(normal(60, seed=50), 10))
+
+
+def test_data_of_few_values_are_refused_with_the_reason():
+    few = lambda seed: normal(300, seed=seed).mul(2).round()  # noqa: E731
+    with pytest.raises(MisconfigurationException, match="take few values"):
+        run(loader(few(1), 8), MemorizationMonitor(every=3, n_samples=50), val=loader(few(2), 10))

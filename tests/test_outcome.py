@@ -315,3 +315,40 @@ def test_a_refused_run_prints_no_table(capsys):
     with pytest.raises(MisconfigurationException):
         fit(small(), ring(), QualityMonitor(**FEW), ModelCheckpoint(monitor="quality/fidd"), enable_checkpointing=True)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("course", "expected"),
+    [
+        (fid(0.04, 0.02, real=0.05), "It worked: quality/fid fell"),
+        (fid(0.010, 0.012, real=0.05), "It worked: quality/fid rose"),
+        (fid(0.5, 0.01, 0.03, real=0.05), "It worked: quality/fid fell"),
+        (recall(0.97, 0.99), "It worked: quality/recall rose"),
+    ],
+)
+def test_what_is_as_good_as_real_data_has_worked(course, expected):
+    assert judgement(Outcome([course])).startswith(expected)
+
+
+def test_samples_that_do_not_belong_to_their_conditions_have_not_worked():
+    told = Course("quality/dependence", [0, 100], [0.3, -0.001], 1.0, lower_is_better=False, limit=0.25)
+    assert judgement(Outcome([fid(57.0, 1.0), told])).startswith("It did not work: quality/dependence is -0.001 at the")
+    assert judgement(Outcome([fid(57.0, 1.0), told._replace(values=[0.3, 0.9])])).startswith("It worked")
+
+
+def test_a_second_fit_is_measured_anew():
+    module, monitor = small(), QualityMonitor(**FEW, metrics=["fid"])
+    for i in range(3):
+        run = fit(module, ring(), monitor)
+        assert [row["step"] for row in monitor.history] == [0, 2, 4]
+        assert module.iteration == 4 * (i + 1)
+        assert run.callback_metrics["quality/fid"].item() == pytest.approx(monitor.history[-1]["fid"])
+        with torch.no_grad():
+            module.generator.layers[0].bias.add_(1.0)  # so that the next one begins elsewhere
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_nothing_to_evaluate_is_refused(stage):
+    run = trainer(callbacks=[QualityMonitor(**FEW)], limit_val_batches=0, limit_test_batches=0)
+    with pytest.raises(MisconfigurationException, match=f"leaves nothing to {stage}"):
+        getattr(run, stage)(small(), ring(), verbose=False)

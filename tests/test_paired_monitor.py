@@ -14,7 +14,17 @@ from torchmetrics import MeanAbsoluteError, MeanSquaredError
 from torchmetrics.image import PeakSignalNoiseRatio
 from toys import points, small, trainer, weights
 
-from lightning_gan_stability import GeneratorEMA, PairedMonitor, Table, TableMonitor, TableSynthesis, Tokenizer
+from lightning_gan_stability import (
+    MLP,
+    GANModule,
+    GeneratorEMA,
+    Packed,
+    PairedMonitor,
+    Table,
+    TableMonitor,
+    TableSynthesis,
+    Tokenizer,
+)
 from lightning_gan_stability.metrics import (
     CodebookPerplexity,
     CodebookUsage,
@@ -463,3 +473,18 @@ def test_a_target_without_held_out_rows_is_refused():
     data = Table(rows(), components=2, batch_size=12, holdout=0)
     with pytest.raises(MisconfigurationException, match="of held-out rows, and there are none: set `holdout` of the"):
         table_run(TableMonitor("kind"), data=data)
+
+
+def test_rows_that_fill_no_pack_are_measured():
+    class Pairs(GANModule):
+        def unpack(self, batch):
+            return batch + 1, batch
+
+    x = torch.randn(97, 2, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    module = Pairs(nn.Linear(2, 2), Packed(MLP([4, 8, 1]), 2))
+    found = trainer(callbacks=[PairedMonitor({"mse": MeanSquaredError()})]).validate(
+        module, [DataLoader(x, 33), DataLoader(x + 5, 32)], verbose=False
+    )
+    expected = (module.generator(x) - (x + 1)).square().mean().item()
+    assert found[0]["quality/mse"] == pytest.approx(expected, rel=1e-5)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EarlyStopping
 from scipy.stats import binom
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -135,6 +136,29 @@ def test_samples_that_nothing_depends_on_say_nothing():
     monitor, detector = run(gan(Translator(shift=1)), data)
     assert "dependence" not in monitor.values
     assert detector.events == []
+
+
+@pytest.mark.parametrize("spread", [0.3, 0.5, 1.5])
+def test_modes_that_are_narrow_or_wide_are_held(spread):
+    """Eight modes that nobody knows, all of them held; a fifth of their spread is enough."""
+
+    class Modes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, latents, labels):
+            angles = labels * torch.pi / 4
+            centres = torch.stack([angles.cos(), angles.sin()], 1)
+            return centres + 0.05 * spread * latents + self.weight
+
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(1600) % 8
+    x = torch.stack([(labels * torch.pi / 4).cos(), (labels * torch.pi / 4).sin()], 1)
+    data = DataLoader(TensorDataset(x + 0.05 * torch.randn(1600, 2, generator=draw), labels), 50, shuffle=True)
+    for n in (300, 1600):
+        _, detector = run(gan(Modes(), 2), data, steps=12, n_samples=n)
+        assert detector.events == []
 
 
 # ---------- the values
@@ -286,3 +310,56 @@ def test_classes_can_be_looked_at():
     monitor, _ = run(gan(Classes(), 2), labelled(300), n_samples=300)
     assert [*monitor.classes] == [*range(10)]
     assert monitor.classes[3].n_fake == 30
+
+
+def test_conditions_of_several_sizes_or_with_gaps_are_not_compared():
+    class Any(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, latents, condition):
+            return self.layer(torch.cat([latents, condition.nan_to_num().mean(1, keepdim=True)], 1))
+
+    draw = torch.Generator().manual_seed(0)
+    sizes = [(torch.randn(20, 2, generator=draw), torch.randn(20, 1 + i, generator=draw)) for i in range(10)]
+    gaps = [(x, torch.where(c[:, :1] > 1, float("nan"), c[:, :1])) for x, c in sizes]
+    for batches in (sizes, gaps):
+        monitor = QualityMonitor(nn.Identity(), n_samples=100, every=2)
+        run = trainer(callbacks=[monitor], max_steps=4, max_epochs=-1, limit_val_batches=0)
+        run.fit(gan(Any(), 2), DataLoader(batches, batch_size=None))
+        assert "dependence" not in monitor.values
+        assert monitor.values["fid"] > 0
+
+
+def test_samples_in_a_tree_need_an_extractor():
+    class Tree(GANModule):
+        def unpack(self, batch):
+            return {"x": batch}, None
+
+    with pytest.raises(MisconfigurationException, match="give QualityMonitor an `extractor`"):
+        trainer(callbacks=[QualityMonitor()]).fit(Tree(nn.Linear(2, 2), Blind(), 2), DataLoader(torch.randn(40, 2), 8))
+
+
+def test_rare_classes_are_left_out():
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.cat([torch.arange(300) % 3, torch.arange(3, 9).repeat_interleave(2)])
+    x = torch.stack([8.0 * labels, torch.zeros(312)], 1) + torch.randn(312, 2, generator=draw)
+    monitor, detector = run(gan(Classes(), 2), DataLoader(TensorDataset(x, labels), 26, shuffle=True), n_samples=312)
+    assert monitor.values["class_consistency"] > 0.9
+    assert monitor.values["class_diversity"] > 0.7
+    assert detector.events == []
+
+
+@pytest.mark.filterwarnings("ignore:ignored condition")
+def test_early_stopping_waits_for_the_first_value_and_refuses_what_never_comes():
+    for key, match in (("fluctuation", None), ("class_diversity", "class_diversity")):
+        stop = EarlyStopping(f"quality/{key}", patience=9)
+        monitor = QualityMonitor(nn.Identity(), n_samples=100, every=2)
+        fit = trainer(callbacks=[monitor, stop], max_steps=8, max_epochs=-1, limit_val_batches=0)
+        if match is None:
+            fit.fit(gan(Translator()), pairs(100))
+            assert fit.global_step == 8
+        else:
+            with pytest.raises(MisconfigurationException, match=match):
+                fit.fit(gan(Translator()), pairs(100))

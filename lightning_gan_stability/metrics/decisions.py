@@ -125,7 +125,7 @@ def too_little_variation(fake: Tensor, diversity: float, least: float = HELD, bl
         fake: features (m, d).
         diversity: the mean distance of two real samples.
         least: the part of it that a healthy generator has.
-        blocks: how many.
+        blocks: how many, or one more; of fewer than four samples nothing can be said.
 
     Example:
         >>> too_little_variation(torch.zeros(100, 2), diversity=1.0)
@@ -133,7 +133,11 @@ def too_little_variation(fake: Tensor, diversity: float, least: float = HELD, bl
     """
     from scipy.stats import t
 
-    found = torch.tensor([pairwise_diversity(part) for part in fake.chunk(blocks)], dtype=torch.float64)
+    size = max(2, len(fake) // blocks)  # equal blocks, of pairs at least; what is left over is left out
+    parts = torch.split(fake[: len(fake) // size * size], size)
+    if len(parts) < 2:
+        return 1.0
+    found = torch.tensor([pairwise_diversity(part) for part in parts], dtype=torch.float64)
     excess, spread = found.mean().item() - least * diversity, found.std().item() / math.sqrt(len(found))
     if spread == 0:
         return float(excess >= 0)

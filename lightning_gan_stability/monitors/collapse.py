@@ -18,7 +18,7 @@ from lightning_gan_stability.callback import GANCallback, callbacks_of
 from lightning_gan_stability.metrics.decisions import level, samples_to_decide, samples_to_decide_on_conditions
 from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.monitors.files import save_atomically
-from lightning_gan_stability.monitors.quality import QualityMonitor, Values
+from lightning_gan_stability.monitors.quality import MAY_MISS, QualityMonitor, Values
 from lightning_gan_stability.monitors.rollback import Remedy, Weights, give_weights, put_back, take, weights_of
 from lightning_gan_stability.outcome import Outcome, Trouble
 from lightning_gan_stability.protocols import GANProtocol
@@ -36,13 +36,13 @@ Verdict = Literal[
 Event: TypeAlias = dict[str, Any]
 Act = Literal["warn", "alert", "stop", "rollback"]
 
-MISSED = 0.03  # share of the real data that a healthy generator may miss
 NOWHERE = 0.02  # below this part of its null, coverage says that samples are nowhere near the data
 VARIED = 0.2  # part of the real data's diversity below which samples do not vary
 IGNORED = 0.25  # part of the real samples' dependence on conditions below which these are ignored
 COVERED = 0.1  # part of its null that a healthy generator's coverage has, at least, where it is confirmed
 YOUNG = 500  # steps before which nobody is said not to have learned
 SHARES = ("recall", "coverage", "dependence", "class_consistency", "class_diversity")  # of what real data have
+CONCENTRATED = ("collapse", "partial collapse", "mode hopping")  # names of one trouble, which change with its extent
 CONFIRMED = ("missing", "diversity", "coverage")
 CONFIRMED_BY: dict[str, tuple[str, ...]] = {  # tests, by verdicts
     "ignored condition": ("dependence", "class_consistency"),
@@ -81,7 +81,7 @@ def is_bad(values: Mapping[str, float], best: Mapping[str, float], null: Mapping
     if not _finite(values):
         return True
     return (
-        values["missing"] > MISSED
+        values["missing"] > MAY_MISS
         or values.get("diversity", 1.0) < 0.1
         or values.get("coverage", 1.0) < NOWHERE * null.get("coverage", 1.0)
         or _fell(values, best)
@@ -111,7 +111,7 @@ def has_lost(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
         >>> has_lost({"missing": 0.1}, {"held": 0.0})
         True
     """
-    return values["missing"] > best.get("held", 1.0) + MISSED
+    return values["missing"] > best.get("held", 1.0) + MAY_MISS
 
 
 def name_trouble(recent: Sequence[Mapping[str, float]]) -> Verdict:
@@ -138,7 +138,7 @@ def name_trouble(recent: Sequence[Mapping[str, float]]) -> Verdict:
         return "collapse"
     if mean["missing"] >= 0.5 or mean.get("coverage", 1.0) < NOWHERE:
         return "divergence"
-    told = of_conditions(recent) if mean["missing"] <= MISSED else []
+    told = of_conditions(recent) if mean["missing"] <= MAY_MISS else []
     return told[0] if told else "partial collapse"
 
 
@@ -298,7 +298,7 @@ class CollapseDetector(GANCallback):
     seen: list[Values]
     recent: list[Values]
     course: list[Values]
-    said: Verdict | None
+    said: list[Verdict]
     looks: int
     rollbacks: int
     healthy: dict[str, Any] | None
@@ -338,7 +338,7 @@ class CollapseDetector(GANCallback):
         self.add_state("best", {})  # of each value so far
         self.add_state("seen", [])  # the last measurements
         self.add_state("recent", [])  # bad measurements in a row
-        self.add_state("said", None)  # the verdict that they have got
+        self.add_state("said", [])  # the verdicts that they have got
         self.add_state("rollbacks", 0)
         self.add_state("healthy", None, on_device=False)  # what a rollback puts back
         self.add_state("weights", [])  # of penalties, after remedies
@@ -346,7 +346,7 @@ class CollapseDetector(GANCallback):
         self._warned = False  # of few samples
 
     def _begin(self) -> None:
-        self.best, self.seen, self.course, self.recent, self.said = {}, [], [], [], None
+        self.best, self.seen, self.course, self.recent, self.said = {}, [], [], [], []
 
     def reset(self, module: GANProtocol) -> None:
         """Begin anew, without the remedies of the module before."""
@@ -418,8 +418,9 @@ class CollapseDetector(GANCallback):
             self._keep(trainer, module)
         suspected = self._suspicions(module, finite, null)
         if not suspected and not self.recent:
-            self.said = None
-        if not suspected or self.said in suspected:
+            self.said = []
+        suspected = [verdict for verdict in suspected if not self._has_said(verdict)]
+        if not suspected:
             return
         found = self._p_values(trainer, module, monitor, best, suspected) if finite else {suspected[0]: 0.0}
         sure = [
@@ -428,10 +429,16 @@ class CollapseDetector(GANCallback):
         if not sure:
             self.recent, self.course = [], []
             return
-        verdict = self.said = sure[0]
-        p = found[verdict]
+        verdict, p = sure[0], found[sure[0]]
+        self.said = [*self.said, verdict]
         evidence = values | {f"best_{name}": value for name, value in self.best.items()} | {"p": p}
         self._act(trainer, module, verdict, evidence)
+
+    def _has_said(self, verdict: Verdict) -> bool:
+        """Whether this trouble has been said already, maybe under another name."""
+        if verdict in CONCENTRATED:
+            return any(said in CONCENTRATED for said in self.said)
+        return verdict in self.said
 
     def _suspicions(self, module: GANModule, finite: bool, null: Values) -> list[Verdict]:
         """What the last measurements look like, the most serious first."""
@@ -455,7 +462,7 @@ class CollapseDetector(GANCallback):
         if self.recent and all(_fell(values, best) for values in self.recent):
             least = max(least, best.get("coverage", 0.0) / 2)
         found = monitor.confirm(trainer, module, least)
-        found["missing"] = found["missing"] if found["mass"] > MISSED else 1.0
+        found["missing"] = found["missing"] if found["mass"] > MAY_MISS else 1.0
         tests = {verdict: CONFIRMED_BY.get(verdict, CONFIRMED) for verdict in suspected}
         number = len({name for names in tests.values() for name in names if name in found})
         return {v: min(1.0, number * min(found.get(name, 1.0) for name in names)) for v, names in tests.items()}
@@ -509,9 +516,9 @@ class CollapseDetector(GANCallback):
                 _text(event["evidence"]),
                 ADVICE[event["verdict"]],
                 "" if event["action"] == "warn" else event["action"],
-                lasts=i == len(self.events) - 1 and self.said == event["verdict"],
+                lasts=event["verdict"] in self.said and event in self.events[-len(self.said) :],
             )
-            for i, event in enumerate(self.events)
+            for event in self.events
         ]
         return Outcome(troubles=troubles)
 

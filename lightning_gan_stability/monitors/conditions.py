@@ -17,6 +17,7 @@ from lightning_gan_stability.outputs import Condition, tree_leaves
 
 MOST = 1000  # rows that a measurement compares, of which there are matrices of distances
 WIDTH = 1024  # numbers that describe a condition at most
+ENOUGH = 20  # real and generated samples of a class that is measured
 LEAST = 0.05  # real samples that depend on their conditions less than this say nothing
 
 
@@ -81,7 +82,7 @@ class Told:
         if "class_diversity" in self.names:
             labels = self.conditions[: len(fake)]
             self.classes = class_report(self.real, self.conditions, fake, labels, permutations=1)
-            report = self.classes.values()
+            report = [part for part in self.classes.values() if min(part.n_real, part.n_fake) >= ENOUGH]
             values["class_consistency"] = [x.consistency / x.real_consistency for x in report if x.real_consistency > 0]
             values["class_diversity"] = [part.diversity for part in report]
         known = {name: [x for x in parts if math.isfinite(x)] for name, parts in values.items()}

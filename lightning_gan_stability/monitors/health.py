@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_gan_stability._checks import check_bool, check_integer
 from lightning_gan_stability.callback import Cadence, GANCallback
+from lightning_gan_stability.finite import NotFinite
 from lightning_gan_stability.layers import evaluation
 from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.monitors.giveaway import strongest_giveaway
@@ -208,12 +209,14 @@ class HealthMonitor(GANCallback):
     * ``overfitting_discriminator``: r_v above 0.6 (:func:`overfitting_discriminator`), if there is held-out data.
       "Training Generative Adversarial Networks with Limited Data", https://arxiv.org/abs/2006.06676.
     * ``silent_adversarial``, ``dominant_adversarial``: beside a reconstruction, the adversarial terms (feature matching
-      is one) have less than 1 % of the generator's gradient with respect to its samples, and accuracy is above 95 %;
+      is one) have less than 1 % of the generator's gradient with respect to its samples, and accuracy is above 95 % (or
+      less than 0.01 %, and above 75 %);
       or more than 90 %, and the reconstruction is a fifth worse than it was.
-    * ``head_start``: accuracy above 95 % at the step from which the generator meets the discriminator, without a ramp;
-      said at once.
-    * ``codebook_collapse``: of the codes in ``extras`` (integer tensors with "code", "index" or "token" in their names)
-      in effect less than a tenth of the codebook is used, or less than a quarter of what was; each book by itself.
+    * ``head_start``: accuracy above 95 % at the step from which the generator meets the discriminator, without a ramp,
+      or a reconstruction that gets more than twice as large from there on; said at once.
+    * ``codebook_collapse``: of the codes in ``extras`` (integer tensors named like "codes", "tokens" or "indices")
+      in effect less than a tenth of the codebook is used after step 500, or less than a quarter of what was, or one
+      code alone; each book by itself.
       "Neural Discrete Representation Learning", https://arxiv.org/abs/1711.00937.
     * ``giveaway``: accuracy above 95 %, and one number of a sample tells real and generated samples of the training
       data apart (:func:`~lightning_gan_stability.metrics.find_giveaways`, looked for once, after step 500).
@@ -348,7 +351,7 @@ class HealthMonitor(GANCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Note a loss or gradient that was not finite; the table says what came before it."""
-        if isinstance(exception, FloatingPointError):
+        if isinstance(exception, NotFinite):
             self._say(trainer, "not_finite", {})
 
     def outcome(self, trainer: Trainer) -> Outcome:
@@ -454,7 +457,7 @@ class HealthMonitor(GANCallback):
                     found |= dict(zip(keys, perplexities(counts), strict=True)) | {f"codes/{name}": float(codes)}
         self.counted = {}
         lowest = min((value for key, value in found.items() if key.startswith("perplexity/")), default=math.nan)
-        return found | {"perplexity": lowest}
+        return found | {"perplexity": lowest, "step": float(trainer.global_step)}
 
     def _giveaway(self, trainer: Trainer, module: GANModule) -> Evidence | None:
         """What was found, nothing if there is none; None where nobody has looked, because D is not always right."""
@@ -471,7 +474,8 @@ class HealthMonitor(GANCallback):
 
     def _probe(self, module: GANModule, batch: Any) -> dict[str, Tensor]:
         """How far fake samples are from real ones, and logits of training, held-out and fake samples."""
-        real, condition = module.unpack(batch)
+        with isolate_rng(), module.noise.of("health"):  # a user's `unpack` may draw
+            real, condition = module.unpack(batch)
         n = batch_size(real)
         # the networks as they train, not the average
         networks = module.generator, module.discriminator
@@ -530,7 +534,7 @@ def _flat_logits(logits: Logits) -> Tensor:
 
 
 def _flat_samples(sample: Sample) -> Tensor:
-    return torch.cat([leaf.float().flatten(1) for leaf in tree_leaves(sample)], 1)
+    return torch.cat([leaf.float().reshape(len(leaf), -1) for leaf in tree_leaves(sample)], 1)
 
 
 def _text(evidence: Evidence) -> str:

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.utils.data import WeightedRandomSampler
 
 from lightning_gan_stability._checks import check, check_integer, check_share, check_type, describe
 from lightning_gan_stability.callback import Cadence, GANCallback
@@ -185,6 +186,8 @@ class MemorizationMonitor(GANCallback):
         """Look at training and held-out data."""
         super().on_train_start(trainer, pl_module)
         self._look, self._drawn_at, self._drawn_to = None, -1, []
+        if trainer.global_step < self.measured_at:
+            self.measured_at = -1  # of another fit, of a Trainer that begins to count anew
         with isolate_rng():
             self._prepare(trainer, pl_module)  # type: ignore[arg-type]
         trainer.callback_metrics.update(self._named())
@@ -230,6 +233,7 @@ class MemorizationMonitor(GANCallback):
         self._reading = Reading(held, conditions, repeated=module.latent_dim is not None)
         self._held, _ = self._features(trainer, self._reading.read())
         self._reading.see(Seen(self._held, self._held[:, :0]))
+        self._refuse_other_frequencies(loader_to_read(trainer, "train"))
         self._data = RealData(trainer, loader_to_read(trainer, "train"), self.n_train)
         self._train, self._rows = self._features(trainer, (part.real for part in self._data))
         checked(train=self._train, held_out=self._held, least=1)
@@ -260,6 +264,16 @@ class MemorizationMonitor(GANCallback):
                     "none, or remove MemorizationMonitor."
                 )
 
+    def _refuse_other_frequencies(self, loader: Any) -> None:
+        """Held-out samples that come at other frequencies than training samples are farther from some of these."""
+        sampler = getattr(loader, "sampler", None)
+        if isinstance(sampler, WeightedRandomSampler) and self.held_out is None:
+            raise MisconfigurationException(
+                "MemorizationMonitor compares training samples, of which a WeightedRandomSampler changes the "
+                "frequencies, with held-out samples as they are, so that it would accuse generators that copy nothing: "
+                "give it `held_out`, drawn with the same weights, or remove MemorizationMonitor."
+            )
+
     def _refuse_training_samples(self) -> None:
         """Held-out samples that are training samples are as near to their copies."""
         held, some = self._held, self._train[:SPACED]
@@ -269,6 +283,13 @@ class MemorizationMonitor(GANCallback):
         copies = int((Pairs(held, self._train).nearest()[0] <= SAME * self._spacing).sum())
         found = f"{copies} of {n} held-out samples are training samples too"
         if copies > SHARED * n:
+            repeated = float((Pairs(some, self._train).nearest(1, own)[0] <= SAME * self._spacing).double().mean())
+            if repeated > SHARED:
+                raise MisconfigurationException(
+                    f"MemorizationMonitor: {repeated:.0%} of the training samples are there more than once, or as good "
+                    "as, since these data take few values, and so a copy is not told from a sample that is equal by "
+                    "chance: give it an `extractor` that tells samples apart, or remove MemorizationMonitor."
+                )
             raise MisconfigurationException(
                 f"MemorizationMonitor: {found}, so that copies would be of both: give a validation "
                 "loader, or `held_out`, with samples that are not in the training loader (data modules of the package: "

@@ -35,6 +35,8 @@ class PairedMonitor(GANCallback):
     * :class:`~lightning_gan_stability.metrics.CodebookUsage` and
       :class:`~lightning_gan_stability.metrics.CodebookPerplexity`, with ``inputs={"perplexity": ["extras.codes"]}``.
 
+    Of several validation loaders the first one is measured.
+
     Args:
         metrics: by the names under which they are logged.
         inputs: by the name of a metric, the paths of what it is updated with: ``"fake"``, ``"real"``, ``"condition"``,
@@ -129,8 +131,10 @@ class PairedMonitor(GANCallback):
 
     def _update(self, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         module: Any = as_gan(pl_module)
+        if dataloader_idx:
+            return
         with torch.no_grad(), module.noise.of("paired", dataloader_idx, batch_idx):
-            seen = module.compute_samples("d", batch, ())
+            seen = module.compute_samples("d", module.taken_apart(batch), ())
             for name, metric in self.metrics.items():
                 given = [_float(at_path(seen, path, f"PairedMonitor's {name!r}")) for path in self.inputs[name]]
                 try:

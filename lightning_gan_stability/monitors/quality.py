@@ -55,7 +55,7 @@ from lightning_gan_stability.monitors.reading import (
 from lightning_gan_stability.monitors.real_data import RealData, Split, Stage, loader_of_stage
 from lightning_gan_stability.noise import seed_of
 from lightning_gan_stability.outcome import Outcome, courses_of
-from lightning_gan_stability.outputs import Unpacked, take_rows
+from lightning_gan_stability.outputs import Unpacked, take_rows, tree_leaves
 
 Name = Literal[
     "fid",
@@ -95,6 +95,8 @@ LOWER_IS_BETTER: dict[str, bool | None] = {
     "fluctuation": True,
     "ndb": True,
 }
+LIMITS = {"missing": 0.1, "dependence": 0.25, "class_consistency": 0.25}  # beyond which nobody says that it worked
+MAY_MISS = 0.03  # share of the real data that a healthy generator may miss
 LEAST = 20  # real samples: halves of them are compared, and 5 neighbours in a half
 
 # what each function of (real, fake) features gives
@@ -157,7 +159,8 @@ class QualityMonitor(GANCallback):
         n_real: real samples at most, or ``"all"``, as published FIDs have it. None: ``n_samples``.
         every: steps between measurements.
         split: real samples of the ``"train"`` or the (first) ``"val"`` loader. FID is mostly against training data.
-            They are read as the run reads them: its sampler says which there are, and how often. ``trainer.validate``
+            They are read as the run reads them: its sampler says which there are, and how often; a data set whose
+            samples depend on how often it was read is moved by that. ``trainer.validate``
             measures against the same split, or against validation data where it knows no training data;
             ``trainer.test`` against test data.
         truncation: ψ of the generated samples; see :meth:`GANModule.sample`.
@@ -223,6 +226,12 @@ class QualityMonitor(GANCallback):
         self.add_state("measured_at", -1)  # global step of the last measurement
         self.add_state("tracked", [], on_device=False)  # features of the same latents, of the last measurements
         self._spent = 0.0
+        self._wanted: frozenset[str] = frozenset()  # of this run, as soon as its data are known
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget what the data of another run have."""
+        super().setup(trainer, pl_module, stage)
+        self._wanted = frozenset()
 
     # ---------- what the Trainer calls
 
@@ -230,6 +239,8 @@ class QualityMonitor(GANCallback):
         """Look at the real data, and at the untrained generator."""
         super().on_train_start(trainer, pl_module)
         module: GANModule = pl_module  # type: ignore[assignment]
+        if trainer.global_step < self.measured_at:
+            self.reset(module)  # another fit, of a Trainer that begins to count anew
         self._started, self._spent = time.monotonic(), 0.0
         with self._isolated():
             torch.manual_seed(seed_of("real", trainer.global_rank))  # of a resumed run the same, if data draw
@@ -283,7 +294,7 @@ class QualityMonitor(GANCallback):
 
     def logged(self, trainer: Trainer) -> dict[str, Cadence]:
         """A key for each value, new every ``every`` steps."""
-        wanted = self.metrics
+        wanted: Iterable[str] | None = self._wanted or self.metrics
         if wanted is None:
             data = getattr(trainer, "datamodule", None)
             known = hasattr(self.extractor, "classify") or (
@@ -295,7 +306,8 @@ class QualityMonitor(GANCallback):
 
     def outcome(self, trainer: Trainer) -> Outcome:
         """The course of each metric, and of the share of the data that is missed."""
-        return Outcome(courses_of(self.name, self.history, LOWER_IS_BETTER, self.null))
+        real = self.null | dict.fromkeys(OF_CONDITIONS, 1.0)
+        return Outcome(courses_of(self.name, self.history, LOWER_IS_BETTER, real, LIMITS))
 
     # ---------- measuring
 
@@ -465,7 +477,7 @@ class QualityMonitor(GANCallback):
 
     def _features(self, data: RealData, first: Unpacked, cache: str | Path | None) -> Reading:
         """Real features of all ranks, from the cache or seen now, and the conditions of this rank."""
-        reading = Reading(data, None if first.condition is None else Kept(), describe=self._describe)
+        reading = Reading(data, Kept() if tree_leaves(first.condition) else None, describe=self._describe)
         if cache:
             self._see(take_rows(first.real, 0, 1))  # lets a lazy extractor read its weights
             mine = self._cached(Path(cache), reading)
@@ -512,7 +524,7 @@ class QualityMonitor(GANCallback):
                 torch.manual_seed(seed_of("real", trainer.global_rank))
                 enough = self.n_real is None or len(self._real.seen.features) >= CONFIRMED
                 data = RealData(trainer, self._real.data.loader, CONFIRMED)
-                self._confirming = self._real if enough else self._features(data, next(iter(data)), None)
+                self._confirming = self._real if enough else self._features(data, next(iter(data)), None).finite()
                 self._finer = self._cells if enough or self._known else Cells(self._confirming.seen, None, None, False)
             real = self._confirming
         with self._isolated(), module.noise.of("confirmation"):
@@ -523,7 +535,8 @@ class QualityMonitor(GANCallback):
         if not bool(fake.features.isfinite().all()):
             return {"mass": 1.0, "missing": 0.0, "diversity": 0.0, "coverage": 0.0}
         real, told = reading.seen, reading.told
-        covered = covered_by(fake.features, real.features, blur=blur_of(fake.features, real.features))
+        near = max(5, math.ceil(MAY_MISS * len(real.features)))  # no region is lost that has less than it may miss
+        covered = covered_by(fake.features, real.features, near, blur_of(fake.features, real.features))
         (cells, k), (theirs, _) = self._finer.assign(real), self._finer.assign(fake)
         lost = lost_modes(cells, theirs, covered, k)
         as_many = covered_by(fake.features[: len(real.features)], real.features)

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_gan_stability._checks import describe
-from lightning_gan_stability.distributed import is_distributed
+from lightning_gan_stability.distributed import any_rank, is_distributed
 from lightning_gan_stability.layers import evaluation
 from lightning_gan_stability.metrics.extractors import Inception
 from lightning_gan_stability.metrics.statistics import Seen
@@ -40,7 +41,12 @@ def extractor_for(samples: Sample, asker: str) -> nn.Module:
         >>> extractor_for(torch.zeros(4, 2), "QualityMonitor")
         Identity()
     """
-    extractor = nn.Identity() if isinstance(samples, Tensor) and samples.dim() == 2 else Inception()
+    if not isinstance(samples, Tensor):
+        raise MisconfigurationException(
+            f"{asker} takes samples for images where no extractor is given, and these are {describe(samples)}: give "
+            f"{asker} an `extractor` that makes features of them."
+        )
+    extractor = nn.Identity() if samples.dim() == 2 else Inception()
     rank_zero_info(f"{asker}: no extractor is given, so it takes {type(extractor).__name__}.")
     return extractor
 
@@ -153,9 +159,19 @@ class Reading:
     def see(self, seen: Seen) -> None:
         """Take the features of all ranks."""
         self.seen, self.n = seen, len(seen.features)
-        if self._described and _is_even(mine := torch.cat(self._described)):
-            self.told = Told(interleaved(mine), seen.features)
+        sizes = {rows.shape[1:] for rows in self._described}
+        (several,) = any_rank([len(sizes) != 1], seen.features.device)  # conditions of several sizes do not compare
+        if not several and _is_even(mine := torch.cat(self._described)):
+            told = interleaved(mine)
+            self.told = Told(told, seen.features) if bool(told.isfinite().all()) else None
         self._described = []
+
+    def finite(self) -> Reading:
+        """Itself, without the samples whose features are not finite."""
+        good = self.seen.features.isfinite().all(1)
+        if not bool(good.all()):
+            self.seen, self.told = Seen(*(column[good] for column in self.seen)), None
+        return self
 
     def conditions_of(self, n: int) -> int:
         """How many samples can be generated where n are wanted: with conditions as many as there are, or repeated."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -18,14 +19,17 @@ from lightning_gan_stability.protocols import GANProtocol
 Kind: TypeAlias = Literal["adversarial", "reconstruction", "lazy reconstruction", "other"]
 
 SILENT, DOMINANT = 0.01, 0.9  # shares of the gradient
+MUTE = 1e-4  # a share that no healthy term has, however steep the others are
+JUMP = 2.0  # of a reconstruction, above what it was before the adversarial terms began
 SUDDEN = 0.05  # a share that is no ramp's first step
-LIKELY = 0.95  # an accuracy
+LIKELY, MOSTLY = 0.95, 0.75  # accuracies
 RISEN = 1.2  # of a reconstruction, above its lowest
 USED, LEFT = 0.1, 0.25  # of a codebook, and of its best
-YOUTH = 5  # windows in which a codebook comes into use
+YOUTH, YOUNG = 5, 500  # windows and steps in which a codebook comes into use
+SINGLE = 1.01  # codes in effect used, if nearly all are the same
 BOOKS = 64  # that a quantizer may have
 CELLS = 4096  # codes that are counted where their number is not known; four times as many once they do not suffice
-WORDS = ("code", "index", "indices", "token")  # in the names of extras that are codes
+CODES = re.compile(r".*(code|token).*|(.*\.)?(index|indices)(\.\d+)?", re.IGNORECASE)  # names of extras that are codes
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 SIZES = (
     "num_embeddings",
@@ -44,13 +48,15 @@ SIZES = (
 def silent_adversarial(windows: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
     """The adversarial terms have less than a hundredth of the generator's gradient, and it does not become more.
 
-    And the discriminator is nearly always right. A small share alone is no fault: a distance of spectrograms has steep
-    gradients with respect to samples, beside which HiFi-GAN's adversarial terms have some thousandths.
+    And the discriminator is nearly always right, or mostly, if it is less than a ten-thousandth. A small share alone is
+    no fault: a distance of spectrograms has steep gradients with respect to samples, beside which HiFi-GAN's
+    adversarial terms have some thousandths.
     """
     now, share = windows[-1], windows[-1]["adversarial_share"]
     before = [w["adversarial_share"] for w in windows[-4:-1] if math.isfinite(w["adversarial_share"])]
     rises = bool(before) and share > 1.1 * sum(before) / len(before)
-    if 0 < share < SILENT and now["accuracy"] > LIKELY and not rises:
+    needed = LIKELY if share >= MUTE else MOSTLY
+    if 0 < share < SILENT and now["accuracy"] > needed and not rises:
         return {"adversarial_share": share, "accuracy": now["accuracy"]}
     return None
 
@@ -78,29 +84,41 @@ def dominant_adversarial(windows: Sequence[Mapping[str, float]]) -> dict[str, fl
 def head_start(windows: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
     """As the adversarial terms begin to count for the generator, the discriminator is right on more than 95 %.
 
-    And they have more than a twentieth of the gradient at once, without a ramp.
+    Or the reconstruction gets more than twice as large, in this window or the next. And they have more than a twentieth
+    of the gradient at once, without a ramp.
     """
-    now, before = windows[-1], [w for w in windows[:-1] if not math.isnan(w["adversarial_share"])]
-    share = now["adversarial_share"]
-    if not before or before[-1]["adversarial_share"] != 0 or not share > SUDDEN:
+    known = [w for w in windows if not math.isnan(w["adversarial_share"])]
+    begun = next((i for i in (1, 2) if len(known) > i and known[-i - 1]["adversarial_share"] == 0), None)
+    if begun is None or known[-1] is not windows[-1] or not known[-begun]["adversarial_share"] > SUDDEN:
         return None
-    known = now["accuracy_before"], before[-1]["accuracy"]  # within this window; where it begins with one, in the last
-    accuracy = next((value for value in known if not math.isnan(value)), math.nan)
+    now, before, share = windows[-1], known[:-begun], windows[-1]["adversarial_share"]
+    if now["reconstruction"] > JUMP * before[-1]["reconstruction"]:
+        return {
+            "adversarial_share": share,
+            "reconstruction": now["reconstruction"],
+            "before": before[-1]["reconstruction"],
+        }
+    if begun == 2:
+        return None
+    seen = now["accuracy_before"], before[-1]["accuracy"]  # within this window; where it begins with one, in the last
+    accuracy = next((value for value in seen if not math.isnan(value)), math.nan)
     return {"accuracy": accuracy, "adversarial_share": share} if accuracy > LIKELY else None
 
 
 def codebook_collapse(windows: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
     """Less than a tenth of a codebook is in effect used, after its youth, or less than a quarter of what was.
 
-    And it does not come into use: it is less than a twentieth above the mean of the last ten windows. In effect used
-    are exp(−Σ p log p) codes, with p the shares of codes in a window. Of several books the worst counts.
+    Or a single code is, whatever the size. And it does not come into use: it is less than a twentieth above the mean of
+    the last ten windows. In effect used are exp(−Σ p log p) codes, with p the shares of codes in a window. Of several
+    books the worst counts.
     """
     now, found = windows[-1], list[dict[str, float]]()
     for name in (name for name in now if name.startswith("perplexity/")):
         course, size = [w[name] for w in windows if name in w], now[f"codes/{name.split('/')[1]}"]
         used, best, before = course[-1], max(course), course[-11:-1]
         rises = bool(before) and used > 1.05 * sum(before) / len(before)
-        idle = used < USED * size and len(course) > YOUTH
+        old = now.get("step", math.inf) >= YOUNG
+        idle = len(course) > YOUTH and (used < SINGLE or (old and used < USED * size))
         if (idle or used < LEFT * best) and not rises:
             book = name.split("/")[2:]
             found.append({"perplexity": used, "codes": size, "best": best} | ({"book": float(book[0])} if book else {}))
@@ -175,7 +193,7 @@ def codes_of(extras: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
         parts = dict(enumerate(value)) if isinstance(value, list | tuple) else value
         if isinstance(parts, Mapping):
             yield from codes_of({str(part): x for part, x in parts.items()}, f"{name}.")
-        elif isinstance(value, Tensor) and value.dtype in INTEGERS and any(word in name.lower() for word in WORDS):
+        elif isinstance(value, Tensor) and value.dtype in INTEGERS and CODES.fullmatch(name):
             yield name, value
 
 
