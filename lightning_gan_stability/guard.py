@@ -80,10 +80,9 @@ class Guard(Callback):
                 f"{type(module.loss).__name__} judges each sample by its reconstruction, and Packed judges "
                 f"{module.packing} together: use another loss, or the discriminator without Packed."
             )
-        limit = {"validate": trainer.limit_val_batches, "test": trainer.limit_test_batches}.get(stage)
-        if limit == 0:
-            name, stage = ("limit_val_batches", "validate") if stage == "validate" else ("limit_test_batches", "test")
-            raise MisconfigurationException(f"{name}=0 leaves nothing to {stage}: leave it out.")
+        for evaluation, limit in (("validate", "limit_val_batches"), ("test", "limit_test_batches")):
+            if stage == evaluation and getattr(trainer, limit) == 0:
+                raise MisconfigurationException(f"{limit}=0 leaves nothing to {evaluation}: leave it out.")
         if stage == "fit":
             self._check_settings(trainer)
             self._read.check(trainer)

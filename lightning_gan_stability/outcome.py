@@ -113,6 +113,16 @@ def courses_of(
     return found
 
 
+def in_words(evidence: Mapping[str, float]) -> str:
+    """Numbers by their names, as warnings and the table have them.
+
+    Example:
+        >>> in_words({"fid": 12.3456, "p": 1e-9})
+        'fid 12.3, p 1e-09'
+    """
+    return ", ".join(f"{name} {value:.3g}" for name, value in evidence.items())
+
+
 def joined(outcomes: Iterable[Outcome]) -> Outcome:
     """What several callbacks know.
 

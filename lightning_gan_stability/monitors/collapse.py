@@ -20,7 +20,7 @@ from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.monitors.files import save_atomically
 from lightning_gan_stability.monitors.quality import MAY_MISS, QualityMonitor, Values
 from lightning_gan_stability.monitors.rollback import Remedy, Weights, give_weights, put_back, take, weights_of
-from lightning_gan_stability.outcome import Outcome, Trouble
+from lightning_gan_stability.outcome import Outcome, Trouble, in_words
 from lightning_gan_stability.protocols import GANProtocol
 
 Verdict = Literal[
@@ -228,7 +228,7 @@ def better_of(values: Mapping[str, float], best: Mapping[str, float]) -> Values:
 
 
 def _text(evidence: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in evidence.items() if "best" not in name)
+    return in_words({name: value for name, value in evidence.items() if "best" not in name})
 
 
 def _finite(values: Mapping[str, float]) -> bool:

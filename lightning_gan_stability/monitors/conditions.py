@@ -92,11 +92,9 @@ class Told:
         """Those of a healthy generator; see :mod:`lightning_gan_stability.metrics.decisions`."""
         if not self.names:
             return {}
-        n = len(fake)
-        values = {"dependence": too_little_dependence(self.conditions[:n], fake, self.real[:n])}
+        asked = self.conditions[: len(fake)]
+        values = {"dependence": too_little_dependence(asked, fake, self.real[: len(fake)])}
         if "class_diversity" in self.names:
-            values["class_consistency"] = too_little_consistency(self.real, self.conditions, fake, self.conditions[:n])
-            values["class_diversity"] = too_little_class_variation(
-                self.real, self.conditions, fake, self.conditions[:n]
-            )
+            values["class_consistency"] = too_little_consistency(self.real, self.conditions, fake, asked)
+            values["class_diversity"] = too_little_class_variation(self.real, self.conditions, fake, asked)
         return values

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import optree
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
@@ -25,6 +26,24 @@ class Drawn(NamedTuple):
     pictures: dict[str, Image]
     sounds: dict[str, dict[str, Tensor]]
     sample_rate: int = 0
+
+
+def log_everywhere(trainer: Trainer, drawn: Drawn, name: str) -> list[str]:
+    """Give pictures and sounds to all loggers of a run, or files where there is none, from the first rank.
+
+    Args:
+        trainer: whose run; to be called on all ranks.
+        drawn: what is logged; of other ranks than the first nothing.
+        name: what the keys begin with, and the folder of files.
+
+    Returns:
+        Where a reader finds them; on other ranks nothing.
+    """
+    folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+    loggers: Sequence[Logger | None] = (trainer.loggers or [None]) if trainer.is_global_zero else []
+    for logger in loggers:
+        log_drawn(logger, drawn, name, folder, trainer.global_step)
+    return [place_of(logger, name, folder) for logger in loggers]
 
 
 def log_drawn(logger: Logger | None, drawn: Drawn, name: str, folder: Path, step: int) -> None:

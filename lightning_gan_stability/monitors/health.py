@@ -39,7 +39,7 @@ from lightning_gan_stability.monitors.shares import (
     squared_norms,
     worst_books,
 )
-from lightning_gan_stability.outcome import Outcome, Trouble
+from lightning_gan_stability.outcome import Outcome, Trouble, in_words
 from lightning_gan_stability.outputs import (
     PLAYERS,
     GANOutputs,
@@ -538,7 +538,7 @@ def _flat_samples(sample: Sample) -> Tensor:
 
 
 def _text(evidence: Evidence) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in evidence.items()) or "a loss or gradient"
+    return in_words(evidence) or "a loss or gradient"
 
 
 @torch.no_grad()

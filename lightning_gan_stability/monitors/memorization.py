@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -25,10 +23,9 @@ from lightning_gan_stability.metrics.features import Pairs, checked
 from lightning_gan_stability.metrics.memorization import copying_test, least_copies, memorization_test
 from lightning_gan_stability.metrics.statistics import Seen
 from lightning_gan_stability.module import GANModule
-from lightning_gan_stability.monitors.drawn import Drawn, key_of, log_drawn, named, place_of, plain
+from lightning_gan_stability.monitors.drawn import Drawn, key_of, log_everywhere, named, plain
 from lightning_gan_stability.monitors.pictures import kind_of, picture
 from lightning_gan_stability.monitors.reading import (
-    Kept,
     Reading,
     extractor_for,
     features_of,
@@ -37,7 +34,7 @@ from lightning_gan_stability.monitors.reading import (
     samples_at_once,
 )
 from lightning_gan_stability.monitors.real_data import RealData, loader_to_read
-from lightning_gan_stability.outcome import Outcome, Trouble
+from lightning_gan_stability.outcome import Outcome, Trouble, in_words
 from lightning_gan_stability.outputs import Sample, batch_size, shapes, tree_leaves, tree_map
 
 Values: TypeAlias = dict[str, float]
@@ -229,12 +226,12 @@ class MemorizationMonitor(GANCallback):
             self.extractor = extractor_for(first.real, "MemorizationMonitor")
         self._refuse_what_has_no_picture(first.real)
         self._at_once = samples_at_once(first.real)
-        conditions = None if first.condition is None else Kept()
-        self._reading = Reading(held, conditions, repeated=module.latent_dim is not None)
+        self._reading = Reading(held, first.condition, repeated=module.latent_dim is not None)
         self._held, _ = self._features(trainer, self._reading.read())
         self._reading.see(Seen(self._held, self._held[:, :0]))
-        self._refuse_other_frequencies(loader_to_read(trainer, "train"))
-        self._data = RealData(trainer, loader_to_read(trainer, "train"), self.n_train)
+        loader = loader_to_read(trainer, "train")
+        self._refuse_other_frequencies(loader)
+        self._data = RealData(trainer, loader, self.n_train)
         self._train, self._rows = self._features(trainer, (part.real for part in self._data))
         checked(train=self._train, held_out=self._held, least=1)
         self._refuse_training_samples()
@@ -278,12 +275,13 @@ class MemorizationMonitor(GANCallback):
         """Held-out samples that are training samples are as near to their copies."""
         held, some = self._held, self._train[:SPACED]
         own = torch.arange(len(some), device=some.device)
-        self._spacing = Pairs(some, self._train).nearest(1, own)[0].median().item()
+        gaps = Pairs(some, self._train).nearest(1, own)[0]
+        self._spacing = gaps.median().item()
         n = len(held)
         copies = int((Pairs(held, self._train).nearest()[0] <= SAME * self._spacing).sum())
         found = f"{copies} of {n} held-out samples are training samples too"
         if copies > SHARED * n:
-            repeated = float((Pairs(some, self._train).nearest(1, own)[0] <= SAME * self._spacing).double().mean())
+            repeated = float((gaps <= SAME * self._spacing).double().mean())
             if repeated > SHARED:
                 raise MisconfigurationException(
                     f"MemorizationMonitor: {repeated:.0%} of the training samples are there more than once, or as good "
@@ -374,7 +372,7 @@ class MemorizationMonitor(GANCallback):
     def _say(self, trainer: Trainer) -> None:
         step = trainer.global_step
         self.events.append({"step": step, "verdict": "memorization", "evidence": dict(self.values)})
-        rank_zero_warn(f"memorization at step {step}: {_text(self.values)}. {ADVICE}")
+        rank_zero_warn(f"memorization at step {step}: {in_words(self.values)}. {ADVICE}")
         for logger in trainer.loggers:
             logger.log_metrics({"health/memorization": 1.0}, step=step)
 
@@ -384,7 +382,7 @@ class MemorizationMonitor(GANCallback):
             Trouble(
                 event["step"],
                 event["verdict"],
-                _text(event["evidence"]),
+                in_words(event["evidence"]),
                 ADVICE,
                 lasts=event is self.events[-1] and self.said,
             )
@@ -401,13 +399,8 @@ class MemorizationMonitor(GANCallback):
         with isolate_rng():
             fakes, reals = self._nearest_pairs(trainer, module, look)
         self.drawn = [*zip(fakes, reals, strict=True)]
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
-        if trainer.is_global_zero:
-            drawn = Drawn(_pictures(self.name, self.drawn), {})
-            loggers: Sequence[Logger | None] = trainer.loggers or [None]
-            for logger in loggers:
-                log_drawn(logger, drawn, self.name, folder, trainer.global_step)
-            self._drawn_to = [place_of(logger, self.name, folder) for logger in loggers]
+        drawn = Drawn(_pictures(self.name, self.drawn) if trainer.is_global_zero else {}, {})
+        self._drawn_to = log_everywhere(trainer, drawn, self.name)
 
     def _nearest_pairs(self, trainer: Trainer, module: GANModule, look: Look) -> tuple[list[Sample], list[Sample]]:
         """Generated samples and the training samples beside them, (1, ...) each, on the CPU; of all ranks on all."""
@@ -443,10 +436,6 @@ class MemorizationMonitor(GANCallback):
                 if distance < nearest[i][0]:
                     nearest[i] = distance, _row(part.real, row)
         return [min(each, key=lambda found: found[0])[1] for each in zip(*gather_objects(nearest), strict=True)]
-
-
-def _text(values: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in values.items())
 
 
 def _row(samples: Sample, row: int) -> Sample:

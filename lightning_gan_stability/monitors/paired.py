@@ -94,13 +94,6 @@ class PairedMonitor(GANCallback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""
-        self._begin(pl_module)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew."""
-        self._begin(pl_module)
-
-    def _begin(self, pl_module: LightningModule) -> None:
         for metric in self.metrics.values():
             metric.to(pl_module.device)
             metric.reset()
@@ -115,21 +108,6 @@ class PairedMonitor(GANCallback):
         dataloader_idx: int = 0,
     ) -> None:
         """Make samples for a batch, and update the metrics."""
-        self._update(pl_module, batch, batch_idx, dataloader_idx)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """The same."""
-        self._update(pl_module, batch, batch_idx, dataloader_idx)
-
-    def _update(self, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         module: Any = as_gan(pl_module)
         if dataloader_idx:
             return
@@ -149,19 +127,15 @@ class PairedMonitor(GANCallback):
         """Log the metrics, and keep those of a fit."""
         if trainer.sanity_checking:
             return
-        values = self._log(pl_module)
-        if trainer.state.fn == "fit":
-            self.history.append({"step": trainer.global_step} | {name: x.item() for name, x in values.items()})
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the metrics."""
-        self._log(pl_module)
-
-    def _log(self, pl_module: LightningModule) -> dict[str, Tensor]:
         values = {name: metric.compute().float() for name, metric in self.metrics.items()}
         named = {f"{self.name}/{name}": value for name, value in values.items()}
         pl_module.log_dict(named, prog_bar=True, sync_dist=True)
-        return values
+        if trainer.state.fn == "fit":
+            self.history.append({"step": trainer.global_step} | {name: x.item() for name, x in values.items()})
+
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
 
     def outcome(self, trainer: Trainer) -> Outcome:
         """The course of each metric."""

@@ -43,7 +43,6 @@ from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.monitors.conditions import as_labels, described
 from lightning_gan_stability.monitors.files import save_atomically
 from lightning_gan_stability.monitors.reading import (
-    Kept,
     Reading,
     extractor_for,
     features_of,
@@ -52,10 +51,9 @@ from lightning_gan_stability.monitors.reading import (
     interleaved,
     samples_at_once,
 )
-from lightning_gan_stability.monitors.real_data import RealData, Split, Stage, loader_of_stage
-from lightning_gan_stability.noise import seed_of
+from lightning_gan_stability.monitors.real_data import RealData, Split, loader_of_stage
 from lightning_gan_stability.outcome import Outcome, courses_of
-from lightning_gan_stability.outputs import Unpacked, take_rows, tree_leaves
+from lightning_gan_stability.outputs import Unpacked, take_rows
 
 Name = Literal[
     "fid",
@@ -242,9 +240,7 @@ class QualityMonitor(GANCallback):
         if trainer.global_step < self.measured_at:
             self.reset(module)  # another fit, of a Trainer that begins to count anew
         self._started, self._spent = time.monotonic(), 0.0
-        with self._isolated():
-            torch.manual_seed(seed_of("real", trainer.global_rank))  # of a resumed run the same, if data draw
-            self._prepare(trainer, module)
+        self._prepare(trainer, module)
         if self.measured_at < 0:
             self._measure(trainer, module)
         self._show(trainer)
@@ -256,25 +252,15 @@ class QualityMonitor(GANCallback):
         self.observe(trainer, pl_module)  # type: ignore[arg-type]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure in ``trainer.validate``; in a fit every so many steps alone."""
-        self._measure_alone(trainer, pl_module, "validate")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure in ``trainer.test``."""
-        self._measure_alone(trainer, pl_module, "test")
-
-    def _measure_alone(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
-        """Measure outside of a fit, whose history stays as it is."""
-        if trainer.state.fn != stage:
-            return
+        """Measure in ``trainer.validate`` and ``trainer.test``, whatever the history of a fit is."""
+        if trainer.state.fn == "fit":
+            return  # which measures every so many steps
         module: GANModule = pl_module  # type: ignore[assignment]
-        with self._isolated():
-            torch.manual_seed(seed_of("real", trainer.global_rank))
-            self._prepare(trainer, module, stage)
-        with self._isolated(), module.noise.of("quality"):
-            fake = self._generate(module, self._real, self.n_samples, "quality")
-            self.values, _ = trainer.strategy.broadcast(self._evaluate(fake))
+        self._prepare(trainer, module)
+        self._look(trainer, module)
         pl_module.log_dict(self._named(), sync_dist=True)
+
+    on_test_epoch_end = on_validation_epoch_end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give Weights & Biases the table of all measurements."""
@@ -296,10 +282,7 @@ class QualityMonitor(GANCallback):
         """A key for each value, new every ``every`` steps."""
         wanted: Iterable[str] | None = self._wanted or self.metrics
         if wanted is None:
-            data = getattr(trainer, "datamodule", None)
-            known = hasattr(self.extractor, "classify") or (
-                isinstance(getattr(data, "centers", None), Tensor) and getattr(data, "std", None) is not None
-            )
+            known = hasattr(self.extractor, "classify") or _modes_of(trainer) is not None
             wanted = [name for name in get_args(Name) if name != "ndb" and (known or name != "modes")]  # if there are
         more = ["high_quality", "reverse_kl"] if "modes" in wanted else []
         return {f"{self.name}/{name}": self.every for name in (*wanted, *more, "missing", "imbalance", "moved")}
@@ -312,10 +295,7 @@ class QualityMonitor(GANCallback):
     # ---------- measuring
 
     def _measure(self, trainer: Trainer, module: GANModule) -> None:
-        with self._isolated(), module.noise.of("quality"):
-            # the same on all ranks, whose sums may differ by a rounding
-            fake = self._generate(module, self._real, self.n_samples, "quality")
-            self.values, shares = trainer.strategy.broadcast(self._evaluate(fake))
+        fake, shares = self._look(trainer, module)
         self._track(fake)
         self.values["moved"] = distance(shares, self.shares) if self.shares else 0.0
         self.shares, self.measured_at = shares, trainer.global_step
@@ -325,6 +305,14 @@ class QualityMonitor(GANCallback):
         for logger in trainer.loggers:
             values = self.values | {"time_share": time_share}
             logger.log_metrics({f"{self.name}/{name}": x for name, x in values.items()}, step=trainer.global_step)
+
+    def _look(self, trainer: Trainer, module: GANModule) -> tuple[Seen, list[float]]:
+        """Take the values of the generator as it is; what was seen, and its shares of the modes or cells."""
+        with self._isolated(), module.noise.of("quality"):
+            # the same on all ranks, whose sums may differ by a rounding
+            fake = self._generate(module, self._real, self.n_samples, "quality")
+            self.values, shares = trainer.strategy.broadcast(self._evaluate(fake))
+        return fake, shares
 
     def _track(self, fake: Seen) -> None:
         """Add what came and went in the last measurements."""
@@ -342,7 +330,7 @@ class QualityMonitor(GANCallback):
             gone = dict.fromkeys(self._wanted, math.nan) | {"missing": 1.0, "imbalance": 1.0}
             return gone, [0.0] * len(self._cells.shares)
         values = self._compare(self._real.seen.features, fake.features)
-        told = {} if self._told is None else self._told.measure(fake.features)
+        told = {} if self._real.told is None else self._real.told.measure(fake.features)
         values |= {name: value for name, value in told.items() if name in self._wanted}
         if "modes" in self._wanted:
             found = self._cells.cover(fake.modes)
@@ -383,10 +371,13 @@ class QualityMonitor(GANCallback):
 
     # ---------- the real data
 
-    def _prepare(self, trainer: Trainer, module: GANModule, stage: Stage = "fit") -> None:
-        data = getattr(trainer, "datamodule", None)
-        centers, std = getattr(data, "centers", None), getattr(data, "std", None)
-        loader, self._seen_split = loader_of_stage(trainer, self.split, stage)
+    def _prepare(self, trainer: Trainer, module: GANModule) -> None:
+        with self._isolated():
+            self._read(trainer, module)
+
+    def _read(self, trainer: Trainer, module: GANModule) -> None:
+        modes = _modes_of(trainer)
+        loader, self._seen_split = loader_of_stage(trainer, self.split)
         data = RealData(trainer, loader, self.n_real)
         first = next(iter(data), None)
         if first is None:
@@ -397,7 +388,7 @@ class QualityMonitor(GANCallback):
         if self.extractor is None:
             self.extractor = extractor_for(first.real, "QualityMonitor")
         self._classified = hasattr(self.extractor, "classify")
-        known = self._classified or (isinstance(centers, Tensor) and std is not None)
+        known = self._classified or modes is not None
         if self.metrics is not None and "modes" in self.metrics and not known:
             raise MisconfigurationException(
                 "QualityMonitor(metrics=['modes', ...]) must know the modes: use a data module with `centers` and "
@@ -414,8 +405,8 @@ class QualityMonitor(GANCallback):
             )
         if not bool(self._real.seen.features.isfinite().all()):
             raise ValueError("QualityMonitor: the real samples have features that are not finite.")
-        self._cells = Cells(self._real.seen, centers if known else None, std, self._classified)
-        self._told = self._real.told
+        centers, std = modes or (None, None)
+        self._cells = Cells(self._real.seen, centers, std, self._classified)
         self._wanted = self._chosen()
         self.null = trainer.strategy.broadcast(
             self._compare(self._real.seen.features[::2], self._real.seen.features[1::2])
@@ -429,7 +420,7 @@ class QualityMonitor(GANCallback):
         Raises:
             MisconfigurationException: if one of them cannot be.
         """
-        there = () if self._told is None else self._told.names
+        there = self.of_conditions
         if self.metrics is not None:
             lacking = [name for name in self.metrics if name in OF_CONDITIONS and name not in there]
             if lacking:
@@ -450,12 +441,12 @@ class QualityMonitor(GANCallback):
     @property
     def classes(self) -> dict[int, ClassReport]:
         """The last measurement class by class, of samples with integer labels."""
-        return {} if self._told is None else self._told.classes
+        return {} if self._real.told is None else self._real.told.classes
 
     @property
     def of_conditions(self) -> tuple[str, ...]:
         """The metrics of conditions that this run's data have."""
-        return () if self._told is None else self._told.names
+        return () if self._real.told is None else self._real.told.names
 
     @property
     def n_seen(self) -> int:
@@ -477,7 +468,7 @@ class QualityMonitor(GANCallback):
 
     def _features(self, data: RealData, first: Unpacked, cache: str | Path | None) -> Reading:
         """Real features of all ranks, from the cache or seen now, and the conditions of this rank."""
-        reading = Reading(data, Kept() if tree_leaves(first.condition) else None, describe=self._describe)
+        reading = Reading(data, first.condition, describe=self._describe)
         if cache:
             self._see(take_rows(first.real, 0, 1))  # lets a lazy extractor read its weights
             mine = self._cached(Path(cache), reading)
@@ -521,7 +512,6 @@ class QualityMonitor(GANCallback):
         """
         with self._isolated():
             if self._confirming is None:
-                torch.manual_seed(seed_of("real", trainer.global_rank))
                 enough = self.n_real is None or len(self._real.seen.features) >= CONFIRMED
                 data = RealData(trainer, self._real.data.loader, CONFIRMED)
                 self._confirming = self._real if enough else self._features(data, next(iter(data)), None).finite()
@@ -555,6 +545,13 @@ class QualityMonitor(GANCallback):
 
     def _named(self) -> dict[str, Tensor]:
         return {f"{self.name}/{name}": torch.tensor(value) for name, value in self.values.items()}
+
+
+def _modes_of(trainer: Trainer) -> tuple[Tensor, Any] | None:
+    """The centres of the modes and their standard deviation, of a data module that knows them."""
+    data = getattr(trainer, "datamodule", None)
+    centers, std = getattr(data, "centers", None), getattr(data, "std", None)
+    return (centers, std) if isinstance(centers, Tensor) and std is not None else None
 
 
 def _joined(parts: Iterable[Seen]) -> Seen:

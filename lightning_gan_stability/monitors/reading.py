@@ -10,10 +10,9 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_gan_stability._checks import describe
-from lightning_gan_stability.distributed import any_rank, is_distributed
+from lightning_gan_stability.distributed import any_rank, gather_rows
 from lightning_gan_stability.layers import evaluation
 from lightning_gan_stability.metrics.extractors import Inception
 from lightning_gan_stability.metrics.statistics import Seen
@@ -81,23 +80,21 @@ def home(device: torch.device) -> torch.device:
 
 def interleaved(rows: Tensor) -> Tensor:
     """The rows of all ranks, in the order of one process that takes every rank's rows in turn."""
-    if not is_distributed():
-        return rows
-    parts = gather_all_tensors(rows)
-    whole = rows.new_empty(sum(map(len, parts)), *rows.shape[1:])
+    parts = gather_rows(rows)
+    whole = _woven(parts)
+    return torch.cat(parts) if whole is None else whole
+
+
+def _woven(parts: list[Tensor]) -> Tensor | None:
+    """Rows of ranks in turn; None unless each rank has its share of them."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
     if any(len(whole[rank :: len(parts)]) != len(part) for rank, part in enumerate(parts)):
-        return torch.cat(parts)
+        return None
     for rank, part in enumerate(parts):
         whole[rank :: len(parts)] = part
     return whole
-
-
-def _is_even(rows: Tensor) -> bool:
-    """Whether every rank has its share of the rows, so that generated samples stand beside their conditions."""
-    if not is_distributed():
-        return True
-    lengths = torch.cat(gather_all_tensors(torch.tensor([len(rows)], device=rows.device))).tolist()
-    return all(length == len(range(rank, sum(lengths), len(lengths))) for rank, length in enumerate(lengths))
 
 
 # ---------- what was read
@@ -124,7 +121,7 @@ class Reading:
 
     Args:
         data: what is read.
-        conditions: where their conditions go; None: they have none.
+        condition: of the first batch, which says whether there are conditions to keep.
         repeated: conditions are taken again, from the first one on, for more samples than there are of them.
         describe: from what was read to labels (n,) or rows of numbers (n, d) that describe its conditions.
 
@@ -138,11 +135,12 @@ class Reading:
     def __init__(
         self,
         data: RealData,
-        conditions: Kept | None,
+        condition: Condition,
         repeated: bool = False,
         describe: Callable[[Unpacked], Tensor] | None = None,
     ) -> None:
-        self.data, self.conditions, self.repeated, self.describe = data, conditions, repeated, describe
+        self.data, self.repeated, self.describe = data, repeated, describe
+        self.conditions = Kept() if tree_leaves(condition) else None
         self.n = 0
         self.told: Told | None = None
         self._described: list[Tensor] = []
@@ -159,11 +157,11 @@ class Reading:
     def see(self, seen: Seen) -> None:
         """Take the features of all ranks."""
         self.seen, self.n = seen, len(seen.features)
-        sizes = {rows.shape[1:] for rows in self._described}
-        (several,) = any_rank([len(sizes) != 1], seen.features.device)  # conditions of several sizes do not compare
-        if not several and _is_even(mine := torch.cat(self._described)):
-            told = interleaved(mine)
-            self.told = Told(told, seen.features) if bool(told.isfinite().all()) else None
+        (several,) = any_rank([len({rows.shape[1:] for rows in self._described}) != 1], seen.features.device)
+        # conditions of several sizes do not compare, nor do they where generated samples do not stand beside theirs
+        told = None if several else _woven(gather_rows(torch.cat(self._described)))
+        if told is not None and bool(told.isfinite().all()):
+            self.told = Told(told, seen.features)
         self._described = []
 
     def finite(self) -> Reading:

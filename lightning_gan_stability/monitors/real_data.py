@@ -35,7 +35,6 @@ from lightning_gan_stability.noise import generator, seed_of
 from lightning_gan_stability.outputs import Unpacked, batch_size, shapes, take_rows, tree_leaves, tree_map
 
 Split: TypeAlias = Literal["train", "val"]
-Stage: TypeAlias = Literal["fit", "validate", "test"]
 LARGE = 1000  # values: arrays with more of them are shared by copies, as nobody counts in them
 
 
@@ -83,11 +82,12 @@ def loader_to_read(trainer: Trainer, split: Split) -> Any:
     return _first_of(loader) if split == "val" else loader
 
 
-def loader_of_stage(trainer: Trainer, split: Split, stage: Stage) -> tuple[Any, str]:
+def loader_of_stage(trainer: Trainer, split: Split) -> tuple[Any, str]:
     """The loader to compare with, and its name: in a fit that of a split, in a test that of the test.
 
     ``trainer.validate`` may be called without training data; those that it validates on then stand for them.
     """
+    stage = trainer.state.fn
     if stage == "test":
         return _first_of(loader_of(trainer, "test")), "test"
     if stage == "fit":

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import optree
@@ -11,7 +10,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from lightning_gan_stability._checks import check, check_integer, describe, is_i
 from lightning_gan_stability.callback import GANCallback
 from lightning_gan_stability.layers import evaluation
 from lightning_gan_stability.module import GANModule
-from lightning_gan_stability.monitors.drawn import Drawn, key_of, log_drawn, named, place_of, plain
+from lightning_gan_stability.monitors.drawn import Drawn, key_of, log_everywhere, named, plain
 from lightning_gan_stability.monitors.latents import fixed_latents
 from lightning_gan_stability.monitors.pictures import as_image, kind_of, picture, table_picture
 from lightning_gan_stability.outcome import Outcome
@@ -154,12 +153,7 @@ class SampleLogger(GANCallback):
             return
         self.complete = True  # later pictures show the rows of the first one
         drawn = self._draw(trainer, module, self._sample(module))
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
-        if trainer.is_global_zero:
-            loggers: Sequence[Logger | None] = trainer.loggers or [None]
-            for logger in loggers:
-                log_drawn(logger, drawn, self.name, folder, trainer.global_step)
-            self._drawn_to = [place_of(logger, self.name, folder) for logger in loggers]
+        self._drawn_to = log_everywhere(trainer, drawn, self.name)
 
     def outcome(self, trainer: Trainer) -> Outcome:
         """Where its pictures are."""

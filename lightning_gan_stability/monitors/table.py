@@ -121,15 +121,6 @@ class TableMonitor(GANCallback):
         """Make a table, measure it, and log what was measured; keep it in a fit."""
         if trainer.sanity_checking:
             return
-        values = self._measure(trainer, pl_module)
-        if trainer.state.fn == "fit":
-            self.history.append({"step": trainer.global_step} | values)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make a table, measure it, and log what was measured."""
-        self._measure(trainer, pl_module)
-
-    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         train, test = self._tables(trainer, pl_module)
         module: Any = pl_module
         discrete = [column["name"] for column in module.encoder.columns if "categories" in column]
@@ -143,4 +134,7 @@ class TableMonitor(GANCallback):
             values["efficacy"] = efficacy(train, test, fake, self.target, discrete).ratio
         for name, value in values.items():
             module.log(f"{self.name}/{name}", value, prog_bar=True, rank_zero_only=False, sync_dist=True)
-        return values
+        if trainer.state.fn == "fit":
+            self.history.append({"step": trainer.global_step} | values)
+
+    on_test_epoch_end = on_validation_epoch_end
