@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 import zipfile
 from pathlib import Path
@@ -327,6 +328,8 @@ class Guard(Callback):
     @rank_zero_only
     def _say_outcome(self, trainer: Trainer, stopped: str = "") -> None:
         """Print what the callbacks know of the run, if they know anything."""
+        if not logging.getLogger("lightning.pytorch").isEnabledFor(logging.INFO):
+            return  # a script of many runs silences Lightning, and has words of its own
         known = joined(callback.outcome(trainer) for callback in self.module.engine.callbacks())
         if known.troubles or (known != Outcome([], [], []) and self.module.iteration):  # a refusal needs no table
             saved = Outcome(files=[("checkpoint", place) for place in _checkpoints(trainer)])

@@ -1,4 +1,5 @@
 import importlib.util
+import logging
 import os
 
 import pytest
@@ -17,3 +18,13 @@ collect_ignore = [] if importlib.util.find_spec("torch_xla") else ["xla"]
 def _in_tmp_path(tmp_path, monkeypatch):
     """Whatever a run writes lands in the test's own folder."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _loud():
+    """The levels of Lightning's loggers, which examples of many runs raise."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)

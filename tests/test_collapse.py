@@ -1,5 +1,6 @@
 """CollapseDetector: what it says of measurements, what it does then, and that going back goes back."""
 
+import logging
 import math
 import re
 from copy import deepcopy
@@ -680,3 +681,22 @@ def test_an_error_of_the_users_own_is_no_divergence():
     with pytest.raises(FloatingPointError, match="mine"):
         run.fit(module, ring())
     assert detector.events == []
+
+
+def test_a_collapse_is_no_news_of_conditions():
+    good, whole = (part | {"dependence": 0.0, "class_consistency": 0.0} for part in (GOOD, LOST))
+    assert [verdict for _, verdict in said([good, GOOD, *[whole] * 8])] == ["collapse"]
+
+
+def test_a_value_that_comes_up_late_is_no_progress():
+    """Of the first measurements, too, one may lack it."""
+    assert not is_progress(GOOD | {"class_diversity": 0.9}, GOOD)
+    assert is_progress(GOOD | {"class_diversity": 0.9}, GOOD | {"class_diversity": 0.8})
+
+
+def test_a_run_of_a_silenced_lightning_says_nothing(capsys):
+    logger = logging.getLogger("lightning.pytorch")
+    for level, silent in ((logging.ERROR, True), (logging.INFO, False)):
+        logger.setLevel(level)
+        trainer(callbacks=[QualityMonitor(n_samples=50, every=1)], max_steps=2, max_epochs=-1).fit(small(), ring())
+        assert (capsys.readouterr().out == "") is silent

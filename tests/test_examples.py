@@ -3,7 +3,6 @@
 import datetime
 import functools
 import importlib
-import logging
 import math
 import os
 import re
@@ -108,18 +107,7 @@ RECIPES = {
 }
 
 
-@pytest.fixture
-def _loud():
-    """The levels of Lightning's loggers, which examples of many runs raise."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    yield
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("_loud")
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe(name, monkeypatch, capsys):
@@ -141,7 +129,6 @@ def test_every_recipe_has_an_example_a_config_and_a_guide():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("_loud")
 @pytest.mark.timeout(250)
 def test_applied_benchmark_smoke(run, monkeypatch):
     out = benchmark(run, monkeypatch, "applied")
@@ -152,7 +139,6 @@ def test_applied_benchmark_smoke(run, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("_loud")
 @pytest.mark.timeout(250)
 def test_little_data_benchmark_smoke(run, monkeypatch):
     lines = benchmark(run, monkeypatch, "little_data").splitlines()

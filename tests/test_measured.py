@@ -466,7 +466,7 @@ def test_modes_are_declared_where_they_are_known():
         data.setup("fit")
         data = data if known else data.train_dataloader()
         monitor = QualityMonitor(n_samples=64, every=2)
-        run = trainer(callbacks=[monitor], max_steps=2, max_epochs=-1, limit_val_batches=0)
+        run = trainer(callbacks=[monitor], max_steps=4, max_epochs=-1, limit_val_batches=0)  # three measurements
         run.fit(small(), data)
         assert {key for key in run.callback_metrics if key.startswith("quality/")} == monitor.logged(run).keys()
         assert ("quality/modes" in run.callback_metrics) == known

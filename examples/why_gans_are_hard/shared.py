@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 from lightning_gan_stability import MLP, GANModule
 
 warnings.simplefilter("ignore")
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 QUIET = {
     "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
     "enable_model_summary": False, "limit_val_batches": 0, "max_epochs": -1,
@@ -28,6 +27,7 @@ def arguments(doc, steps, **more):
     for name, value in more.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # each script has many runs
     return parser.parse_args()
 
 

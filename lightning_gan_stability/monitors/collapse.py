@@ -192,7 +192,7 @@ def is_progress(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
     """
     if not _finite(values):
         return False
-    shares = [name for name in SHARES if name in values]
+    shares = [name for name in SHARES if name in values and name in best]  # some come up later than others
     return (
         not best
         or values["missing"] < best["missing"] - GAIN
@@ -443,10 +443,13 @@ class CollapseDetector(GANCallback):
     def _suspicions(self, module: GANModule, finite: bool, null: Values) -> list[Verdict]:
         """What the last measurements look like, the most serious first."""
         if len(self.recent) == self.patience or not finite:
-            return [*dict.fromkeys([name_trouble(self.recent), *of_conditions(self.recent)])]
+            verdict = name_trouble(self.recent)
+            # samples that are all alike, or nowhere, do not depend on conditions either
+            more: list[Verdict] = [] if verdict in ("collapse", "divergence") else of_conditions(self.recent)
+            return [*dict.fromkeys([verdict, *more])]
         late = len(self.course) == 3 * self.patience and module.iteration >= YOUNG
-        verdict = stuck(self.course, null) if late else None
-        return [] if verdict is None else [verdict]
+        found = stuck(self.course, null) if late else None
+        return [] if found is None else [found]
 
     def _p_values(
         self,
