@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.v2 import functional as transforms
+from torchvision.transforms import functional as transforms
 
 from lightning_gan_stability._checks import check_bool, check_choice, check_integer
 from lightning_gan_stability.noise import generator
@@ -140,6 +140,15 @@ class ImageFiles:
         with naming(self.name(self.paths[index])), self._open(index) as file, Image.open(file) as opened:
             image = opened.copy()  # reads all of it, so that a file that breaks off is noticed here
         return image if self.labels is None else (image, self.labels[index])
+
+    def header(self, index: int) -> tuple[tuple[int, int], str]:
+        """Return the width and height of an image and its mode, without reading its pixels.
+
+        Raises:
+            ValueError: If its header cannot be read.
+        """
+        with naming(self.name(self.paths[index])), self._open(index) as file, Image.open(file) as opened:
+            return opened.size, opened.mode
 
     def name(self, path: str) -> str:
         """Return what an error calls a file."""
