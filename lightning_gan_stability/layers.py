@@ -154,6 +154,32 @@ def truncated(network: nn.Module, truncation: float) -> Iterator[None]:
             part.truncation = value
 
 
+def hears_condition(network: nn.Module) -> bool:
+    """Whether a network makes something of a condition: it takes one, and was not made for ``num_classes=None``.
+
+    Example:
+        >>> from lightning_gan_stability.nets import MLP
+        >>> hears_condition(nn.Bilinear(1, 1, 1)), hears_condition(MLP([4, 2]))
+        (True, False)
+    """
+    takes, _ = condition_parameter(network)
+    return takes and not any(getattr(part, "num_classes", 0) is None for part in network.modules())
+
+
+def number_of_classes(network: nn.Module) -> int | None:
+    """How many classes a network knows: the attribute ``num_classes`` of a part, or the length of an embedding.
+
+    Example:
+        >>> from lightning_gan_stability.nets import MLP
+        >>> number_of_classes(MLP([4, 2], num_classes=10)), number_of_classes(nn.Linear(4, 2))
+        (10, None)
+    """
+    parts = [*network.modules()]
+    said = [part.num_classes for part in parts if isinstance(getattr(part, "num_classes", None), int)]
+    embedded = [part.num_embeddings for part in parts if isinstance(part, nn.Embedding)]
+    return next((int(n) for n in (*said, *embedded)), None)  # type: ignore[arg-type]
+
+
 def condition_parameter(network: nn.Module) -> tuple[bool, bool]:
     """Whether a network takes a condition, and whether it needs one.
 

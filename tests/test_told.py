@@ -7,9 +7,9 @@ from lightning.pytorch.callbacks import EarlyStopping
 from scipy.stats import binom
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from toys import trainer
+from toys import ignoring, trainer
 
-from lightning_gan_stability import CollapseDetector, GANModule, QualityMonitor
+from lightning_gan_stability import MLP, CollapseDetector, GANModule, QualityMonitor
 from lightning_gan_stability.metrics import checkpoint_fluctuation, class_report, condition_dependence
 from lightning_gan_stability.metrics.decisions import (
     level,
@@ -20,6 +20,7 @@ from lightning_gan_stability.metrics.decisions import (
     too_little_coverage,
     too_little_dependence,
 )
+from lightning_gan_stability.monitors.conditions import Told, described, parts_of
 from lightning_gan_stability.noise import generator
 
 N = 400
@@ -304,6 +305,70 @@ def test_what_cannot_be_decided_is_said_with_the_number_it_takes():
     few = samples_to_decide(0.1, first)
     assert 3 * too_little_coverage(torch.zeros(few, dtype=torch.bool), 0.1) <= first
     assert 3 * too_little_coverage(torch.zeros(few - 1, dtype=torch.bool), 0.1) > first
+
+
+class Unaware(nn.Module):
+    """Draws from all classes, and is told none."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, latents):
+        place = (torch.special.ndtr(latents[:, :1]) * 10).floor()
+        return torch.cat([8.0 * place, torch.zeros_like(place)], 1) + torch.randn_like(latents) + self.weight
+
+
+@pytest.mark.parametrize("network", [Unaware, lambda: MLP([2, 2])], ids=["its own", "of the package"])
+def test_labels_that_the_generator_is_not_told_are_nobodys(network):
+    """Real samples depend on their labels, and samples cannot: an unconditional generator of labelled data is well."""
+    monitor, detector = QualityMonitor(nn.Identity(), n_samples=N, every=1), CollapseDetector()
+    gan = GANModule(network(), MLP([2, 1]), latent_dim=2)
+    labels = torch.arange(N) % 10
+    places = torch.stack([8.0 * labels, torch.zeros(N)], 1)
+    data = TensorDataset(places + torch.randn(N, 2, generator=generator(0)), labels)
+    with ignoring():
+        trainer(callbacks=[monitor, detector], max_steps=6).fit(gan, DataLoader(data, batch_size=50))
+    assert not {"dependence", "class_consistency", "class_diversity"} & {*monitor.values}
+    assert not {"ignored condition", "class collapse"} & {event["verdict"] for event in detector.events}
+    told = GANModule(MLP([2, 2], num_classes=10), MLP([2, 1]), latent_dim=2)
+    with ignoring():
+        trainer(callbacks=[monitor], max_steps=1).fit(told, DataLoader(data, batch_size=50))
+    assert "dependence" in monitor.values
+
+
+class HalfDeaf(nn.Module):
+    """Goes where it is told in one direction, and in the other where another row is told."""
+
+    def __init__(self, shift):
+        super().__init__()
+        self.weight, self.shift = nn.Parameter(torch.zeros(1)), shift
+
+    def forward(self, condition):
+        return torch.stack([condition["across"], condition["up"].roll(self.shift, 0)], 1) + self.weight
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_of_several_conditions_one_that_is_ignored_is_found(shift):
+    """Its dependence is 0 beside that of real samples, 1; that of both together is not."""
+    rows = torch.randn(N, 2, generator=generator(3))
+    condition = {"across": rows[:, 0], "up": rows[:, 1]}
+    made = HalfDeaf(shift)(condition).detach()
+    together = condition_dependence(rows, made, rows).ratio
+    alone = condition_dependence(rows[:, 1:], made, rows).ratio
+    told = Told(described(condition), rows, parts_of(condition))
+    assert told.measure(made)["dependence"] == pytest.approx(min(alone, told_alone(rows, made)), abs=1e-6)
+    if shift:
+        assert together > 0.4
+        assert told.measure(made)["dependence"] < 0.05
+        assert told.p_values(made)["dependence"] < 1e-3
+    else:
+        assert told.measure(made)["dependence"] == pytest.approx(1, abs=1e-6)
+        assert told.p_values(made)["dependence"] == 1
+
+
+def told_alone(rows, made):
+    return condition_dependence(rows[:, :1], made, rows).ratio
 
 
 def test_classes_can_be_looked_at():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -48,26 +49,47 @@ def described(condition: Condition) -> Tensor:
     return torch.cat(rows, 1)
 
 
+def parts_of(condition: Condition) -> list[int]:
+    """How many of the numbers of :func:`described` each tensor of a condition has.
+
+    Example:
+        >>> parts_of({"source": torch.zeros(2, 1, 64, 64), "angle": torch.ones(2)})
+        [1, 1024]
+    """
+    return [min(WIDTH, max(1, leaf.numel() // len(leaf))) for leaf in tree_leaves(condition)]
+
+
 class Told:
     """Conditions of real samples, and how much these depend on them.
+
+    Of a condition of several tensors each is looked at alone, and the one that samples depend on least counts: a
+    generator may hear one and not another.
 
     Args:
         conditions: labels (n,), or rows (n, d) that describe conditions.
         real: features (n, d) of the real samples of these conditions.
+        parts: of the rows, see :func:`parts_of`; None: they are one.
 
     Attributes:
         names: what can be measured.
         classes: by label, what was measured last.
     """
 
-    def __init__(self, conditions: Tensor, real: Tensor) -> None:
-        self.conditions, self.real = conditions.to(real.device), real
+    def __init__(self, conditions: Tensor, real: Tensor, parts: Sequence[int] | None = None) -> None:
+        self.real = real
         self.classes: dict[int, ClassReport] = {}
         self.names: tuple[str, ...] = ()
+        self.parts: list[Tensor] = []
         if len(real) < 4:
             return
-        own = condition_dependence(self.conditions[:MOST], real[:MOST], permutations=199)
-        if own.dependence > LEAST and own.p_value < 0.01:
+        conditions = conditions.to(real.device)
+        several = conditions.dim() == 2 and parts is not None and sum(parts) == conditions.shape[1]
+        every = torch.split(conditions, [*(parts or ())], dim=1) if several else (conditions,)
+        for part in every:
+            own = condition_dependence(part[:MOST], real[:MOST], permutations=199 * len(every))
+            if own.dependence > LEAST and own.p_value < 0.01 / len(every):
+                self.parts.append(part)
+        if self.parts:
             self.names = ("dependence",)
             if not conditions.is_floating_point():
                 self.names = ("dependence", "class_consistency", "class_diversity")
@@ -77,11 +99,11 @@ class Told:
         if not self.names:
             return {}
         n = min(MOST, len(fake))
-        found = condition_dependence(self.conditions[:n], fake[:n], self.real[:n], permutations=1)
-        values = {"dependence": [found.ratio]}
+        found = [condition_dependence(part[:n], fake[:n], self.real[:n], permutations=1) for part in self.parts]
+        values = {"dependence": [one.ratio for one in found]}
         if "class_diversity" in self.names:
-            labels = self.conditions[: len(fake)]
-            self.classes = class_report(self.real, self.conditions, fake, labels, permutations=1)
+            (labels,) = self.parts
+            self.classes = class_report(self.real, labels, fake, labels[: len(fake)], permutations=1)
             report = [part for part in self.classes.values() if min(part.n_real, part.n_fake) >= ENOUGH]
             values["class_consistency"] = [x.consistency / x.real_consistency for x in report if x.real_consistency > 0]
             values["class_diversity"] = [part.diversity for part in report]
@@ -92,9 +114,11 @@ class Told:
         """Those of a healthy generator; see :mod:`lightning_gan_stability.metrics.decisions`."""
         if not self.names:
             return {}
-        asked = self.conditions[: len(fake)]
-        values = {"dependence": too_little_dependence(asked, fake, self.real[: len(fake)])}
+        n = len(fake)
+        p_values = [too_little_dependence(part[:n], fake, self.real[:n]) for part in self.parts]
+        values = {"dependence": min(1.0, len(p_values) * min(p_values))}  # Bonferroni's inequality
         if "class_diversity" in self.names:
-            values["class_consistency"] = too_little_consistency(self.real, self.conditions, fake, asked)
-            values["class_diversity"] = too_little_class_variation(self.real, self.conditions, fake, asked)
+            (labels,) = self.parts
+            values["class_consistency"] = too_little_consistency(self.real, labels, fake, labels[:n])
+            values["class_diversity"] = too_little_class_variation(self.real, labels, fake, labels[:n])
         return values

@@ -9,15 +9,17 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_gan_stability._checks import describe
+from lightning_gan_stability._compat import original_module
 from lightning_gan_stability.distributed import any_rank, gather_rows
-from lightning_gan_stability.layers import evaluation
+from lightning_gan_stability.layers import evaluation, hears_condition
 from lightning_gan_stability.metrics.extractors import Inception
 from lightning_gan_stability.metrics.statistics import Seen
 from lightning_gan_stability.module import GANModule
-from lightning_gan_stability.monitors.conditions import Told
+from lightning_gan_stability.monitors.conditions import Told, parts_of
 from lightning_gan_stability.monitors.latents import fixed_latents
 from lightning_gan_stability.monitors.real_data import RealData, rebatched
 from lightning_gan_stability.outputs import Condition, Sample, Unpacked, batch_size, take_rows, tree_leaves, tree_map
@@ -97,6 +99,19 @@ def _woven(parts: list[Tensor]) -> Tensor | None:
     return whole
 
 
+def is_conditional(module: GANModule) -> bool:
+    """Whether a module's samples can depend on conditions: data may have labels that its generator is not told.
+
+    Example:
+        >>> from lightning_gan_stability.nets import MLP
+        >>> is_conditional(GANModule(MLP([4, 2]), MLP([2, 1]), latent_dim=4))
+        False
+    """
+    if module.latent_dim is None or is_overridden("generate", module, GANModule):
+        return True
+    return hears_condition(original_module(module.generator))
+
+
 # ---------- what was read
 
 
@@ -143,6 +158,7 @@ class Reading:
         self.conditions = Kept() if tree_leaves(condition) else None
         self.n = 0
         self.told: Told | None = None
+        self._parts = parts_of(condition)
         self._described: list[Tensor] = []
 
     def read(self) -> Iterator[Sample]:
@@ -161,7 +177,7 @@ class Reading:
         # conditions of several sizes do not compare, nor do they where generated samples do not stand beside theirs
         told = None if several else _woven(gather_rows(torch.cat(self._described)))
         if told is not None and bool(told.isfinite().all()):
-            self.told = Told(told, seen.features)
+            self.told = Told(told, seen.features, self._parts)
         self._described = []
 
     def finite(self) -> Reading:
