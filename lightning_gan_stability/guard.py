@@ -6,6 +6,7 @@ import inspect
 import logging
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -24,10 +26,13 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lightning_gan_stability._compat import is_wrapped_by_compile, saves_by_time
 from lightning_gan_stability.callback import GANCallback, callbacks_of, find_rule
 from lightning_gan_stability.distributed import any_rank, is_distributed
+from lightning_gan_stability.environment import describe_environment
+from lightning_gan_stability.events import EventLog
 from lightning_gan_stability.layers import parameter_dtype
 from lightning_gan_stability.monitored import Monitored
 from lightning_gan_stability.outcome import Outcome, describe_outcome, joined
 from lightning_gan_stability.outputs import NETWORKS, StepRecord
+from lightning_gan_stability.resuming import Resuming
 from lightning_gan_stability.sharding import check_equal_batches, check_strategy
 from lightning_gan_stability.signals import SignalHold
 
@@ -55,6 +60,8 @@ class Guard(Callback):
         self._running = False
         self._signals = SignalHold(rank_zero_info)
         self._read = Monitored()
+        self._resuming = Resuming()
+        self._events: EventLog | None = None
 
     def is_visible(self, trainer: Trainer) -> bool:
         """Whether somebody looks at this step's values: logging costs as much as a small network's step."""
@@ -136,6 +143,7 @@ class Guard(Callback):
         for network in (module.generator, module.discriminator, module):
             parameter_dtype(network, torch.float32)  # which is known from here on, whoever is frozen for a turn
         self._check_optimizers(trainer)
+        self._resuming.note(trainer)
         for player in module.plan:
             if not module.trainable_parameters(player):
                 raise MisconfigurationException(
@@ -206,6 +214,7 @@ class Guard(Callback):
         if pl_module is not self.module:
             return
         module = self.module
+        self._resuming.take(trainer)
         module.last_step = StepRecord()
         module.engine.start()
         module.sharding.note_shards()
@@ -216,6 +225,7 @@ class Guard(Callback):
         self._read.start(trainer)
         self._running = True
         self._signals.start()
+        self._note_start(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse processes with different numbers of batches."""
@@ -253,6 +263,9 @@ class Guard(Callback):
             callback.iteration = self.module.iteration
         step = self.module.last_step
         self._read.after_batch(trainer, pl_module, bool(step.moved) and self.module.iteration != step.iteration + 1)
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step % every == 0:
+            self._note(lambda events: events.observe(trainer.global_step, self._outcome(trainer)))
         self._release_signals()
 
     def _refuse_other_steps(self, callbacks: list[GANCallback]) -> None:
@@ -309,7 +322,9 @@ class Guard(Callback):
         self._running = False
         self._signals.stop(run_handlers=False)
         if pl_module is self.module:
-            self._say_outcome(trainer, f"{type(exception).__name__}: {exception}".rstrip(": ").partition("\n")[0])
+            stopped = f"{type(exception).__name__}: {exception}".rstrip(": ").partition("\n")[0]
+            self._note_end(trainer, stopped)
+            self._say_outcome(trainer, stopped)
         path = trainer.ckpt_path
         if path is not None and Path(path).is_file() and not zipfile.is_zipfile(path):
             # torch's own errors are as bare as "Invalid argument"
@@ -323,14 +338,47 @@ class Guard(Callback):
         if pl_module is self.module and trainer.num_training_batches == 0:
             raise MisconfigurationException(_NO_BATCHES)
         if pl_module is self.module:
+            self._note_end(trainer)
             self._say_outcome(trainer)
+
+    # ---------- what is said of the run
+
+    def _outcome(self, trainer: Trainer) -> Outcome:
+        """What all callbacks know."""
+        return joined(callback.outcome(trainer) for callback in self.module.engine.callbacks())
+
+    @rank_zero_only
+    def _note_start(self, trainer: Trainer) -> None:
+        """Begin the file of events beside the log of values."""
+        logs = [Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+        folders = [folder for folder in logs if folder.is_dir()]  # on this machine
+        if not folders:
+            return
+        self._events = EventLog(folders)
+        environment = describe_environment(self.module.device, trainer.world_size, str(trainer.precision))
+        max_steps = trainer.max_steps
+        self._note(lambda events: events.start(trainer.global_step, max_steps, environment))
+
+    def _note_end(self, trainer: Trainer, stopped: str = "") -> None:
+        self._note(lambda events: events.end(trainer.global_step, self._outcome(trainer), stopped))
+        self._events = None
+
+    def _note(self, write: Callable[[EventLog], None]) -> None:
+        """Write into the file of events if there is one; a run goes on without it where the disk is full."""
+        if self._events is None:
+            return
+        try:
+            write(self._events)
+        except OSError as error:
+            self._events = None
+            rank_zero_warn(f"What happens in this run is written down no longer: {error}. The run goes on.")
 
     @rank_zero_only
     def _say_outcome(self, trainer: Trainer, stopped: str = "") -> None:
         """Print what the callbacks know of the run, if they know anything."""
         if not logging.getLogger("lightning.pytorch").isEnabledFor(logging.INFO):
             return  # a script of many runs silences Lightning, and has words of its own
-        known = joined(callback.outcome(trainer) for callback in self.module.engine.callbacks())
+        known = self._outcome(trainer)
         if known.troubles or (known != Outcome([], [], []) and self.module.iteration):  # a refusal needs no table
             saved = Outcome(files=[("checkpoint", place) for place in _checkpoints(trainer)])
             print(describe_outcome(joined([saved, known]), trainer.global_step, stopped))
@@ -338,9 +386,10 @@ class Guard(Callback):
     # ---------- checkpoints
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save no state of which nobody knows whether it is finite."""
+        """Save no state of which nobody knows whether it is finite; add what the optimizers were made with."""
         if pl_module is self.module:
             self.module.engine.check_finite()
+            self._resuming.save(checkpoint)
             if not self.module.last_step.finished:
                 rank_zero_warn(
                     "A checkpoint is saved inside of a step, on which one player may have moved and the other has not: "
@@ -353,9 +402,11 @@ class Guard(Callback):
                 checkpoint["state_dict"]["_extra_state"] = self.module.get_extra_state()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the extra state that came beside shards."""
-        if pl_module is self.module and self.module.device_mesh is not None:
-            self.module.set_extra_state(checkpoint["gan"])
+        """Take the extra state that came beside shards, and what the optimizers were made with."""
+        if pl_module is self.module:
+            self._resuming.load(checkpoint)
+            if self.module.device_mesh is not None:
+                self.module.set_extra_state(checkpoint["gan"])
 
 
 def _checkpoints(trainer: Trainer) -> list[str]:

@@ -166,8 +166,13 @@ def describe_outcome(outcome: Outcome, steps: int, stopped: str = "") -> str:
     return "\n".join([*lines, judgement(outcome, stopped)])
 
 
-def judgement(outcome: Outcome, stopped: str = "") -> str:
+def judgement(outcome: Outcome, stopped: str = "", going: str = "") -> str:
     """Whether a run worked, from its most telling value and what was said.
+
+    Args:
+        outcome: of all callbacks.
+        stopped: why the run did not come to its end.
+        going: a sentence on how far it is, of a run of which nobody knows whether it goes on; it is not judged yet.
 
     Example:
         >>> fid = Course("quality/fid", [0, 100], [52.0, 57.0], lower_is_better=True)
@@ -176,18 +181,18 @@ def judgement(outcome: Outcome, stopped: str = "") -> str:
     """
     course = next((one for one in outcome.courses if one.lower_is_better is not None), None)
     lasting = [trouble for trouble in outcome.troubles if trouble.lasts]
-    parts = []
-    if stopped:
-        parts.append(f"It stopped: {stopped.rstrip('.')}.")
+    early = bool(stopped or going)
+    parts = [f"It stopped: {stopped.rstrip('.')}."] if stopped else [going] if going else []
     if lasting:
         names = ", ".join(f"{trouble.verdict} (since step {trouble.step:,})" for trouble in lasting)
-        parts.append(f"{'Trouble at the end' if stopped else 'It did not work'}: {names}.")
+        parts.append(f"{'Trouble at the end' if stopped else 'Trouble' if going else 'It did not work'}: {names}.")
     failed = [one for one in outcome.courses if one.fails and len(one.values) > 1]
     if failed and not lasting:
-        found = ", ".join(f"{one.name} is {_number(one.values[-1])} at the end" for one in failed)
-        parts.append(f"{'At the end' if stopped else 'It did not work'}: {found}.")
+        at_the_end = "" if going else " at the end"
+        found = ", ".join(f"{one.name} is {_number(one.values[-1])}{at_the_end}" for one in failed)
+        parts.append(f"{'At the end' if stopped else 'So far' if going else 'It did not work'}: {found}.")
     if course is not None:
-        parts.append(_progress(course, bad=bool(stopped or lasting or failed)))
+        parts.append(_progress(course, bad=bool(early or lasting or failed)))
     elif not lasting:
         parts.append(
             "Nobody measured how good the samples are: add a QualityMonitor, or a PairedMonitor if each has a target."
@@ -227,7 +232,13 @@ def _progress(course: Course, bad: bool) -> str:
     return f"It worked: {found}.{' It still got better at the end: train longer.' if rising else ''}"
 
 
-def _table(title: str, courses: Sequence[Course]) -> list[str]:
+def table_rows(title: str, courses: Sequence[Course]) -> list[list[str]]:
+    """The table, cell by cell: a row of headings, and one for each value.
+
+    Example:
+        >>> table_rows("", [Course("quality/fid", [0, 100], [57.0, 8.0], lower_is_better=True)])[1]
+        ['quality/fid', '57', '8', '100', '8', '']
+    """
     rows = [[title, "first", "best", "at step", "last", "real data"]]
     for course in courses:
         best = course.best
@@ -241,6 +252,11 @@ def _table(title: str, courses: Sequence[Course]) -> list[str]:
                 "" if math.isnan(course.real) else _number(course.real),
             ]
         )
+    return rows
+
+
+def _table(title: str, courses: Sequence[Course]) -> list[str]:
+    rows = table_rows(title, courses)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(
