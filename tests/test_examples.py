@@ -235,6 +235,14 @@ def test_recipes_benchmark_smoke(run, monkeypatch):
 
 
 @pytest.mark.filterwarnings("default")
+def test_evaluation_benchmark_smoke(run, monkeypatch):
+    out = benchmark(run, monkeypatch, "evaluation")
+    rows = [line.split("|")[2:-1] for line in out.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == 8
+    assert all(0 <= float(x.strip().rstrip("%")) <= 100 for row in rows for x in row)
+
+
+@pytest.mark.filterwarnings("default")
 @pytest.mark.timeout(200)
 def test_metrics_benchmark_smoke(run, monkeypatch):
     out = benchmark(run, monkeypatch, "metrics")

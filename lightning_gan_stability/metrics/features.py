@@ -305,6 +305,15 @@ def mmd(x: Tensor, y: Tensor) -> float:
     return within - 2 * _kernel_sum(x, y) / (n * m)
 
 
+def mmd_bias(x: Tensor, y: Tensor) -> float:
+    """By how much MMD² is larger in the mean if each sample is a pair with itself, too."""
+    bias = 0.0
+    for z in (x, y):
+        n, others = len(z), _kernel_sum(z, z, True)
+        bias += ((_kernel_sum(z, z) - others) / n - others / (n * (n - 1))) / n
+    return bias
+
+
 def _kernel_sum(x: Tensor, y: Tensor, skip_diagonal: bool = False) -> float:
     total, size = 0.0, rows_at_once(len(y))
     for start in range(0, len(x), size):

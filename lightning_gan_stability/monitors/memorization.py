@@ -323,11 +323,26 @@ class MemorizationMonitor(GANCallback):
 
     # ---------- measuring
 
-    def _measure(self, trainer: Trainer, module: GANModule) -> None:
+    def measure(self, trainer: Trainer, module: GANModule) -> Values:
+        """Test a generator as it is, whatever the history of a fit is; see the class for the values.
+
+        Args:
+            trainer: after ``trainer.validate`` or ``trainer.test``, whose training and held-out data are read.
+            module: whose samples.
+        """
+        with isolate_rng():
+            self._prepare(trainer, module)
+        self.values = self._take(trainer, module).values
+        return self.values
+
+    def _take(self, trainer: Trainer, module: GANModule) -> Look:
         with isolate_rng(), module.noise.of(KEY, iteration=0):
             # the same on all ranks, whose sums may differ by a rounding
             found: Look = trainer.strategy.broadcast(self._evaluate(*self._features(trainer, self._generate(module))))
-            self._look = found
+        return found
+
+    def _measure(self, trainer: Trainer, module: GANModule) -> None:
+        self._look = self._take(trainer, module)
         self.values, self.measured_at = self._look.values, trainer.global_step
         trainer.callback_metrics.update(self._named())
         for logger in trainer.loggers:

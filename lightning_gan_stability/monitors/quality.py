@@ -6,10 +6,10 @@ import hashlib
 import math
 import pickle
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -49,6 +49,7 @@ from lightning_gan_stability.monitors.reading import (
     generated,
     home,
     interleaved,
+    is_conditional,
     samples_at_once,
 )
 from lightning_gan_stability.monitors.real_data import RealData, Split, loader_of_stage
@@ -108,6 +109,38 @@ _VALUES: tuple[tuple[tuple[Name, ...], Callable[[Tensor, Tensor], Sequence[float
 )
 
 
+def values_of(real: Tensor, fake: Tensor, wanted: Collection[str]) -> Values:
+    """The metrics of two sets of features alone, of those that are wanted.
+
+    Example:
+        >>> values_of(torch.tensor([[0.0], [2.0]]), torch.tensor([[3.0], [5.0]]), {"fid", "modes"})
+        {'fid': 9.0}
+    """
+    values: Values = {}
+    for names, function in _VALUES:
+        if not {*wanted}.isdisjoint(names):
+            values |= dict(zip(names, map(float, function(real, fake)), strict=True))
+    return {name: value for name, value in values.items() if name in wanted}
+
+
+class Measurement(NamedTuple):
+    """What a monitor measures of a generator, and the features that it measured it of.
+
+    Attributes:
+        values: by the names of metrics.
+        null: what the metrics give for one half of the real data against the other.
+        protocol: what a value depends on besides the generator.
+        real: features (n, d) of the real samples.
+        fake: features (m, d) of the generated ones.
+    """
+
+    values: Values
+    null: Values
+    protocol: dict[str, Any]
+    real: Tensor
+    fake: Tensor
+
+
 class QualityMonitor(GANCallback):
     """Measures the samples' quality every so many steps: FID, KID, precision, recall, density, coverage, modes.
 
@@ -120,7 +153,7 @@ class QualityMonitor(GANCallback):
 
     * ``quality/dependence``: how much samples depend on their conditions, as a part of what real ones do: the ratio of
       the squared distance correlations (:func:`~lightning_gan_stability.metrics.condition_dependence`); near 0 if they
-      are ignored, or taken from another row.
+      are ignored, or taken from another row. Of a condition of several tensors it is that of the least heard one.
     * ``quality/class_consistency``, ``quality/class_diversity``, with integer labels: the smallest over classes of the
       share of samples that look like their class, and of the mean distance of two samples of it, both as parts of what
       real samples have (:func:`~lightning_gan_stability.metrics.class_report`).
@@ -255,9 +288,7 @@ class QualityMonitor(GANCallback):
         """Measure in ``trainer.validate`` and ``trainer.test``, whatever the history of a fit is."""
         if trainer.state.fn == "fit":
             return  # which measures every so many steps
-        module: GANModule = pl_module  # type: ignore[assignment]
-        self._prepare(trainer, module)
-        self._look(trainer, module)
+        self.measure(trainer, pl_module)  # type: ignore[arg-type]
         pl_module.log_dict(self._named(), sync_dist=True)
 
     on_test_epoch_end = on_validation_epoch_end
@@ -286,6 +317,17 @@ class QualityMonitor(GANCallback):
             wanted = [name for name in get_args(Name) if name != "ndb" and (known or name != "modes")]  # if there are
         more = ["high_quality", "reverse_kl"] if "modes" in wanted else []
         return {f"{self.name}/{name}": self.every for name in (*wanted, *more, "missing", "imbalance", "moved")}
+
+    def measure(self, trainer: Trainer, module: GANModule) -> Measurement:
+        """Measure a generator as it is, whatever the history of a fit is.
+
+        Args:
+            trainer: in ``trainer.validate`` or ``trainer.test``, or after them: their data are compared with.
+            module: whose samples.
+        """
+        self._prepare(trainer, module)
+        fake, _ = self._look(trainer, module)
+        return Measurement(self.values, self.null, self.protocol, self._real.seen.features, fake.features)
 
     def outcome(self, trainer: Trainer) -> Outcome:
         """The course of each metric, and of the share of the data that is missed."""
@@ -329,7 +371,7 @@ class QualityMonitor(GANCallback):
         if not bool(fake.features.isfinite().all() and fake.modes.isfinite().all()):
             gone = dict.fromkeys(self._wanted, math.nan) | {"missing": 1.0, "imbalance": 1.0}
             return gone, [0.0] * len(self._cells.shares)
-        values = self._compare(self._real.seen.features, fake.features)
+        values = values_of(self._real.seen.features, fake.features, self._wanted)
         told = {} if self._real.told is None else self._real.told.measure(fake.features)
         values |= {name: value for name, value in told.items() if name in self._wanted}
         if "modes" in self._wanted:
@@ -337,13 +379,6 @@ class QualityMonitor(GANCallback):
             values |= {"modes": float(found.modes), "high_quality": found.high_quality, "reverse_kl": found.reverse_kl}
         cells, shares = self._cells.compare(fake)
         return values | cells, shares
-
-    def _compare(self, real: Tensor, fake: Tensor) -> Values:
-        values: Values = {}
-        for names, function in _VALUES:
-            if self._wanted.intersection(names):
-                values |= dict(zip(names, map(float, function(real, fake)), strict=True))
-        return {name: value for name, value in values.items() if name in self._wanted}
 
     def _generate(self, module: GANModule, real: Reading, n: int, *key: object) -> Seen:
         asked = {} if self.truncation == 1 else {"truncation": self.truncation}  # a `sample` of yours may have none
@@ -396,6 +431,7 @@ class QualityMonitor(GANCallback):
             )
         self._known = known
         self._at_once = samples_at_once(first.real)
+        self._conditional = is_conditional(module)
         self._real = self._features(data, first, self.cache)
         self._confirming: Reading | None = None
         if (n := len(self._real.seen.features)) < LEAST:
@@ -408,9 +444,8 @@ class QualityMonitor(GANCallback):
         centers, std = modes or (None, None)
         self._cells = Cells(self._real.seen, centers, std, self._classified)
         self._wanted = self._chosen()
-        self.null = trainer.strategy.broadcast(
-            self._compare(self._real.seen.features[::2], self._real.seen.features[1::2])
-        )
+        halves = self._real.seen.features[::2], self._real.seen.features[1::2]
+        self.null = trainer.strategy.broadcast(values_of(*halves, self._wanted))
         for logger in trainer.loggers:
             logger.log_hyperparams({self.name: self.protocol})
 
@@ -468,7 +503,7 @@ class QualityMonitor(GANCallback):
 
     def _features(self, data: RealData, first: Unpacked, cache: str | Path | None) -> Reading:
         """Real features of all ranks, from the cache or seen now, and the conditions of this rank."""
-        reading = Reading(data, first.condition, describe=self._describe)
+        reading = Reading(data, first.condition, describe=self._describe if self._conditional else None)
         if cache:
             self._see(take_rows(first.real, 0, 1))  # lets a lazy extractor read its weights
             mine = self._cached(Path(cache), reading)
