@@ -3,7 +3,8 @@
     python examples/export.py --out generator.pt2
 
 The file is read in a process that does not import this package, for a batch of another size; it prints by how much the
-images differ from ``gan.sample`` (0.0 measured; 17 CPU seconds). TorchScript works too, and is deprecated in torch.
+images differ from ``gan.sample`` (0.0 measured; 17 CPU seconds). `gan-stability export` writes this program, weights
+and a model card at once. TorchScript works too, and is deprecated in torch.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from lightning_gan_stability import DCGANDiscriminator, DCGANGenerator, Digits, GANModule, GeneratorEMA, SpectralNorm
+from lightning_gan_stability.publishing import export_sampler
 
 READ = """
 import sys, torch
@@ -57,10 +59,7 @@ def main() -> None:
         with torch.no_grad():
             images = gan.sample(5, latents=latents)
         SpectralNorm.remove(gan)
-        assert gan.generator_ema is not None
-        batch = torch.export.Dim("n")
-        program = torch.export.export(gan.generator_ema, (torch.randn(2, 16),), dynamic_shapes=({0: batch},))
-        torch.export.save(program, options.out)
+        torch.export.save(export_sampler(gan), options.out)
         torch.save((latents, images), pair := Path(folder, "pair.pt"))
         done = subprocess.run(
             [sys.executable, "-c", READ, options.out, pair], capture_output=True, text=True, check=True
