@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
-_SIZES = (8, 16, 32, 64, 128)
+_SIZES = (8, 16, 32, 64, 128, 256)
 _SLOPE = 0.2  # of every LeakyReLU here, as in the DCGAN and R3GAN papers
 _GAIN = nn.init.calculate_gain("leaky_relu", _SLOPE)
 
@@ -150,6 +150,7 @@ class _Generator(nn.Module):
         super().__init__()
         length = latent_dim if embedding_dim is None else embedding_dim
         _check(latent_dim=latent_dim, num_classes=num_classes, embedding_dim=length)
+        self.latent_dim, self.num_classes = latent_dim, num_classes
         self.features = latent_dim if num_classes is None else latent_dim + length
         self.embedding = None if num_classes is None else nn.Embedding(num_classes, length)
 
@@ -198,7 +199,7 @@ class DCGANGenerator(_Generator):
     Args:
         latent_dim: Length of a latent vector.
         channels: Channels of an image.
-        size: Height and width in pixels: 8, 16, 32, 64 or 128.
+        size: Height and width in pixels: 8, 16, 32, 64, 128 or 256.
         width: Channels of the last hidden layer; they double towards the base.
         batch_norm: Whether hidden layers are batch-normalized.
         num_classes: Number of classes; their learned embedding is concatenated to the latents. None: no classes.
@@ -243,7 +244,7 @@ class DCGANDiscriminator(_Discriminator):
 
     Args:
         channels: Channels of an image.
-        size: Height and width in pixels: 8, 16, 32, 64 or 128.
+        size: Height and width in pixels: 8, 16, 32, 64, 128 or 256.
         width: Channels of the first hidden layer; they double towards the logit.
         batch_norm: Whether hidden layers but the first are batch-normalized; then gradients mix the samples.
         num_classes: Number of classes of the projection; None: no classes.
@@ -319,7 +320,7 @@ class ResNetGenerator(_Generator):
     Args:
         latent_dim: Length of a latent vector.
         channels: Channels of an image.
-        size: Height and width in pixels: 8, 16, 32, 64 or 128.
+        size: Height and width in pixels: 8, 16, 32, 64, 128 or 256.
         width: Channels at the full resolution; they double towards the base, up to 8 · width.
         num_classes: Number of classes; their learned embedding is concatenated to the latents. None: no classes.
 
@@ -354,7 +355,7 @@ class ResNetDiscriminator(_Discriminator):
 
     Args:
         channels: Channels of an image.
-        size: Height and width in pixels: 8, 16, 32, 64 or 128.
+        size: Height and width in pixels: 8, 16, 32, 64, 128 or 256.
         width: Channels at the full resolution; they double towards 4x4, up to 8 · width.
         num_classes: Number of classes of the projection; None: no classes.
 
@@ -648,7 +649,7 @@ class AutoEncoder(nn.Sequential):
 
     Args:
         channels: Channels of an image.
-        size: Height and width in pixels: 8, 16, 32, 64 or 128.
+        size: Height and width in pixels: 8, 16, 32, 64, 128 or 256.
         width: Channels at the full resolution.
         code_dim: Length of the code.
 
