@@ -8,3 +8,4 @@ from .rollback import ScaleLearningRate as ScaleLearningRate
 from .rollback import ScalePenalty as ScalePenalty
 from .samples import SampleLogger as SampleLogger
 from .table import TableMonitor as TableMonitor
+from .writing import SampleWriter as SampleWriter

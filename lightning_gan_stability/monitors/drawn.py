@@ -76,7 +76,7 @@ def log_drawn(logger: Logger | None, drawn: Drawn, name: str, folder: Path, step
             image.save(_file(folder, name, key, step, "png"))
         for key, sounds in drawn.sounds.items():
             for caption, sound in sounds.items():
-                _write_wave(_file(folder, name, f"{key}/{caption}", step, "wav"), sound, drawn.sample_rate)
+                write_wave(_file(folder, name, f"{key}/{caption}", step, "wav"), sound, drawn.sample_rate)
 
 
 def place_of(logger: Logger | None, name: str, folder: Path) -> str:
@@ -128,8 +128,21 @@ def _clipped(sound: Tensor) -> Tensor:
     return sound.nan_to_num().clamp(-1, 1)
 
 
-def _write_wave(file: Path, sound: Tensor, sample_rate: int) -> None:
-    """A file of 16 bits; without soundfile."""
+def write_wave(file: Path, sound: Tensor, sample_rate: int) -> None:
+    """A sound (channels, t) in [-1, 1] as a file of 16 bits, without soundfile.
+
+    Args:
+        file: where it goes.
+        sound: what is louder is clipped.
+        sample_rate: in Hz.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_wave(Path(folder, "a.wav"), torch.zeros(1, 8), sample_rate=16000)
+        ...     Path(folder, "a.wav").stat().st_size
+        60
+    """
     samples = (_clipped(sound).T * 32767).round().to(torch.int16).contiguous().numpy()
     with wave.open(str(file), "wb") as out:
         out.setnchannels(samples.shape[1])
