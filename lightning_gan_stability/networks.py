@@ -284,6 +284,13 @@ class NetworkRunner:
             hint = f" (the input is {tensor.dtype}, the network {dtype})" if differs else ""
         named = isinstance(error, LookupError) or not str(error)  # a missing key says nothing by itself
         cause = f"{type(error).__name__}: {error}".rstrip(": ") if named else str(error)
+        if name == "generator" and isinstance(length := self.module.latent_dim, int):
+            own = getattr(self.module.generator, "latent_dim", length)
+            if own != length:
+                raise ValueError(
+                    f"`latent_dim` of the module is {length}, and that of the generator {own}: give both the same."
+                ) from error
+            cause += f" (`latent_dim` of the module is {length})"
         raise ValueError(f"The {name} failed on {shape}{hint}: {cause}") from error
 
 

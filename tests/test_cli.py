@@ -1,18 +1,23 @@
 """The command line: both forms of `model:`, overrides, checkpoints, and what it says to mistakes."""
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule
 from toys import public_callbacks, tensors
 
-from lightning_gan_stability import GANModule, Hinge, TableSynthesis
+from lightning_gan_stability import GANModule, Hinge, TableSynthesis, __version__
 from lightning_gan_stability.cli import build, main
+from lightning_gan_stability.cli.main import COMMANDS, describe_commands
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended"),  # sys.argv is pytest's
@@ -197,7 +202,35 @@ def test_validate_and_predict_with_a_checkpoint(write, capsys):
     common = ["--config", "config.yaml", f"--ckpt_path={CHECKPOINT}", "--data.val_samples=600"]
     main(["validate", *common])
     assert "val/d/accuracy" in capsys.readouterr().out
-    main(["predict", *common, "--trainer.logger=false"])
+    main(["predict", *common])
+    points = np.load("run/version_0/predictions/samples.npy")
+    assert points.shape == (600, 2)
+    assert "600 samples are in run/version_0/predictions" in capsys.readouterr().out
+    gan = GANModule.load_from_checkpoint(CHECKPOINT).eval()
+    with torch.no_grad():
+        expected = gan.predict_step(torch.zeros(256, 2), 0)
+    np.testing.assert_allclose(points[:256], expected.numpy(), rtol=1e-6)
+    with pytest.raises(FileExistsError, match="not empty"):
+        main(["predict", *common])
+    writer = {"class_path": "SampleWriter", "init_args": {"folder": "mine"}}
+    main(["predict", "--config", write(callbacks=[writer]), f"--ckpt_path={CHECKPOINT}"])
+    assert Path("mine/samples.npy").exists()
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_only_a_fit_makes_a_folder_for_a_run(subcommand, write):
+    data = {"class_path": "Ring", "init_args": {"val_samples": 64}}
+    for name, logger in ("run", TRAINER["logger"]), ("lightning_logs", True):
+        main(["fit", "--config", write(data=data, logger=logger)])
+        [path] = Path(name).rglob("*.ckpt")
+        main([subcommand, "--config", write(data=data, logger=logger), f"--ckpt_path={path}"])
+        assert [folder.name for folder in Path(name).iterdir()] == ["version_0"]
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_evaluation_needs_weights(subcommand, write):
+    with pytest.raises(MisconfigurationException, match=f"`{subcommand}` needs weights: add --ckpt_path"):
+        main([subcommand, "--config", write()])
 
 
 def test_fit_goes_on_from_a_checkpoint(write):
@@ -209,41 +242,161 @@ def test_fit_goes_on_from_a_checkpoint(write):
     assert weights(whole).keys() == weights(resumed).keys()
 
 
+def test_last_is_the_newest_checkpoint_of_the_runs_before(write, caplog):
+    saves = {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 1, "save_last": True}}
+    main(["fit", "--config", write(callbacks=[saves])])
+    main(["fit", "--config", write(callbacks=[saves]), "--trainer.max_steps=5", "--ckpt_path=last"])
+    main(["fit", "--config", write(callbacks=[saves]), "--trainer.max_steps=8", "--ckpt_path", "last"])
+    steps = [torch.load(f"run/version_{i}/checkpoints/last.ckpt", weights_only=True)["global_step"] for i in range(3)]
+    assert steps == [3, 5, 8]
+    second = yaml.safe_load(Path("run/version_1/config.yaml").read_text())
+    assert second["ckpt_path"] == "run/version_0/checkpoints/last.ckpt"
+
+
+def test_last_is_in_a_folder_of_ones_own_too(write):
+    saves = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": "own", "every_n_train_steps": 1}}
+    main(["fit", "--config", write(callbacks=[saves], logger=False)])
+    main(["fit", "--config", write(callbacks=[saves], logger=False), "--trainer.max_steps=5", "--ckpt_path=last"])
+    assert {torch.load(path, weights_only=True)["global_step"] for path in Path("own").glob("*.ckpt")} == {3, 5}
+    assert GANModule.load_from_checkpoint(next(Path("own").glob("*step=5.ckpt"))).iteration == 5
+
+
+def test_last_without_a_run_before_begins_and_says_so(write):
+    with pytest.warns(UserWarning, match="no checkpoint in run yet, so the run begins at step 0"):
+        main(["fit", "--config", write(), "--ckpt_path=last"])
+    assert GANModule.load_from_checkpoint(CHECKPOINT).iteration == 3
+
+
+def test_what_is_given_at_a_resume_is_taken(write):
+    """The rate, as the saved config says, and not the checkpoint's; a loss too."""
+    main(["fit", "--config", write()])
+    more = ["--trainer.max_steps=5", "--model.g_optimizer.init_args.lr=5e-5", "--model.loss=Wasserstein"]
+    main(["fit", "--config", write(), f"--ckpt_path={CHECKPOINT}", *more])
+    state = torch.load("run/version_1/checkpoints/epoch=0-step=5.ckpt", weights_only=True)
+    assert [o["param_groups"][0]["lr"] for o in state["optimizer_states"]] == [2e-4, 5e-5]
+    assert state["hyper_parameters"]["loss"]["class_path"] == "lightning_gan_stability.Wasserstein"
+    assert state["state_dict"]["_extra_state"]["loss"]["name"] == "Wasserstein"
+    config = yaml.safe_load(Path("run/version_1/config.yaml").read_text())["model"]["init_args"]
+    assert (config["g_optimizer"]["init_args"]["lr"], config["loss"]["class_path"][-11:]) == (5e-5, "Wasserstein")
+    with pytest.raises(RuntimeError, match="size mismatch for generator"):
+        main(["fit", "--config", write(), f"--ckpt_path={CHECKPOINT}", "--model.generator.init_args.sizes=[4,9,2]"])
+
+
+def test_a_second_config_adds_callbacks_or_replaces_them(write, printed):
+    Path("more.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": ["HealthMonitor"]}}))
+    text = printed("fit", "--config", write(), "--config", "more.yaml")
+    assert "R1Penalty" in text
+    assert "HealthMonitor" in text
+    Path("other.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": ["HealthMonitor"]}}))
+    with pytest.warns(UserWarning, match=r"other.yaml replaces the callbacks of config.yaml .*`callbacks\+:`"):
+        text = printed("fit", "--config", write(), "--config=other.yaml")
+    assert "R1Penalty" not in text
+    text = printed("fit", "--config", write(), "--trainer.callbacks+=HealthMonitor", "--trainer.callbacks.every=7")
+    assert yaml.safe_load(text)["trainer"]["callbacks"][1]["init_args"]["every"] == 7
+    assert "R1Penalty" in text
+
+
+class Bars(Callback):
+    """Notes what the progress bar shows."""
+
+    seen: ClassVar[list] = []
+
+    def on_train_batch_end(self, trainer, *args):
+        bar = trainer.progress_bar_callback.train_progress_bar
+        self.seen.append((trainer.global_step, bar.total))
+
+
+@pytest.mark.parametrize("epochs", [-1, None, 1000])
+def test_the_progress_bar_of_an_endless_epoch_counts_to_the_last_step(epochs, write):
+    Bars.seen.clear()
+    options = {"enable_progress_bar": True, "callbacks": [f"{__name__}.Bars"], "max_epochs": epochs}
+    main(["fit", "--config", write(**options)])
+    assert Bars.seen == [(step, 3) for step in (1, 2, 3)]
+    Bars.seen.clear()
+    main(["fit", "--config", write(**options), "--trainer.max_steps=5", f"--ckpt_path={CHECKPOINT}"])
+    assert Bars.seen == [(step, 5) for step in (4, 5)]
+
+
+def test_the_progress_bar_of_a_finite_epoch_counts_its_batches(write):
+    Bars.seen.clear()
+    data = {"class_path": "Digits", "init_args": {"batch_size": 800, "holdout": 100}}
+    model = MODEL | {
+        "generator": {"class_path": "MLP", "init_args": {"sizes": [4, 64], "output_shape": [1, 8, 8]}},
+        "discriminator": {"class_path": "MLP", "init_args": {"sizes": [64, 1]}},
+    }
+    main(["fit", "--config", write(model, data, callbacks=[f"{__name__}.Bars"], enable_progress_bar=True)])
+    assert [total for _, total in Bars.seen] == [2, 2, 1]
+
+
+def test_spawned_processes_know_the_parser(write):
+    """In a process of its own, since it begins others."""
+    spawned = ["--trainer.devices=2", "--trainer.strategy=ddp_spawn"]
+    command = [sys.executable, "-m", "lightning_gan_stability", "fit", "--config", write(), *spawned]
+    done = run(*command)
+    if "terminate called without an active exception" in done.stderr:  # of a thread of gloo, as a process ends
+        done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert Path(CHECKPOINT).exists()
+
+
+def test_help_and_version_answer_at_once():
+    """Without an import of torch; on one screen."""
+    code = (
+        "import sys; from lightning_gan_stability.cli.main import main\n"
+        "main(sys.argv[1:]); assert not {'torch', 'lightning', 'jsonargparse'} & {*sys.modules}"
+    )
+    for argument in "--help", "-h", "--version":
+        start = time.monotonic()
+        done = run(sys.executable, "-c", code, argument)
+        assert done.returncode == 0, done.stderr
+        assert time.monotonic() - start < 2
+        assert len(done.stdout.splitlines()) <= 40
+        assert max(map(len, done.stdout.splitlines())) <= 120
+    assert done.stdout.strip() == f"gan-stability {__version__}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_help(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    usage = capsys.readouterr().out.partition("\n")[0]
+    assert usage.startswith("usage: gan-stability ")
+    assert f" {name} " in usage
+    assert f"  {name} " in describe_commands()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("gan-stability fi", {"fit"}),
+        ("gan-stability sample --trunc", {"--truncation"}),
+        ("gan-stability fit --trainer.max_s", {"--trainer.max_steps"}),
+        ("gan-stability fit --data Ri", {"Ring"}),
+    ],
+)
+def test_tab_completion(line, expected):
+    shell = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+    shell |= {"_ARGCOMPLETE_STDOUT_FILENAME": "found.txt", "_ARGCOMPLETE_IFS": "\n"}
+    run(sys.executable, "-m", "lightning_gan_stability", env=os.environ | shell)
+    assert expected <= {word.strip() for word in Path("found.txt").read_text().split("\n")}
+
+
 # ---------- mistakes
 
 
-def test_misspelt_loss(write, complaint):
-    assert "Hing" in (said := complaint("fit", "--config", write(MODEL | {"loss": "Hing"})))
-    assert 'Parser key "loss"' in said
-
-
-def test_misspelt_loss_on_the_command_line(write, complaint):
-    assert "Expected a dot import path string: Wasserstien" in complaint(
-        "fit", "--config", write(), "--model.loss=Wasserstien"
-    )
-
-
-def test_misspelt_callback(write, complaint):
-    said = complaint("fit", "--config", write(callbacks=[{"class_path": "R1Penality"}]))
-    assert "R1Penality" in said
-    assert 'Parser key "trainer.callbacks"' in said
-
-
-def test_misspelt_data(write, complaint):
-    said = complaint("fit", "--config", write(data="Rign"))
-    assert "Rign" in said
-    assert 'Parser key "data"' in said
-
-
-def test_misspelt_argument(write, complaint):
-    assert "Option 'latent_dims' is not accepted" in complaint("fit", "--config", write(), "--model.latent_dims=4")
-    said = complaint("fit", "--config", write(callbacks=[{"class_path": "R1Penalty", "init_args": {"gama": 1}}]))
-    assert "gama" in said
+def test_misspelt_names(write, complaint):
+    """Each kind of mistake: tests/test_mistakes.py."""
+    assert "`Hing` to be a loss: did you mean Hinge?" in complaint("fit", "--config", write(MODEL | {"loss": "Hing"}))
+    assert "did you mean Wasserstein?" in complaint("fit", "--config", write(), "--model.loss=Wasserstien")
+    assert "did you mean R1Penalty?" in complaint("fit", "--config", write(callbacks=[{"class_path": "R1Penality"}]))
+    assert "did you mean Ring?" in complaint("fit", "--config", write(data="Rign"))
+    assert "`latent_dims`: did you mean latent_dim?" in complaint("fit", "--config", write(), "--model.latent_dims=4")
 
 
 def test_broken_yaml(complaint):
     Path("config.yaml").write_text("model: {generator: [")
-    assert "while parsing a flow" in complaint("fit", "--config", "config.yaml")
+    assert "this is not YAML (while parsing a flow node" in complaint("fit", "--config", "config.yaml")
 
 
 def test_argument_of_a_wrong_type(write, complaint):
@@ -272,8 +425,8 @@ def test_two_update_rules(write):
 # ---------- in their own processes
 
 
-def run(*command):
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+def run(*command, **options):
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, **options)
 
 
 def test_console_script_names_a_misspelt_loss(write):

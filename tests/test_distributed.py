@@ -1124,16 +1124,23 @@ def test_what_the_user_says_about_unused_parameters_stands(strategy, expected):
 
 def test_ddp_spawn():
     """The module, with its penalties and losses, can be pickled; the parent gets the weights of the ranks."""
-    module = small(loss=Hinge(), accumulate=2)
-    before = weights(module).clone()
     loader = torch.utils.data.DataLoader(torch.cat(points(6)), batch_size=8)
-    run = trainer(strategy="ddp_spawn", devices=2, callbacks=[R1Penalty(0.1), Simultaneous()], max_epochs=2)
-    try:
-        run.fit(module, loader)
-    finally:
-        for process in multiprocessing.active_children():
-            process.kill()
-            process.join()
+    for attempt in range(2):
+        module = small(loss=Hinge(), accumulate=2)
+        before = weights(module).clone()
+        run = trainer(strategy="ddp_spawn", devices=2, callbacks=[R1Penalty(0.1), Simultaneous()], max_epochs=2)
+        try:
+            run.fit(module, loader)
+            break
+        except torch.multiprocessing.ProcessExitedException as error:
+            # a thread of gloo aborts its process now and then as it ends, after the fit: "terminate called without an
+            # active exception", of which two in a row would be another matter
+            if error.signal_name != "SIGABRT" or attempt:
+                raise
+        finally:
+            for process in multiprocessing.active_children():
+                process.kill()
+                process.join()
     assert run.callback_metrics["d/r1"] > 0
     assert not torch.equal(weights(module), before)
     assert weights(module).isfinite().all()

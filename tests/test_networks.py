@@ -35,7 +35,7 @@ class Module:
     def __init__(self, made=None, judged=None, training=True, loss=None, packing=1):
         self.current_generator = self.generator = MLP([4, 2])
         self.discriminator = MLP([2, 1])
-        self.training, self.packing, self.iteration = training, packing, 0
+        self.training, self.packing, self.iteration, self.latent_dim = training, packing, 0, 4
         self.loss = NonSaturating() if loss is None else loss
         self.augment_samples = lambda x, condition: (x, condition)
         self.made, self.judged = made, judged

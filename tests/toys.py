@@ -131,10 +131,10 @@ def spy_on_samples(module, look):
 
 
 def public_callbacks():
-    """The names of everything that the package has for ``trainer.callbacks``."""
+    """The names of everything that the package has for ``trainer.callbacks`` of a fit."""
     found = {name: getattr(lightning_gan_stability, name) for name in lightning_gan_stability.__all__}
     kinds = {name for name, kind in found.items() if isinstance(kind, type) and issubclass(kind, Callback)}
-    return kinds - {"GANCallback", "Regularizer", "UpdateRule"}
+    return kinds - {"GANCallback", "Regularizer", "UpdateRule", "SampleWriter"}
 
 
 def tensors(state_dict):

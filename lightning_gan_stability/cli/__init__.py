@@ -1,4 +1,5 @@
 """The command ``gan-stability``."""
 
-from lightning_gan_stability.cli.main import build as build
-from lightning_gan_stability.cli.main import main as main
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

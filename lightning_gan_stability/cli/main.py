@@ -1,23 +1,86 @@
-"""The command ``gan-stability``: LightningCLI over :class:`GANModule`, with every name of the package short."""
+"""The command ``gan-stability``: which of its subcommands runs, and its help on one page."""
 
+from __future__ import annotations
+
+import argparse
+import difflib
 import os
 import sys
-import warnings
-from typing import Any
-
-import yaml
-from jsonargparse import get_loader, set_loader
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import WandbLogger
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple, NoReturn, Protocol
 
 import lightning_gan_stability as package
-from lightning_gan_stability import GANModule
-from lightning_gan_stability.tables import Column, is_description
+
+# nothing here may import torch: help and version answer at once
 
 
-def main(args: ArgsType = None) -> None:
-    """Run a subcommand: ``fit``, ``validate`` or ``predict``.
+class Command(NamedTuple):
+    """A subcommand.
+
+    Attributes:
+        usage: what follows its name.
+        summary: one line.
+        module: of :mod:`lightning_gan_stability.cli`; None: it is a method of Lightning's Trainer.
+    """
+
+    usage: str
+    summary: str
+    module: str | None = None
+
+
+COMMANDS = {
+    "new": Command("DIR --images FOLDER", "a config for your own images, chosen by what they are", "new"),
+    "fit": Command("--config FILE", "train what a config describes"),
+    "validate": Command("--config FILE --ckpt_path CKPT", "losses and quality on validation data"),
+    "test": Command("--config FILE --ckpt_path CKPT", "the same on test data"),
+    "predict": Command("--config FILE --ckpt_path CKPT", "a sample for each item of the data, into files"),
+    "sample": Command("CKPT --n 1000 --out DIR", "samples into files", "sample"),
+    "evaluate": Command("CKPT... --out table.md", "what they are worth, and which differences are noise", "evaluate"),
+    "report": Command("RUN_DIR... --out FILE", "one page on a run, or on several side by side", "report"),
+    "export": Command("CKPT --out DIR", "weights, program and model card, for others and for the Hub", "export"),
+}
+
+HELP = f"""\
+gan-stability {package.__version__}: trains GANs stably, with PyTorch Lightning.
+
+It runs configs: YAML files that say model, data and trainer, with callbacks that penalize, balance, average, measure,
+detect collapse and roll back. Names of this package are short, and classes of your own have their dotted path.
+
+Begin:
+  gan-stability new my_gan --images FOLDER            a config for pictures of yours; then as it says
+  gan-stability fit --config configs/ring.yaml        a minute on a CPU; files lie in runs/ring/version_0
+
+Commands:
+{{commands}}
+
+  gan-stability COMMAND --help                        the arguments of a command
+  gan-stability fit --config FILE --print_config      all settings of a config, with defaults
+  gan-stability --version
+
+Any setting of a config can be given behind it:
+  --model.loss=Hinge --trainer.max_steps=1000 --trainer.callbacks+=HealthMonitor
+
+A checkpoint's weights are read without running code from it, and its classes are imported only if they belong to this
+package or you name them.
+"""
+
+
+class Subcommand(Protocol):
+    """What a module of a subcommand has."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add arguments to the subcommand's parser."""
+
+    def run(self, arguments: argparse.Namespace) -> None:
+        """Run with parsed arguments."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a subcommand: ``fit``, ``validate``, ``test``, ``predict``, ``sample``, ...
+
+    On the command line, where ``args`` is None, an error that a configuration has caused is one sentence without a
+    traceback, and the exit status is 2.
 
     Args:
         args: the command line; None: ``sys.argv``.
@@ -25,85 +88,58 @@ def main(args: ArgsType = None) -> None:
     Example:
         ``gan-stability fit --config configs/ring.yaml --trainer.max_steps=1000``
     """
-    _cli(args, run=True)
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what could follow, through argcomplete
+        from lightning_gan_stability.cli.completion import complete
+
+        complete()
+    given = sys.argv[1:] if args is None else list(args)
+    name, rest = (given[0], given[1:]) if given else ("--help", [])
+    if name in ("-h", "--help", "help"):
+        print(describe_commands())
+        return
+    if name in ("--version", "version"):
+        print(f"gan-stability {package.__version__}")
+        return
+    if name not in COMMANDS:
+        refuse_command(name)
+    if COMMANDS[name].module is None:
+        from lightning_gan_stability.cli.training import train
+
+        train(None if args is None else given, interactive=args is None)
+    else:
+        run_subcommand(name, rest, interactive=args is None)
 
 
-def build(args: ArgsType) -> LightningCLI:
-    """Make what a config describes and run nothing, for a script that goes on with it.
+def run_subcommand(name: str, args: Sequence[str], interactive: bool) -> None:
+    """Parse the arguments of a subcommand of this package's own, and run it."""
+    command = COMMANDS[name]
+    module: Subcommand = import_module(f"lightning_gan_stability.cli.{command.module}")
+    parser = argparse.ArgumentParser(
+        f"gan-stability {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.add_arguments(parser)
+    arguments = parser.parse_args(args)
+    from lightning_gan_stability.cli.mistakes import explained
 
-    Args:
-        args: the command line without a subcommand, such as ``["--config", "configs/ring.yaml"]``.
+    with explained(interactive):
+        module.run(arguments)
 
-    Returns:
-        An object with ``model``, ``datamodule`` and ``trainer``.
+
+def describe_commands() -> str:
+    """The help page.
 
     Example:
-        ``cli = build(["--config", "configs/ring.yaml"]); cli.trainer.fit(cli.model, cli.datamodule)``
+        >>> "gan-stability fit" in describe_commands()
+        True
     """
-    return _cli(args, run=False)
+    rows = [(f"{name} {command.usage}".rstrip(), command.summary) for name, command in COMMANDS.items()]
+    width = max(len(left) for left, _ in rows)
+    return HELP.format(commands="\n".join(f"  {left.ljust(width)}  {right}" for left, right in rows))
 
 
-def _cli(args: ArgsType, run: bool) -> LightningCLI:
-    sys.path.insert(0, os.getcwd())  # so that `class_path: my_project.MyGAN` works, as with `python -m`
-    # of no use to a reader: both are about Lightning's inside, and checkpoints are meant to come after the step here
-    warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
-    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-    set_loader("gan", lambda text: _lengthen(get_loader("yaml")(text)), (yaml.YAMLError,))
-    return _CLI(
-        GANModule,
-        LightningDataModule,
-        subclass_mode_model=True,  # `model: {generator: ...}`, or `model: {class_path: my.GAN, init_args: ...}`
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        save_config_callback=_SaveConfig if run else None,  # a script's folder is its own
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"parser_mode": "gan"},
-        args=args,
-        run=run,
-    )
-
-
-class _CLI(LightningCLI):
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Keep the parsers, of which each subcommand has one."""
-        self.parsers = [*getattr(self, "parsers", []), parser]
-
-    def before_instantiate_classes(self) -> None:
-        """Give a module that describes a table the columns of the data, which only these know, if it was given none."""
-        model = (self.config[self.subcommand] if self.subcommand else self.config).get("model")
-        arguments = (model and model.get("init_args")) or {}
-        if "columns" in arguments and arguments["columns"] is None:
-            for parser in self.parsers:
-                parser.link_arguments("data", "model.init_args.columns", _columns_of, apply_on="instantiate")
-
-
-def _columns_of(data: Any) -> Any:
-    """The columns of the data, in a form that a parser may print when it cannot make the model."""
-    columns = getattr(data, "columns", None)
-    return [Column(column) for column in columns] if is_description(columns) else columns
-
-
-class _SaveConfig(SaveConfigCallback):
-    """Gives Weights & Biases, besides the model's arguments, those of data, trainer and callbacks.
-
-    Other loggers have ``config.yaml`` in their own folder; offline runs share one.
-    """
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        config = yaml.safe_load(self.parser.dump(self.config))
-        rest = {key: config[key] for key in ("seed_everything", "data", "trainer") if key in config}
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_hyperparams(rest)
-
-
-def _lengthen(value: Any) -> Any:
-    """Give the package's own classes their full path, because other libraries have some of the names (`MLP`) too."""
-    if isinstance(value, list):
-        return [_lengthen(item) for item in value]
-    if isinstance(value, dict):
-        value = {key: _lengthen(item) for key, item in value.items()}
-        name = value.get("class_path")
-        return value | {"class_path": f"{package.__name__}.{name}"} if name in package.__all__ else value
-    return value
+def refuse_command(name: str) -> NoReturn:
+    """Say which commands there are, and end with status 2."""
+    close = difflib.get_close_matches(name, COMMANDS, 1)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}."
+    print(f"gan-stability: error: there is no command {name!r}: {hint}", file=sys.stderr)
+    raise SystemExit(2)
