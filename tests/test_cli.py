@@ -210,7 +210,7 @@ def test_validate_and_predict_with_a_checkpoint(write, capsys):
     with torch.no_grad():
         expected = gan.predict_step(torch.zeros(256, 2), 0)
     np.testing.assert_allclose(points[:256], expected.numpy(), rtol=1e-6)
-    with pytest.raises(FileExistsError, match="not empty"):
+    with pytest.raises(FileExistsError, match="is there already: give SampleWriter another `folder`"):
         main(["predict", *common])
     writer = {"class_path": "SampleWriter", "init_args": {"folder": "mine"}}
     main(["predict", "--config", write(callbacks=[writer]), f"--ckpt_path={CHECKPOINT}"])
