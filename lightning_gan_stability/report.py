@@ -22,6 +22,7 @@ from jinja2 import Environment, PackageLoader, Template
 
 import lightning_gan_stability
 from lightning_gan_stability._checks import check, require
+from lightning_gan_stability.monitors.files import written_whole
 from lightning_gan_stability.outcome import table_rows
 from lightning_gan_stability.run_folder import Curve, Picture, Run, read_run, settings_of
 
@@ -149,12 +150,10 @@ def write_report(
 
 def _write(file: Path, text: str) -> None:
     """Write all of it or nothing; what was there is there until then."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
+        with written_whole(file) as place:
+            place.write_text(text, encoding="utf-8")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(f"The report could not be written to {str(file)!r}: {error.strerror or error}.") from error
 
 

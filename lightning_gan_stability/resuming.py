@@ -38,7 +38,7 @@ class Resuming:
         Raises:
             MisconfigurationException: if the checkpoint's run had other optimizers or schedulers.
         """
-        schedulers = {id(config.scheduler.optimizer): config.scheduler for config in trainer.lr_scheduler_configs}
+        schedulers = _by_optimizer(trainer)
         self._given = [_settings(optimizer, schedulers.get(id(optimizer))) for optimizer in trainer.optimizers]
         if self._before is not None:
             for name, given, before in zip(_names(len(self._given)), self._given, self._before, strict=False):
@@ -56,7 +56,7 @@ class Resuming:
         """Give the optimizers what the user has changed, after a checkpoint's state was put into them."""
         if self._before is None:
             return
-        schedulers = {id(config.scheduler.optimizer): config.scheduler for config in trainer.lr_scheduler_configs}
+        schedulers = _by_optimizer(trainer)
         rows = zip(_names(len(self._given)), trainer.optimizers, self._given, self._before, strict=False)
         for name, optimizer, given, before in rows:
             for i, (group, options, old) in enumerate(
@@ -70,6 +70,11 @@ class Resuming:
                         )
                         _set(group, i, key, value, old[key], schedulers.get(id(optimizer)))
         self._before = None
+
+
+def _by_optimizer(trainer: Trainer) -> dict[int, Any]:
+    """The scheduler of each optimizer that has one, by the optimizer's identity."""
+    return {id(config.scheduler.optimizer): config.scheduler for config in trainer.lr_scheduler_configs}
 
 
 def _names(n: int) -> list[str]:

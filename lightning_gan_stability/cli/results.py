@@ -6,14 +6,15 @@ import csv
 import io
 import json
 import math
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning_gan_stability as package
 from lightning_gan_stability.evaluation import Difference, Evaluation
+from lightning_gan_stability.monitors.files import written_whole
 
 WIDTH = 120
 SUFFIXES = (".json", ".csv", ".md")
@@ -132,18 +133,13 @@ def write(results: Results, files: Sequence[Path]) -> None:
     Raises:
         OSError: if one cannot be written; files that existed before are as they were.
     """
-    written: list[tuple[Path, Path]] = []
     try:
-        for file in files:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".{file.name}.{os.getpid()}")
-            written.append((temporary, file))
-            temporary.write_text(FORMATS[file.suffix](results), encoding="utf-8")
-        for temporary, file in written:
-            os.replace(temporary, file)
+        with ExitStack() as all_written:
+            for file in files:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                place = all_written.enter_context(written_whole(file))
+                place.write_text(FORMATS[file.suffix](results), encoding="utf-8")
     except OSError as error:
-        for temporary, _ in written:
-            temporary.unlink(missing_ok=True)
         reason = error.strerror or error
         raise OSError(f"The results could not be written to {str(error.filename or files[0])!r}: {reason}.") from error
 

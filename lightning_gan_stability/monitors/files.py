@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+
+@contextmanager
+def written_whole(file: Path) -> Iterator[Path]:
+    """A place for a file that is moved where it belongs when it is written: what was there is there until then.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with written_whole(Path(folder, "a.txt")) as place:
+        ...         size = place.write_text("a")
+        ...     [path.name for path in Path(folder).iterdir()]
+        ['a.txt']
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_atomically(state: object, file: Path) -> None:
@@ -19,5 +41,5 @@ def save_atomically(state: object, file: Path) -> None:
         {'a': tensor([1.])}
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, temporary := file.with_suffix(f".{os.getpid()}"))
-    os.replace(temporary, file)
+    with written_whole(file) as place:
+        torch.save(state, place)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_gan_stability._checks import check_bool, check_integer
 from lightning_gan_stability.monitors.drawn import named, plain, write_wave
+from lightning_gan_stability.monitors.files import written_whole
 from lightning_gan_stability.monitors.pictures import kind_of
 from lightning_gan_stability.outputs import Sample, batch_size
 from lightning_gan_stability.recipes.table import TableSynthesis
@@ -113,7 +114,7 @@ class SampleFiles:
         for name, sample in zip(names, samples, strict=True):
             place = folder / f"{name}.{ending}"
             place.parent.mkdir(parents=True, exist_ok=True)
-            with _whole(place) as file:
+            with written_whole(place) as file:
                 save(file, sample)
 
     def _writer(self, samples: Tensor) -> tuple[str, Callable[[Path, Tensor], None]] | None:
@@ -213,17 +214,6 @@ def _beside(trainer: Trainer) -> Path:
 
 
 # ---------- files
-
-
-@contextmanager
-def _whole(file: Path) -> Iterator[Path]:
-    """A place for a file that is moved where it belongs when it is written."""
-    temporary = file.with_name(f".{file.name}")
-    try:
-        yield temporary
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_image(file: Path, pixels: Tensor) -> None:
