@@ -1,13 +1,13 @@
 """What monitors cost: their share of a DCGAN step, a measurement in steps, and memory.
 
-    python examples/benchmarks/monitors.py            # a quarter of an hour on one core
+    python examples/benchmarks/monitors.py            # forty minutes on one core
     python examples/benchmarks/monitors.py --smoke    # seconds; only shows that it runs
 
 A DCGAN of 64×64 pixels, batches of 64, one thread, CPU seconds. Each round times in turn ten steps without monitors,
-with `HealthMonitor` and `QualityMonitor` that only look on, with two decisions of `HealthMonitor` in them, and with a
-measurement of 2,500 samples, seen by a network as large as Inception (torchvision's, with random weights, since its
-time alone counts). Memory is the largest resident set of a process that trains on 128×128 pixels and measures 2,500
-samples, over that of one that does not measure.
+with `HealthMonitor` and `QualityMonitor` that only look on, and with two decisions of `HealthMonitor` in them. Once, a
+measurement of 2,500 samples is timed, seen by a network as large as Inception (torchvision's, with random weights,
+since its time alone counts), and by one of two layers. Memory is the largest resident set of a process that trains on
+128×128 pixels and measures 2,500 samples, over that of one that does not measure.
 """
 
 import argparse
@@ -89,38 +89,40 @@ class Measurement(Callback):
             self.monitor.every = 10**9
 
 
+def small() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 64, 8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 def shares(smoke: bool, rounds: int) -> None:
     size, width, batch, steps, n = (16, 4, 4, 8, 50) if smoke else (64, 64, 64, 10, 2500)
 
-    def quality() -> QualityMonitor:
-        return QualityMonitor(LikeInception(75 if smoke else 299), n_samples=n, n_real=50, every=10**9)
-
-    def measuring() -> list[Callback]:
-        monitor = quality()
+    def measuring(extractor: nn.Module) -> list[Callback]:
+        monitor = QualityMonitor(extractor, n_samples=n, n_real=n, every=10**9)
         return [monitor, Measurement(monitor)]
 
     columns: dict[str, Any] = {
         "nothing": list,
-        "looking on": lambda: [HealthMonitor(every=10**9), quality()],
+        "looking on": lambda: [HealthMonitor(every=10**9), QualityMonitor(small(), n_samples=50, every=10**9)],
         "a decision": lambda: [HealthMonitor(every=steps // 2)],
-        "a measurement": measuring,
     }
-    rows = [{name: seconds(size, width, batch, steps, make()) for name, make in columns.items()} for _ in range(rounds)]
     print(f"\nDCGAN {size}×{size}, batch {batch}, {rounds} rounds\n\n| what | steps' worth (range) | share of a step |")
     print("|---|---|---|")
+    rows = [{name: seconds(size, width, batch, steps, make()) for name, make in columns.items()} for _ in range(rounds)]
     each = [row["nothing"] / steps for row in rows]
     looking = [(row["looking on"] - row["nothing"]) / steps / one for row, one in zip(rows, each, strict=True)]
     decisions = [(row["a decision"] - row["nothing"]) / 2 / one for row, one in zip(rows, each, strict=True)]
-    measurements = [(row["a measurement"] - row["nothing"]) / one for row, one in zip(rows, each, strict=True)]
     line("both monitors on every step", looking, 1)
     line("a decision of HealthMonitor, every 100", decisions, 100)
-    line(f"a measurement of {n:,} samples, every 1,000", measurements, 1000)
-    line(f"a measurement of {n:,} samples, every 10,000", measurements, 10_000)
+    for name, extractor in ("two layers", small()), ("Inception", LikeInception(75 if smoke else 299)):
+        plain = seconds(size, width, batch, steps, [])
+        cost = (seconds(size, width, batch, steps, measuring(extractor)) - plain) * steps / plain
+        line(f"a measurement of {n:,} samples by {name}, every 1,000", [cost], 1000)
+        line(f"a measurement of {n:,} samples by {name}, every 10,000", [cost], 10_000)
 
 
 def line(name: str, costs: list[float], every: int) -> None:
     cost = statistics.median(costs)
-    print(f"| {name} | {cost:.3g} ({min(costs):.3g} to {max(costs):.3g}) | {100 * cost / every:.2f} % |")
+    print(f"| {name} | {cost:.3g} ({min(costs):.3g} to {max(costs):.3g}) | {100 * cost / every:.2f} % |", flush=True)
 
 
 def resident(size: int, n: int, monitored: bool) -> float:
@@ -130,8 +132,7 @@ def resident(size: int, n: int, monitored: bool) -> float:
 
 
 def process(size: int, n: int, monitored: bool) -> None:
-    extractor = nn.Sequential(nn.Conv2d(3, 64, 8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    callbacks: list[Callback] = [QualityMonitor(extractor, n_samples=n, every=2)] if monitored else []
+    callbacks: list[Callback] = [QualityMonitor(small(), n_samples=n, every=2)] if monitored else []
     loader = DataLoader(Images(n + 100, size), 16, shuffle=True)
     Trainer(callbacks=callbacks, max_steps=2, **OPTIONS).fit(gan(size, 16), loader)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
