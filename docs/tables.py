@@ -6,13 +6,16 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 import lightning_gan_stability
 from lightning_gan_stability import metrics
-from lightning_gan_stability.monitors.health import ADVICE
+from lightning_gan_stability.advice import COLLAPSE, HEALTH, MEMORIZATION
+
+ROOT = Path(__file__).parent.parent
 
 # ---------- methods
 
@@ -910,13 +913,20 @@ RECIPES = [
         ["configs/ring.yaml", "configs/r3gan.yaml"],
         "{} beside R1",
     ),
-    Recipe("Modes are lost", "Unrolling", {"steps": 5}, ["configs/ring_unrolled.yaml"]),
+    Recipe("Modes are lost", "Packed", None, ["configs/ring_pacgan.yaml"], "no callback: the discriminator is {}"),
     Recipe(
-        "Modes are lost, and unrolling costs too much",
-        "Packed",
-        None,
-        ["configs/ring_pacgan.yaml"],
-        "no callback: the discriminator is {}",
+        "Modes are lost, by a penalty",
+        "R1Penalty",
+        {"gamma": 1.0},
+        ["configs/digits.yaml", "configs/ring.yaml"],
+        "{} and R2, with the Relativistic loss",
+    ),
+    Recipe(
+        "Modes are lost, of points in a few dimensions",
+        "Unrolling",
+        {"steps": 10},
+        ["configs/ring_unrolled.yaml"],
+        "{}, or the first",
     ),
     Recipe(
         "The Wasserstein loss needs a constraint",
@@ -946,13 +956,49 @@ RECIPES = [
     ),
     Recipe("The same, by slow weights of both players", "Lookahead", {"k": 5}, ["configs/lookahead.yaml"]),
     Recipe("Samples flicker from step to step", "GeneratorEMA", {"decay": 0.999}, ["configs/sngan.yaml"]),
-    Recipe("There is little data", "AdaptiveAugmentation", None, [], "{} or `LeCam`: [guide](image_gans.md)"),
+    Recipe(
+        "There is little data",
+        "DiffAugment",
+        None,
+        [],
+        "no callback: `augment` is {}; or `ConsistencyPenalty`, `AdaptiveAugmentation`: [guide](image_gans.md)",
+    ),
     Recipe("Samples look like training data", "MemorizationMonitor", None, [], "{}, with held-out data"),
     Recipe("The latents do not matter", "ModeSeeking", {"weight": 1.0}),
     Recipe("Reconstruction breaks when D joins", "AdversarialStart", None, [], "{}: [guide](reconstruction.md)"),
     Recipe("The adversarial loss drowns the others", "AdaptiveAdversarialWeight", None, [], "{} or `LossBalancer`"),
     Recipe("The run collapsed overnight", "CollapseDetector", None, ["configs/ring_collapse.yaml"], "{}, below"),
 ]
+
+
+# ---------- gammas
+
+
+def gamma_rows() -> list[list[str]]:
+    """A row for each config with R1, and R2 if it has that: config, loss, penalties, γ, their other arguments."""
+    rows = []
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        entries = [entry for entry in config["trainer"]["callbacks"] if isinstance(entry, dict)]
+        penalties = [entry for entry in entries if entry["class_path"] in ("R1Penalty", "R2Penalty")]
+        if penalties:
+            names, given = zip(*((entry["class_path"], entry["init_args"]) for entry in penalties), strict=True)
+            others = {name: value for name, value in given[0].items() if name != "gamma"}
+            rows.append(
+                [
+                    code(f"configs/{path.name}"),
+                    code(config["model"].get("init_args", config["model"])["loss"]),
+                    ", ".join(map(code, names)),
+                    ", ".join(dict.fromkeys(scheduled(arguments["gamma"]) for arguments in given)),
+                    ", ".join(code(f"{name}={literal(value)}") for name, value in others.items()),
+                ]
+            )
+    return rows
+
+
+def scheduled(value: float | dict[str, float]) -> str:
+    """A number, or where a schedule begins and ends."""
+    return f"{value['start']:g} to {value['end']:g}" if isinstance(value, dict) else f"{value:g}"
 
 
 # ---------- checkpoints
@@ -1056,8 +1102,14 @@ def strategy_table() -> str:
 
 
 def advice_table() -> str:
-    """What the HealthMonitor advises."""
-    return table(["Verdict of `HealthMonitor`", "Its advice"], [[code(name), text] for name, text in ADVICE.items()])
+    """What the monitors advise."""
+    by_monitor = {
+        "HealthMonitor": HEALTH,
+        "CollapseDetector": COLLAPSE,
+        "MemorizationMonitor": {"memorization": MEMORIZATION},
+    }
+    rows = [[code(name), code(verdict), text] for name, said in by_monitor.items() for verdict, text in said.items()]
+    return table(["Monitor", "Verdict", "Its advice"], rows)
 
 
 def recipe_table() -> str:
@@ -1067,6 +1119,11 @@ def recipe_table() -> str:
         for recipe in RECIPES
     ]
     return table(["Symptom", "Entry", "Config"], rows)
+
+
+def gamma_table() -> str:
+    """Which γ the configs have."""
+    return table(["Config", "Loss", "Penalties", "γ", "With"], gamma_rows())
 
 
 def checkpoint_table() -> str:
@@ -1087,6 +1144,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "strategies": strategy_table,
     "advice": advice_table,
     "recipes": recipe_table,
+    "gammas": gamma_table,
     "checkpoint": checkpoint_table,
 }
 PLACEHOLDER = re.compile(r"^\{\{ *(.*?) *\}\}$", flags=re.MULTILINE)

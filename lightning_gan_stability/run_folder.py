@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from lightning_gan_stability.advice import ADVICE, HEALTH
 from lightning_gan_stability.events import ENVIRONMENT, Events, read_events
-from lightning_gan_stability.monitors import collapse, health, memorization, quality
+from lightning_gan_stability.monitors import quality
 from lightning_gan_stability.outcome import Course, Outcome, Trouble, courses_of, judgement
 
 LOG, CONFIG, HPARAMS = "metrics.csv", "config.yaml", "hparams.yaml"
 NO_VALUES = ("step", "epoch")
-#: What verdicts without a file of events are advised by.
-ADVICE: dict[str, str] = {**health.ADVICE, **collapse.ADVICE, "memorization": memorization.ADVICE}
 
 
 class Curve(NamedTuple):
@@ -188,7 +187,7 @@ def _courses(events: Events, curves: Mapping[str, Curve]) -> list[Course]:
 def _watched(events: Events, curves: Mapping[str, Curve]) -> int:
     if events.watched is not None:
         return events.watched
-    steps = [max(curves[f"health/{name}"].steps) for name in health.ADVICE if f"health/{name}" in curves]
+    steps = [max(curves[f"health/{name}"].steps) for name in HEALTH if f"health/{name}" in curves]
     return max(int(max(steps, default=0)) - events.first_step, 0)
 
 

@@ -31,6 +31,7 @@ from lightning_gan_stability import (
     ScalePenalty,
     UpdateRatio,
 )
+from lightning_gan_stability.advice import COLLAPSE
 from lightning_gan_stability.monitors import collapse
 from lightning_gan_stability.monitors.collapse import is_bad, is_progress, name_trouble
 from lightning_gan_stability.monitors.rollback import give_weights, put_back, take, weights_of
@@ -217,7 +218,7 @@ def test_what_is_not_finite_is_a_divergence_at_once():
 
 def test_evidence_and_events(tmp_path):
     detector, logger = CollapseDetector(patience=2), CSVLogger(tmp_path)
-    with pytest.warns(UserWarning, match=r"collapse at step 3: .*missing 0.875.* Action: warn. Add Unrolling"):
+    with pytest.warns(UserWarning, match=r"collapse at step 3: .*missing 0.875.* Action: warn. To keep modes, wrap"):
         run([GOOD, GOOD, LOST, LOST], detector, logger=logger)
     (event,) = detector.events
     assert set(event) == {"step", "verdict", "action", "evidence"}
@@ -573,7 +574,7 @@ def test_stronger_penalties_need_penalties():
 
 
 def test_every_verdict_has_advice():
-    assert set(collapse.ADVICE) == {*get_args(collapse.Verdict)}
+    assert set(COLLAPSE) == {*get_args(collapse.Verdict)}
 
 
 # ---------- remedies under schedulers, and what they leave

@@ -31,8 +31,8 @@ from lightning_gan_stability import (
     UpdateRatio,
     Wasserstein,
 )
+from lightning_gan_stability.advice import HEALTH
 from lightning_gan_stability.monitors.health import (
-    ADVICE,
     exploding_gradient,
     loss_tells_nothing,
     noisy_gradient,
@@ -314,7 +314,7 @@ def test_windows_without_a_generator_step_do_not_count():
     monitor = watched(module, zeros(180), UpdateRatio(30), every=10)
     assert [math.isnan(w["g_norm"]) for w in monitor.windows] == [True, True, False] * 6
     beside_others = {"silent_adversarial", "dominant_adversarial", "head_start", "codebook_collapse", "giveaway"}
-    assert set(monitor.counts) == set(ADVICE) - {"loss_tells_nothing"} - beside_others
+    assert set(monitor.counts) == set(HEALTH) - {"loss_tells_nothing"} - beside_others
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -374,7 +374,7 @@ def test_keys_are_logged(tmp_path, log_every_n_steps):
         )
     with (tmp_path / "lightning_logs/version_0/metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    for name in ADVICE:
+    for name in HEALTH:
         assert [(row["step"], row[f"health/{name}"]) for row in rows if row[f"health/{name}"]] == [
             (str(step), "0.0") for step in (5, 10, 15, 20)
         ]

@@ -31,6 +31,7 @@ FLOORS = [
         "schedules",
         "signals",
         "speaking",
+        "advice",
         "outcome",
         "events",
         "environment",
@@ -65,6 +66,7 @@ FLOORS = [
     ["cli.*", "report", "__main__", "__init__"],
 ]
 PURE = {
+    "advice",
     "datasets",
     "environment",
     "events",

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_gan_stability._checks import check, check_integer, check_share, check_type
+from lightning_gan_stability.advice import COLLAPSE
 from lightning_gan_stability.callback import GANCallback, callbacks_of
 from lightning_gan_stability.metrics.decisions import level, samples_to_decide, samples_to_decide_on_conditions
 from lightning_gan_stability.module import GANModule
@@ -49,16 +50,6 @@ CONFIRMED_BY: dict[str, tuple[str, ...]] = {  # tests, by verdicts
     "class collapse": ("class_diversity",),
 }
 GAIN = 0.05  # what counts as progress of a share; of FID, twice that part of it
-ADVICE = {
-    "collapse": "Add Unrolling, nets.Packed or R1Penalty and R2Penalty with a relativistic loss.",
-    "partial collapse": "Add nets.Packed, R1Penalty and R2Penalty, or a GeneratorEMA; lower the learning rates.",
-    "mode hopping": "Add Unrolling, Extragradient, or R1Penalty and R2Penalty with a higher gamma.",
-    "divergence": "Lower the learning rates, set `clip_norm`, or add R1Penalty.",
-    "no variation": "Add R1Penalty and R2Penalty or nets.Packed; compare both players' learning rates.",
-    "never learned": "Compare both players' learning rates, add R1Penalty, and look at the data as they are loaded.",
-    "ignored condition": "Let `discriminate` see the condition beside the sample, or add a loss between both.",
-    "class collapse": "Add R1Penalty and R2Penalty; look at the number of samples of the class, and at its labels.",
-}
 
 
 def is_bad(values: Mapping[str, float], best: Mapping[str, float], null: Mapping[str, float]) -> bool:
@@ -485,7 +476,7 @@ class CollapseDetector(GANCallback):
             self._roll_back(trainer, module)
 
     def _say(self, trainer: Trainer, event: Event) -> None:
-        verdict, advice = event["verdict"], ADVICE[event["verdict"]]
+        verdict, advice = event["verdict"], COLLAPSE[event["verdict"]]
         text = f"{verdict} at step {event['step']}: {_text(event['evidence'])}. Action: {event['action']}. {advice}"
         rank_zero_warn(text)
         key = f"health/{verdict.replace(' ', '_')}"
@@ -517,7 +508,7 @@ class CollapseDetector(GANCallback):
                 event["step"],
                 event["verdict"],
                 _text(event["evidence"]),
-                ADVICE[event["verdict"]],
+                COLLAPSE[event["verdict"]],
                 "" if event["action"] == "warn" else event["action"],
                 lasts=event["verdict"] in self.said and event in self.events[-len(self.said) :],
             )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_gan_stability._checks import check_bool, check_integer
+from lightning_gan_stability.advice import HEALTH
 from lightning_gan_stability.callback import Cadence, GANCallback
 from lightning_gan_stability.finite import NotFinite
 from lightning_gan_stability.layers import evaluation
@@ -63,25 +64,6 @@ KEPT = (POINTS + 1) * LEVELS[-1]
 HELD_OUT = 256  # samples of held-out data, of each process
 LIKELY, YOUTH, EARLY = 0.95, 500, 5  # an accuracy, and steps and windows before which nobody looks for a give-away
 AT_ONCE = ("head_start", "giveaway")  # verdicts that take no patience
-ADVICE = {
-    "vanishing_gradient": "Use the NonSaturating or Relativistic loss, or add R1Penalty or SpectralNorm.",
-    "exploding_gradient": "Add R1Penalty and R2Penalty, or set `clip_norm`.",
-    "noisy_gradient": "Use larger batches or `accumulate`, add GeneratorEMA, or lower the generator's learning rate.",
-    "weak_discriminator": "Add UpdateRatio(d_steps=2), raise `d_optimizer`'s learning rate, or weaken D's penalties.",
-    "oscillation": "The players circle. Add R1Penalty, Extragradient or Lookahead, or use OptimisticAdam.",
-    "overfitting_discriminator": "D learns the data by heart. Augment images, or add ConsistencyPenalty or data.",
-    "silent_adversarial": "Raise the weight of the adversarial loss (`g_weight`), or add AdaptiveAdversarialWeight.",
-    "dominant_adversarial": "Lower the adversarial weight, or fix its share by LossBalancer or "
-    "AdaptiveAdversarialWeight, or let D rest: AdaptiveUpdateRatio(generator_rests='adversarial').",
-    "head_start": "Let D train later (a smaller `discriminator_first` of AdversarialStart) or more slowly "
-    "(`d_optimizer`), or let the adversarial weight rise over more steps (its `ramp`).",
-    "codebook_collapse": "Codes lie idle: restart those that are not used, let the codebook follow a moving average, "
-    "normalize codes or make them shorter, or lower the weight of the commitment loss.",
-    "giveaway": "The discriminator can win by one number of a sample: take the difference out of the data, or let the "
-    "generator make it.",
-    "not_finite": "Lower the learning rates, set `clip_norm`, add R1Penalty, or CollapseDetector(action='rollback').",
-    "loss_tells_nothing": "For information: do not select by loss. Let ModelCheckpoint monitor 'quality/fid'.",
-}
 
 
 # ---------- decisions, from the windows so far, the last one at the end
@@ -341,7 +323,7 @@ class HealthMonitor(GANCallback):
 
     def logged(self, trainer: Trainer) -> dict[str, Cadence]:
         """A key for each verdict, new every ``every`` steps."""
-        return {f"health/{name}": self.every for name in ADVICE}
+        return {f"health/{name}": self.every for name in HEALTH}
 
     def _keep(self, position: Tensor) -> None:
         if self.positions is None or self.positions.shape[1] != len(position):
@@ -396,7 +378,7 @@ class HealthMonitor(GANCallback):
 
     def _log(self, trainer: Trainer) -> None:
         # not by `module.log`, which reaches the loggers on every `log_every_n_steps`-th step alone
-        state = {f"health/{name}": float(self.counts.get(name, 0) >= self._patience_for(name)) for name in ADVICE}
+        state = {f"health/{name}": float(self.counts.get(name, 0) >= self._patience_for(name)) for name in HEALTH}
         state |= {f"g/{name}": value for name, value in self.windows[-1].items() if name.startswith("share/")}
         state |= worst_books(self.windows[-1])
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in state.items()})
@@ -467,7 +449,7 @@ class HealthMonitor(GANCallback):
             found = strongest_giveaway(trainer, module)
             self.finding = {} if found is None else {"auc": found.auc, "p_value": found.p_value}
             if found is not None:
-                self._say(trainer, "giveaway", self.finding, f"{found.sentence} {ADVICE['giveaway']}")
+                self._say(trainer, "giveaway", self.finding, f"{found.sentence} {HEALTH['giveaway']}")
         if self.finding is None:
             return None
         return self.finding if always else {}
@@ -517,7 +499,7 @@ class HealthMonitor(GANCallback):
     def _say(self, trainer: Trainer, verdict: str, evidence: Evidence, advice: str = "") -> None:
         if any(said["verdict"] == verdict for said in self.verdicts):
             return
-        step, advice = trainer.global_step, advice or ADVICE[verdict]
+        step, advice = trainer.global_step, advice or HEALTH[verdict]
         self.verdicts.append({"step": step, "verdict": verdict, "evidence": evidence, "advice": advice})
         say = rank_zero_info if verdict == "loss_tells_nothing" else rank_zero_warn
         say(f"{verdict} at step {step}: {_text(evidence)}. {advice}")

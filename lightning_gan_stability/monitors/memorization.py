@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import WeightedRandomSampler
 
 from lightning_gan_stability._checks import check, check_integer, check_share, check_type, describe
+from lightning_gan_stability.advice import MEMORIZATION
 from lightning_gan_stability.callback import Cadence, GANCallback
 from lightning_gan_stability.distributed import gather_objects
 from lightning_gan_stability.metrics.decisions import level
@@ -48,10 +49,6 @@ SAME = 1e-3  # part of that distance below which a sample is a training sample
 SHARED = 0.05  # share of held-out samples that may be training samples
 HELD_OUT = 10  # times as many held-out as generated samples, at most
 ENOUGH = 0.5  # share of copies that is to be found, at least
-ADVICE = (
-    "Look at the pictures of the nearest pairs. Train on more data, let the discriminator see augmented samples "
-    "(`GANModule(augment=...)` or AdaptiveAugmentation), take a smaller generator, or stop earlier."
-)
 
 
 class Look(NamedTuple):
@@ -387,7 +384,7 @@ class MemorizationMonitor(GANCallback):
     def _say(self, trainer: Trainer) -> None:
         step = trainer.global_step
         self.events.append({"step": step, "verdict": "memorization", "evidence": dict(self.values)})
-        rank_zero_warn(f"memorization at step {step}: {in_words(self.values)}. {ADVICE}")
+        rank_zero_warn(f"memorization at step {step}: {in_words(self.values)}. {MEMORIZATION}")
         for logger in trainer.loggers:
             logger.log_metrics({"health/memorization": 1.0}, step=step)
 
@@ -398,7 +395,7 @@ class MemorizationMonitor(GANCallback):
                 event["step"],
                 event["verdict"],
                 in_words(event["evidence"]),
-                ADVICE,
+                MEMORIZATION,
                 lasts=event is self.events[-1] and self.said,
             )
             for event in self.events

@@ -41,8 +41,9 @@ class R1Penalty(_ZeroCentered):
     sample before augmentation, and shares the forward pass of the loss.
 
     Args:
-        gamma: γ, not negative; a number or a :class:`~lightning_gan_stability.Schedule`. A start for images is 0.0002 ·
-            pixels / batch size, times 4 or ¼ as the run asks.
+        gamma: γ, not negative; a number or a :class:`~lightning_gan_stability.Schedule`. It depends on data, networks
+            and loss: begin with 1, and change it by factors of ten (docs/guides/recipes.md has what the configs take,
+            and why). StyleGAN2's 0.0002 · pixels / batch size is for its own networks, and far less.
         every: due on every so many steps, and scaled by as much. 16 costs almost nothing.
         separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
         patches: of a discriminator with several logits for a sample, what is differentiated: their ``"sum"``, as in
@@ -76,7 +77,8 @@ class R2Penalty(_ZeroCentered):
     :class:`R1Penalty`.
 
     Args:
-        gamma: γ, not negative; a number or a :class:`~lightning_gan_stability.Schedule`.
+        gamma: γ, not negative; a number or a :class:`~lightning_gan_stability.Schedule`. In all configs here that of
+            R1, beside which it stands.
         every: due on every so many steps, and scaled by as much.
         separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
         patches: of a discriminator with several logits for a sample, what is differentiated: their ``"sum"``, as in

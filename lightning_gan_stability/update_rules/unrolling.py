@@ -22,7 +22,7 @@ UnrolledObjective: TypeAlias = Literal["generator", "saddle"]
 
 
 class Unrolling(UpdateRule):
-    """The generator foresees how the discriminator will answer, which keeps it from collapsing onto one mode.
+    """The generator foresees how the discriminator will answer, which keeps the modes of points in a few dimensions.
 
     ψ₀ = ψ, ψₖ₊₁ = ψₖ − step of D's optimizer on L_D(θ, ψₖ), and the generator descends d/dθ L_G(θ, ψ_K(θ)), in which
     ψ_K depends on θ too; then ψ_K is forgotten, and the discriminator steps from where it stood. "Unrolled Generative
@@ -31,6 +31,11 @@ class Unrolling(UpdateRule):
     ``augment``, all on the batch and the latents of the generator's step; BatchNorm's statistics and spectral norm's
     vectors do not move in them. Players move in the order of ``module.plan``. The generator's step runs in full
     precision and uncompiled.
+
+    On the ring of eight Gaussians in the paper's protocol K = 10 holds all modes with ten of ten seeds, and so does
+    :class:`~lightning_gan_stability.Packed` in a quarter of the time. Of a thousand modes of images it held 37 in
+    the CPU time in which ``Packed`` and :class:`~lightning_gan_stability.R1Penalty` hold all
+    (``examples/benchmarks/ring.py``, ``stacked_digits.py``): add these first to images.
 
     Costs K forward and backward passes of the discriminator on real and fake samples, and their differentiation, for
     each step of the generator: three (small MLPs) to seven times (DCGAN) a plain step with K = 5. Memory grows linearly
