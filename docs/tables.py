@@ -552,6 +552,30 @@ METHODS: dict[str, list[Method]] = {
             ],
         ),
     ],
+    "Samples": [
+        Method(
+            ["DiscriminatorRejection"],
+            [Paper("1810.06758")],
+            "accepted with a / (a + (1 − a) e^γ), a = exp(l − l_M), l_M the largest l; the paper's σ(F), without its ε",
+            [
+                "test_rejection.py::test_gamma_as_a_percentile",
+                "test_rejection.py::test_rejection_draws_from_the_data",
+                "test_rejection.py::test_one_in_m_is_accepted",
+                "test_rejection.py::test_gamma_as_in_the_paper",
+            ],
+        ),
+        Method(
+            ["MetropolisHastings"],
+            [Paper("1811.11357")],
+            "from x to x′ with min(1, exp(l(x′) − l(x))), `steps` times, starting from a generated sample where the "
+            "paper takes a real one; l calibrated by logistic regression",
+            [
+                "test_rejection.py::test_chains_end_in_the_data",
+                "test_rejection.py::test_one_step_of_a_chain",
+                "test_rejection.py::test_calibrated_logits",
+            ],
+        ),
+    ],
     "Metrics": [
         Method(
             ["frechet_distance", "frechet_from_moments", "FrechetDistance"],

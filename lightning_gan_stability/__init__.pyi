@@ -104,6 +104,8 @@ from .regularizers.logits import LeCam as LeCam
 from .regularizers.logits import LogitDrift as LogitDrift
 from .regularizers.reconstruction import Reconstruction as Reconstruction
 from .regularizers.weights import OrthogonalPenalty as OrthogonalPenalty
+from .rejection import DiscriminatorRejection as DiscriminatorRejection
+from .rejection import MetropolisHastings as MetropolisHastings
 from .schedules import Schedule as Schedule
 from .update_rules.competitive import CompetitiveGradientDescent as CompetitiveGradientDescent
 from .update_rules.consensus import ConsensusOptimization as ConsensusOptimization

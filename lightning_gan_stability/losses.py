@@ -45,6 +45,7 @@ class AdversarialLoss(nn.Module, abc.ABC):
         needs_real: the generator's loss needs the real logits too.
         couples_batch: values depend on the whole batch, so that micro-batches would change the loss.
         zero_sum: L_D + L_G does not depend on the generator.
+        log_ratio: at the optimum a logit is log p/q of the densities of real and generated samples, up to a constant.
         judges_reconstructions: logits are the reconstruction errors of an auto-encoder.
         threshold: the logit that is neither real nor fake, which :meth:`accuracy` counts by. None, the default: a logit
             means something only beside another one, and pairs of real and fake logits are compared.
@@ -66,6 +67,7 @@ class AdversarialLoss(nn.Module, abc.ABC):
     needs_real: ClassVar[bool] = False
     couples_batch: ClassVar[bool] = False
     zero_sum: bool = False
+    log_ratio: bool = False
     judges_reconstructions: ClassVar[bool] = False
     threshold: float | None = None
     direction: float = 1.0
@@ -104,6 +106,7 @@ class Minimax(AdversarialLoss):
     """
 
     zero_sum = True
+    log_ratio = True
     threshold = 0.0
 
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -137,6 +140,7 @@ class NonSaturating(AdversarialLoss):
     def __init__(self, real_label: float = 1.0, reduction: Reduction = "sum") -> None:
         super().__init__(reduction)
         self.real_label = check_share("real_label", real_label, open_start=True)
+        self.log_ratio = real_label == 1
 
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         real, fake = _pair(real_logits, fake_logits)
@@ -296,6 +300,7 @@ class Relativistic(AdversarialLoss):
     """
 
     needs_real = True
+    log_ratio = True
 
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         real, fake = _pair(real_logits, fake_logits)

@@ -75,6 +75,7 @@ from lightning_gan_stability.outputs import (
     take_rows,
     tree_leaves,
 )
+from lightning_gan_stability.rejection import Rejection
 from lightning_gan_stability.sharding import Sharding
 from lightning_gan_stability.substitution import FrozenBuffers, Substitution
 
@@ -354,6 +355,7 @@ class GANModule(LightningModule):
         condition: Condition = None,
         latents: Tensor | None = None,
         truncation: float = 1.0,
+        reject: Rejection | None = None,
     ) -> Sample:
         """Draw samples from the generator, or from its moving average in eval mode when there is one.
 
@@ -364,13 +366,17 @@ class GANModule(LightningModule):
             truncation: ψ of StyleGAN, w̄ + ψ (w − w̄): less than 1 for better samples with less variety. It is set as the
                 attribute ``truncation`` of the generator, or of parts of it, for these samples; see
                 :class:`~lightning_gan_stability.StyleGenerator`.
+            reject: chooses among more samples by the discriminator, so that they are nearer to the data:
+                :class:`~lightning_gan_stability.DiscriminatorRejection` or
+                :class:`~lightning_gan_stability.MetropolisHastings`. None: every sample is taken.
 
         Returns:
             (n, ...) samples.
 
         Raises:
             ValueError: if latents or condition do not fit ``n`` and ``latent_dim``, or say not how many samples to
-                draw; or if no part of the generator has an attribute ``truncation``.
+                draw; if no part of the generator has an attribute ``truncation``; or if ``reject`` is given with
+                latents or truncation, which leave it nothing to choose from.
 
         Example:
             >>> from lightning_gan_stability import MLP
@@ -385,6 +391,13 @@ class GANModule(LightningModule):
                 raise ValueError("`n` is needed where neither `latents` nor `condition` says how many samples to draw.")
             n = batch_size(given)
         check_condition(condition, check_integer("n", n))
+        if reject is not None:
+            if latents is not None or truncation != 1:
+                raise ValueError(
+                    "`reject` chooses among samples of latents that it draws, and knows the odds of no truncated ones: "
+                    "leave out `latents` and `truncation`, or `reject`."
+                )
+            return check_type("reject", reject, Rejection).sample(self, n, condition)
         if self.latent_dim is None:
             if latents is not None:
                 raise ValueError("`latents` are of no use: the generator takes none (`latent_dim` is None).")

@@ -33,6 +33,7 @@ from lightning_gan_stability.outputs import (
 if TYPE_CHECKING:
     from lightning_gan_stability.callback import Regularizer
     from lightning_gan_stability.engine import Objective
+    from lightning_gan_stability.rejection import Rejection
     from lightning_gan_stability.sharding import Sharding
 
 T = TypeVar("T")
@@ -105,6 +106,7 @@ class GANProtocol(Protocol):
         condition: Condition = None,
         latents: Tensor | None = None,
         truncation: float = 1.0,
+        reject: Rejection | None = None,
     ) -> Sample: ...
 
     def logits(self, sample: Sample, condition: Condition = None) -> Logits: ...
