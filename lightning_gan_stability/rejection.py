@@ -34,8 +34,9 @@ class Rejection(abc.ABC):
     patches, :meth:`calibrate` it. That helps with these too, since a discriminator that has been held back by
     penalties, or has not seen the average that samples are drawn from, is not at its optimum.
 
-    Give it to :meth:`GANModule.sample`. A condition stays with its sample: x is drawn from p(x | condition), if the
-    discriminator sees the condition. Nothing has gradients.
+    Give it to :meth:`GANModule.sample`. What it has learned is of one module: make another for another one, and after
+    more training. A condition stays with its sample: x is drawn from p(x | condition), if the discriminator sees the
+    condition. Samples carry no graph.
 
     Args:
         batch_size: candidates that are made and judged at once.
@@ -54,8 +55,6 @@ class Rejection(abc.ABC):
     @torch.no_grad()
     def calibrate(self, module: GANProtocol, real: Sample, condition: Condition = None) -> Self:
         """Learn the log odds from logits, by a logistic regression of real samples against generated ones.
-
-        To be called again when the module has trained on.
 
         Args:
             module: whose discriminator is calibrated.

@@ -159,6 +159,19 @@ def test_the_readme_sums_up_what_was_measured():
     )
 
 
+def test_the_guide_sums_up_what_was_measured():
+    """The numbers of its two items, in their order."""
+    images, points = GUIDES["recipes"].split("Where several help")[1].split("## Which")[0].split("\n* ")[1:]
+    found = [*map(number, re.findall(r"(?<!R)(?<!\()\b\d[\d,]*\d\b", images))]
+    first, second = IMAGES
+    expected = [first["Packed"], second["Packed"], first["R1Penalty"], second["R1Penalty"], first["Unrolling"]]
+    assert found == expected
+    for name in ("Packed", "Unrolling"):
+        assert POINTS[0][name] == 10
+    assert "with 10 of 10 seeds, relativistic R1 + R2 with 4." in " ".join(points.split())
+    assert POINTS[0]["R1Penalty"] == 4
+
+
 # ---------- gamma
 
 
