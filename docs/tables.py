@@ -631,6 +631,12 @@ METHODS: dict[str, list[Method]] = {
             ["test_metrics.py::test_birthdays"],
         ),
         Method(
+            ["expected_best"],
+            [Paper("1711.10337")],
+            "Σ xᵢ C(n − 1 − i, k − 1) / C(n, k) over the n values in order, best first: the expected best of k trials",
+            ["test_sweep.py::test_the_best_of_k_is_that_of_all_choices"],
+        ),
+        Method(
             ["pairwise_diversity"],
             [],
             "mean Euclidean distance of two distinct samples",

@@ -202,7 +202,7 @@ def _marked(names: Sequence[str]) -> list[dict[str, str]]:
 def _render(runs: Sequence[Run], names: Sequence[str], charts: Sequence[Chart], left_out: Sequence[Chart]) -> str:
     """The page without its pictures."""
     figures, points = _figures(runs, names, charts)
-    document = require("bokeh.document", EXTRA).Document(theme=_theme())
+    document = require("bokeh.document", EXTRA).Document(theme=page_theme())
     with document.models.freeze():  # Bokeh else looks through all of it for each figure
         for entry in figures:
             for figure in entry["figures"]:
@@ -529,7 +529,8 @@ def _number(place: int, text: str, color: str) -> Any:
     )
 
 
-def _theme() -> Any:
+def page_theme() -> Any:
+    """How charts of a page look."""
     font = {"text_font": "system-ui, sans-serif"}
     return require("bokeh.themes", EXTRA).Theme(
         json={

@@ -1,5 +1,6 @@
 """Every file under configs/ runs as it is, for a few steps, and survives being printed and read back."""
 
+import dataclasses
 import math
 import os
 import runpy
@@ -15,6 +16,8 @@ from PIL import Image
 import lightning_gan_stability
 from lightning_gan_stability import GANModule
 from lightning_gan_stability.cli import main
+from lightning_gan_stability.cli.sweep import sweep
+from lightning_gan_stability.cli.sweep_plan import read_plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SAMPLES = {
@@ -57,6 +60,7 @@ PRESETS = {
     "r3gan_imagenet32": (1000, [1536] * 4, [96] * 4, 32, 4096, 2e8, 5e7, 0.5, 0.5),
     "r3gan_imagenet64": (1000, [1536] * 5, [96] * 5, 64, 4096, 2e8, 5e7, 0.4, 1),
 }
+SWEEPS = {"sweep_ring": "ring"}  # for another command, on a config
 SHORT = ["--trainer.max_steps=3", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 SMALL = {"dcgan": ["--data.batch_size=4", "--data.num_workers=0", "--model.generator.width=8"]}
 
@@ -104,7 +108,7 @@ def load(name):
 
 def test_every_config_is_tested():
     assert sorted(path.name for path in CONFIGS.iterdir()) == sorted(
-        f"{name}.yaml" for name in SAMPLES | APPLIED | PRESETS
+        f"{name}.yaml" for name in SAMPLES | APPLIED | PRESETS | SWEEPS
     )
 
 
@@ -137,6 +141,23 @@ def test_config_of_a_recipe_runs_and_its_checkpoint_loads(name):
         assert gan(torch.zeros(shape)).shape == (2, *made)
     values = Path("runs", name, "version_0", "metrics.csv").read_text().splitlines()[0]
     assert "quality/" in values
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_sweep_runs_with_few_trials(name, monkeypatch):
+    here = Path.cwd()
+    monkeypatch.chdir(CONFIGS.parent)
+    plan = read_plan(CONFIGS / f"{name}.yaml")
+    assert plan.config == (f"configs/{SWEEPS[name]}.yaml",)
+    assert len(plan.sides) > 3
+    few = dataclasses.replace(plan.side_by_side, choices=plan.side_by_side.choices[:2])
+    short = plan.settings | {"trainer.max_steps": 4, "trainer.callbacks.QualityMonitor.every": 2}
+    monkeypatch.chdir(here)
+    config = str(CONFIGS / f"{SWEEPS[name]}.yaml")
+    plan = dataclasses.replace(plan, config=(config,), settings=short, jobs=0, trials=1, side_by_side=few)
+    records = sweep(plan)
+    assert [record.state for record in records] == ["complete"] * 2
+    assert f"gan-stability sweep --config configs/{name}.yaml" in (CONFIGS / f"{name}.yaml").read_text()
 
 
 @pytest.mark.parametrize("name", APPLIED)

@@ -121,6 +121,9 @@ def test_every_public_name_is_on_one_page_of_the_api():
     functions = [f"metrics.{x}" for x in metrics.__all__ if isinstance(getattr(metrics, x), types.FunctionType)]
     others = ["cli.main", "cli.build", "monitors.writing.SampleFiles", "tables.TableEncoder"]
     others += [f"evaluation.{name}" for name in ("evaluate", "compare", "Evaluation", "Difference")]
+    sweeps = ["sweep.sweep", *(f"sweep_plan.{name}" for name in ("read_plan", "make_plan", "Plan"))]
+    sweeps += ["sweep_trial.Record", *(f"sweep_results.{name}" for name in ("evaluate", "Results", "write_results"))]
+    others += [f"cli.{name}" for name in sweeps]
     others += [f"publishing.{name}" for name in ("publish", "load_published", "export_sampler", "push")]
     assert named == Counter([*lightning_gan_stability.__all__, *functions, *others])
 

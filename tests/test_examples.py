@@ -447,7 +447,7 @@ SHORT = {
     "collapse": (["--steps", "20"], 3),
     "digits": (["--steps", "20"], 2),
     "divergences": ([], 12),
-    "equal": (["--steps", "10", "--draws", "2"], 8),
+    "equal": (["--steps", "10", "--draws", "1"], 15),  # a line for each trial and for each loss
     "loss_vs_quality": (["--steps", "80"], 6),
     "nash": (["--steps", "200"], 9),
     "vanishing": (["--steps", "40"], 8),

@@ -123,7 +123,7 @@ def _unreadable(file: str) -> str:
     path = Path(file)
     if not path.is_file():
         near = sorted(str(other) for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        return f"there is no config {file!r}{_meant(file, near)}"
+        return f"there is no config {file!r}{meant(file, near)}"
     try:
         content = yaml.compose(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
@@ -170,14 +170,14 @@ def _mistakes(entry: Entry) -> Iterator[str]:
     if first not in (*_TOP, "help", "print_config"):
         places = [f"{part}.{name}" for part, names in settings().items() for name in names]
         ends = [place for place in places if place.endswith(f".{entry.key}")]
-        hint = f": did you mean --{ends[0]}?" if ends else _meant(entry.key, _TOP)
+        hint = f": did you mean --{ends[0]}?" if ends else meant(entry.key, _TOP)
         yield f"there is no such setting{hint}"
     elif first in ("trainer", "model") and rest:
         name = rest.partition(".")[0].removesuffix("+")
         if first == "trainer" and name not in settings()["trainer"]:
-            yield f"the Trainer has no argument `{name}`{_meant(name, settings()['trainer'])}"
+            yield f"the Trainer has no argument `{name}`{meant(name, settings()['trainer'])}"
         elif first == "model" and name not in (*settings()["model"], "class_path", "init_args", "dict_kwargs"):
-            yield f"the model has no argument `{name}`{_meant(name, settings()['model'])}"
+            yield f"the model has no argument `{name}`{meant(name, settings()['model'])}"
     if entry.key in CLASSES:
         yield from _in_value(entry, entry.key, entry.node)
 
@@ -196,7 +196,7 @@ def _in_config(entry: Entry) -> Iterator[str]:
     for key, node in _items(entry.node):
         name = key.value.removesuffix("+")
         if name not in _TOP:
-            yield f"{_at(entry, key)}: there is no section `{key.value}`{_meant(name, _TOP)}"
+            yield f"{_at(entry, key)}: there is no section `{key.value}`{meant(name, _TOP)}"
         elif name == "trainer" and isinstance(node, yaml.MappingNode):
             yield from _in_arguments(entry, "trainer", node, settings()["trainer"], "the Trainer")
         elif name in ("model", "data"):
@@ -237,7 +237,7 @@ def _in_arguments(entry: Entry, key: str, node: yaml.MappingNode, known: list[st
     for part, value in _items(node):
         name = part.value.removesuffix("+")
         if known is not None and name not in known:
-            yield f"{_at(entry, part)}: {owner} has no argument `{name}`{_meant(name, known)}"
+            yield f"{_at(entry, part)}: {owner} has no argument `{name}`{meant(name, known)}"
         yield from _in_value(entry, f"{key}.{name}", value)
 
 
@@ -247,7 +247,7 @@ def _of_name(entry: Entry, key: str, node: yaml.Node) -> Iterator[str]:
     place = _at(entry, node)
     if "." not in name:
         if _find(name) is None:
-            yield f"{place}: there is no class `{name}` to be {what}{_meant(name, names_for(key))}"
+            yield f"{place}: there is no class `{name}` to be {what}{meant(name, names_for(key))}"
         return
     module, _, attribute = name.rpartition(".")
     try:
@@ -263,7 +263,7 @@ def _of_name(entry: Entry, key: str, node: yaml.Node) -> Iterator[str]:
         yield f"{place}: `{module}` cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})."
     else:
         if not hasattr(loaded, attribute):
-            yield f"{place}: `{module}` has no `{attribute}`{_meant(attribute, dir(loaded))}"
+            yield f"{place}: `{module}` has no `{attribute}`{meant(attribute, dir(loaded))}"
         elif key == "model" and not _fits(getattr(loaded, attribute), key):
             yield f"{place}: `{name}` is no GANModule: networks are the `generator` and `discriminator` of a model."
 
@@ -279,7 +279,7 @@ def _condensed(message: str, entries: Sequence[Entry]) -> str:
         owner = re.search(r"class_path='[\w.]*?(\w+)'" if behind else r"class_path '[\w.]*?(\w+)'", message)
         who = f"{owner[1]} needs" if owner else "a run needs"
         return f"{who} {' and '.join(f'`{name}`' for name in names)}, and the config has none."
-    values = re.findall(r"(?:Got value|Given value): (.*)", message)
+    values = re.findall(r"(?:Got value|Given value): (.*?)(?:\. Got value: .*)?$", message, re.MULTILINE)
     wanted = re.findall(r"Expected an? (.*?)(?:\. Got value.*)?$", message, re.MULTILINE)
     plain = [re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text).replace("NoneType", "null") for text in wanted]
     plain = [text for text in dict.fromkeys(plain) if not text.startswith(("path but", "dot import"))]
@@ -307,7 +307,7 @@ def _wanted_class(key: str, message: str, values: Sequence[str]) -> str:
         return f"{what}: write `class_path:` with its name, and `{option[2]}` below `init_args:`."
     if option:
         known = _arguments(_find(option[1])) if inspect.isclass(_find(option[1])) else None
-        hint = " (what its **kwargs take stands below `dict_kwargs:`)." if known is None else _meant(option[2], known)
+        hint = " (what its **kwargs take stands below `dict_kwargs:`)." if known is None else meant(option[2], known)
         return f"{what}, and `{option[1]}` has no argument `{option[2]}`{hint}"
     reason = re.search(r"^ *(?:- )?((?:Import path|module) .*(?:a subclass of|has no attribute) .*)$", message, re.M)
     if reason:
@@ -427,15 +427,20 @@ def _fits(kind: Any, key: str) -> bool:
     return inspect.isclass(kind) and issubclass(kind, bases.get(key, torch.nn.Module))
 
 
-def _meant(name: str, known: Sequence[str]) -> str:
-    """``: did you mean X?``, or what there is if that is little."""
+def meant(name: str, known: Sequence[str]) -> str:
+    """``: did you mean X?``, or what there is if that is little.
+
+    Example:
+        >>> meant("gama", ["gamma", "every"])
+        ': did you mean gamma?'
+    """
     lower = {other.lower(): other for other in reversed([*known])}
     close = difflib.get_close_matches(name.lower(), lower, 5, cutoff=0.55)
     close.sort(key=lambda other: abs(len(other) - len(name)) / 10 - _likeness(name.lower(), other))
     close = [other for other in lower if len(name) > 3 and other.startswith(name.lower())] + close
-    meant = next((other for other in _SYNONYMS.get(name, ()) if other in known), lower[close[0]] if close else None)
-    if meant:
-        return f": did you mean {meant}?"
+    nearest = next((other for other in _SYNONYMS.get(name, ()) if other in known), lower[close[0]] if close else None)
+    if nearest:
+        return f": did you mean {nearest}?"
     return f"; there are {', '.join(known)}." if 0 < len(known) <= 24 else "."
 
 

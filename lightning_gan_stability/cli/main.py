@@ -38,6 +38,7 @@ COMMANDS = {
     "sample": Command("CKPT --n 1000 --out DIR", "samples into files", "sample"),
     "evaluate": Command("CKPT... --out table.md", "what they are worth, and which differences are noise", "evaluate"),
     "report": Command("RUN_DIR... --out FILE", "one page on a run, or on several side by side", "report"),
+    "sweep": Command("--config FILE", "search hyperparameters by quality, and compare losses", "sweep"),
     "export": Command("CKPT --out DIR", "weights, program and model card, for others and for the Hub", "export"),
 }
 

@@ -1,10 +1,13 @@
 """LightningCLI over :class:`GANModule`, with every name of the package short."""
 
+import json
 import os
+import re
 import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 import lightning_gan_stability as package
 from lightning_gan_stability.checkpoints import newest_checkpoint
-from lightning_gan_stability.cli.diagnosis import diagnose, given_configs, repeated
+from lightning_gan_stability.cli.diagnosis import diagnose, given_configs, meant, repeated
 from lightning_gan_stability.cli.mistakes import complain, explained
 from lightning_gan_stability.cli.progress import StepsProgressBar
 from lightning_gan_stability.module import GANModule
@@ -27,16 +30,17 @@ from lightning_gan_stability.monitors.writing import SampleWriter
 from lightning_gan_stability.tables import Column, is_description
 
 
-def train(args: ArgsType, interactive: bool = False) -> None:
+def train(args: ArgsType, interactive: bool = False, callbacks: Sequence[Callback] = ()) -> None:
     """Run a subcommand of Lightning's Trainer: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Args:
         args: the command line, subcommand first.
         interactive: whether errors that a configuration has caused end the process with a sentence.
+        callbacks: more of them, which no config names.
     """
     with explained(interactive):
         try:
-            _cli(args, run=True)
+            _cli(args, run=True, added=callbacks)
         except ArgumentError as error:
             complain(diagnose(sys.argv[1:] if args is None else [*args], str(error)))
 
@@ -54,6 +58,38 @@ def build(args: ArgsType) -> LightningCLI:
         ``cli = build(["--config", "configs/ring.yaml"]); cli.trainer.fit(cli.model, cli.datamodule)``
     """
     return _cli(args, run=False)
+
+
+def read_config(args: Sequence[str], brief: bool = False) -> dict[str, Any]:
+    """All settings, as ``fit`` reads them, as plain data; nothing is made of them.
+
+    Args:
+        args: the command line without a subcommand.
+        brief: without those that have their default.
+
+    Raises:
+        ValueError: in a sentence, if ``fit`` would refuse the line.
+    """
+    check_config(args)
+    cli = _reading()
+    return dict(yaml.safe_load(cli.parser.dump(cli.config, skip_none=False, skip_default=brief)) or {})
+
+
+def check_config(args: Sequence[str]) -> None:
+    """Refuse what ``fit`` would refuse.
+
+    Raises:
+        ValueError: in a sentence.
+    """
+    try:
+        _reading().read([*args])
+    except ArgumentError as error:
+        raise ValueError(diagnose([*args], str(error))) from error
+
+
+@cache
+def _reading() -> Any:
+    return _cli([], run=False, kind=_Reading)
 
 
 def _lengthen(value: Any) -> Any:
@@ -77,14 +113,15 @@ def _load(text: str) -> Any:
 set_loader("gan", _load, (yaml.YAMLError,))
 
 
-def _cli(args: ArgsType, run: bool) -> LightningCLI:
+def _cli(args: ArgsType, run: bool, added: Sequence[Callback] = (), kind: "type[_CLI] | None" = None) -> LightningCLI:
     sys.path.insert(0, os.getcwd())  # so that `class_path: my_project.MyGAN` works, as with `python -m`
-    # of no use to a reader: both are about Lightning's inside, and checkpoints are meant to come after the step here
+    # of no use to a reader: all are about Lightning's inside, and checkpoints are meant to come after the step here
     warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
     for name in package.__all__:
         getattr(package, name)  # the parser finds short names among classes that are there
-    return _CLI(
+    return (kind or _CLI)(
         GANModule,
         LightningDataModule,
         subclass_mode_model=True,  # `model: {generator: ...}`, or `model: {class_path: my.GAN, init_args: ...}`
@@ -94,6 +131,7 @@ def _cli(args: ArgsType, run: bool) -> LightningCLI:
         save_config_callback=_SaveConfig if run else None,  # a script's folder is its own
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"parser_mode": "gan", "prog": "gan-stability", "exit_on_error": False},
+        trainer_defaults={"callbacks": [*added]},
         args=args,
         run=run,
     )
@@ -110,9 +148,22 @@ class _CLI(LightningCLI):
         Lightning would put the model's arguments in the checkpoint in the place of those that are given here; the path
         is hidden from it until it instantiates classes.
         """
+        named: dict[str, Any] = {}
         if args is None or isinstance(args, list):
-            _warn_of_replaced(sys.argv[1:] if args is None else args)
+            given = sys.argv[1:] if args is None else args
+            _warn_of_replaced(given)
+            rest, named = _of_named(given)
+            args = rest if named else args
         super().parse_arguments(parser, args)
+        if named:  # once more, with the whole list
+            assert isinstance(args, list)
+            content = yaml.safe_load(parser.dump(self.config, skip_none=False))
+            content = content[self.config.subcommand] if "subcommand" in self.config else content
+            for key, value in named.items():
+                put(content, key, value)
+            super().parse_arguments(
+                parser, [*args, f"--trainer.callbacks={json.dumps(content['trainer']['callbacks'])}"]
+            )
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
         if config.get("trainer") is None:
             raise MisconfigurationException("`trainer:` has nothing below it: give it settings, or remove the line.")
@@ -146,7 +197,7 @@ class _CLI(LightningCLI):
         config = (self.config_init[self.subcommand] if self.subcommand else self.config_init)["trainer"]
         callbacks = config["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        added: list[Callback] = []
+        added: list[Callback] = [*self.trainer_defaults["callbacks"]]
         shown = config["enable_progress_bar"] is not False and not config["barebones"]
         if shown and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             added.append(StepsProgressBar())
@@ -154,6 +205,122 @@ class _CLI(LightningCLI):
             added.append(SampleWriter())
         self.trainer_defaults["callbacks"] = added
         return super().instantiate_trainer(**kwargs)
+
+
+class _Reading(_CLI):
+    """Parses one line after another, in place of the one that it is made with."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse nothing, and let Lightning set no seed."""
+        self.config = Namespace(seed_everything=False)  # type: ignore[no-untyped-call]
+
+    def read(self, args: list[str]) -> None:
+        """Parse a line into ``config``."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
+            super().parse_arguments(self.parser, args)
+
+    def instantiate_classes(self) -> None:
+        """Make nothing."""
+
+
+# ---------- settings by name
+
+
+def _of_named(args: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The settings of callbacks by their names, which the parser does not know, apart from the rest of a line."""
+    rest, named = list[str](), dict[str, Any]()
+    for argument in args:
+        found = re.fullmatch(r"--(trainer\.callbacks\.(?:[A-Z]\w*|\d+)(?:\.[\w.]+)?)=(.*)", argument, re.DOTALL)
+        if found:
+            named[found[1]] = get_loader("gan")(found[2])
+        else:
+            rest.append(argument)
+    return rest, named
+
+
+def put(config: dict[str, Any], key: str, value: Any) -> None:
+    """Set a setting that has a place in a config already.
+
+    Args:
+        config: as plain data, with all settings, as :func:`read_config` reads it.
+        key: as on the command line, such as ``trainer.callbacks.R1Penalty.gamma``: classes of a list by their names, or
+            by numbers from 0; ``init_args`` may be left out.
+        value: in place of what is there. None in place of a class of a list takes it out of the list.
+
+    Raises:
+        ValueError: if there is no such place, with the nearest one.
+
+    Example:
+        >>> config = {"callbacks": [{"class_path": "R1Penalty", "init_args": {"gamma": 1.0}}]}
+        >>> put(config, "callbacks.R1Penalty.gamma", 2.0)
+        >>> config["callbacks"][0]["init_args"]
+        {'gamma': 2.0}
+    """
+    *parents, last = _way(config, key)
+    node: Any = config
+    for part in parents:
+        node = node[part]
+    if value is None and isinstance(node, list):
+        del node[last]
+    else:
+        node[last] = value
+
+
+def look_up(config: dict[str, Any], key: str) -> Any:
+    """The value of a setting.
+
+    Raises:
+        ValueError: as :func:`put`.
+
+    Example:
+        >>> look_up({"model": {"class_path": "GAN", "init_args": {"latent_dim": 32}}}, "model.latent_dim")
+        32
+    """
+    node: Any = config
+    for part in _way(config, key):
+        node = node[part]
+    return node
+
+
+def _way(config: dict[str, Any], key: str) -> list[Any]:
+    """The keys and numbers that lead to a setting."""
+    way, node, place = list[Any](), config, ""
+
+    def step(part: Any) -> None:
+        nonlocal node
+        way.append(part)
+        node = node[part]
+
+    for part in key.split("."):
+        if isinstance(node, dict) and "class_path" in node and part not in node:
+            step("init_args")
+        if isinstance(node, list):
+            step(_number_of(node, part, key, place))
+        elif not isinstance(node, dict):
+            what = "null" if node is None else repr(node)
+            raise ValueError(f"`{key}` has no place: `{place}` is {what} in the config, and has no `{part}`.")
+        elif part in node:
+            step(part)
+        else:
+            known = [f"{place}.{name}".lstrip(".") for name in node]
+            raise ValueError(f"There is no setting `{key}`{meant(f'{place}.{part}'.lstrip('.'), known)}")
+        place = f"{place}.{part}".lstrip(".")
+    return way
+
+
+def _number_of(entries: Sequence[Any], part: str, key: str, place: str) -> int:
+    """The number of a class in a list."""
+    if part.isdecimal() and int(part) < len(entries):
+        return int(part)
+    names = [str(entry.get("class_path")).rpartition(".")[2] if isinstance(entry, dict) else "" for entry in entries]
+    if part not in names:
+        hint = meant(part, names) if names else f": `{place}` is empty."
+        raise ValueError(f"There is no setting `{key}`, since `{place}` has no {part}{hint}")
+    if names.count(part) > 1:
+        numbers = [f"`{place}.{i}`" for i, name in enumerate(names) if name == part]
+        raise ValueError(f"`{key}` may be one of several: write {' or '.join(numbers)} for `{place}.{part}`.")
+    return names.index(part)
 
 
 def _warn_of_replaced(args: Sequence[str]) -> None:

@@ -1,3 +1,4 @@
+from .budget import expected_best as expected_best
 from .conditions import class_report as class_report
 from .conditions import condition_dependence as condition_dependence
 from .extractors import DigitClassifier as DigitClassifier
