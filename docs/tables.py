@@ -753,6 +753,12 @@ METHODS: dict[str, list[Method]] = {
             ["test_table_metrics.py::test_real_rows_are_worth_as_much_as_real_rows"],
         ),
         Method(
+            ["energy_distance"],
+            [],
+            "2 E‖x − y‖ − E‖x − x′‖ − E‖y − y′‖ over all pairs",
+            ["test_autopilot.py::test_the_energy_distance_is_that_of_scipy"],
+        ),
+        Method(
             ["Inception"],
             [Paper("1706.08500")],
             "extractor: torch-fidelity's network, images rounded to 8 bits",
@@ -763,6 +769,12 @@ METHODS: dict[str, list[Method]] = {
             [],
             "extractor for scikit-learn's 8×8 digits, trained at the first use",
             ["test_quality.py::test_the_classifier_is_right_on_digits_that_it_has_not_seen"],
+        ),
+        Method(
+            ["RandomConvolutions"],
+            [],
+            "extractor: three layers of fixed random convolutions, averaged over cells, and the samples' own averages",
+            ["test_autopilot.py::test_random_convolutions_tell_a_texture_from_its_mean"],
         ),
     ],
     "Monitors": [
@@ -780,6 +792,17 @@ METHODS: dict[str, list[Method]] = {
             [
                 "test_collapse.py::test_going_back_is_as_if_it_had_not_happened",
                 "test_collapse.py::test_a_rollback_restores_all_that_training_moves",
+            ],
+        ),
+        Method(
+            ["Autopilot"],
+            [Paper("1603.06560", "successive halving"), Paper("1711.09846"), Paper("1711.10337")],
+            "settings race from one state, the best 4, 2 and 1 go on for twice the steps each; judged by the energy "
+            "distance of the average and of the generator to held-out samples; rates fall at the end",
+            [
+                "test_autopilot.py::test_a_race_tries_each_setting_from_the_same_state_and_counts_its_batches",
+                "test_autopilot.py::test_the_winner_goes_on_from_where_it_was",
+                "test_autopilot.py::test_a_healthy_run_is_the_same_with_it",
             ],
         ),
         Method(
@@ -884,6 +907,7 @@ STRATEGIES: dict[str, dict[str, str]] = {
     "MemorizationMonitor": {},
     "PairedMonitor": {},
     "CollapseDetector": {},
+    "Autopilot": {"shards": "refused"},
     "R1Penalty, separate": {},
     "AdversarialStart": {},
     "AdaptiveAdversarialWeight": {"shards": "refused"},
@@ -1009,7 +1033,8 @@ def gamma_rows() -> list[list[str]]:
     rows = []
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        entries = [entry for entry in config["trainer"]["callbacks"] if isinstance(entry, dict)]
+        callbacks = config.get("trainer", {}).get("callbacks", [])  # a sweep has none
+        entries = [entry for entry in callbacks if isinstance(entry, dict)]
         penalties = [entry for entry in entries if entry["class_path"] in ("R1Penalty", "R2Penalty")]
         if penalties:
             names, given = zip(*((entry["class_path"], entry["init_args"]) for entry in penalties), strict=True)

@@ -47,6 +47,7 @@ from .losses import RelativisticAverage as RelativisticAverage
 from .losses import Wasserstein as Wasserstein
 from .metrics.extractors import DigitClassifier as DigitClassifier
 from .metrics.extractors import Inception as Inception
+from .metrics.extractors import RandomConvolutions as RandomConvolutions
 from .metrics.paired import CodebookPerplexity as CodebookPerplexity
 from .metrics.paired import CodebookUsage as CodebookUsage
 from .metrics.paired import LogMelDistance as LogMelDistance
@@ -55,6 +56,7 @@ from .metrics.statistics import FrechetDistance as FrechetDistance
 from .metrics.statistics import KernelDistance as KernelDistance
 from .metrics.statistics import PrecisionRecall as PrecisionRecall
 from .module import GANModule as GANModule
+from .monitors.autopilot import Autopilot as Autopilot
 from .monitors.collapse import CollapseDetector as CollapseDetector
 from .monitors.health import HealthMonitor as HealthMonitor
 from .monitors.memorization import MemorizationMonitor as MemorizationMonitor

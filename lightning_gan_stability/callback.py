@@ -186,6 +186,10 @@ class GANCallback(Callback):
 
     # ---------- what the Trainer calls
 
+    def companions(self, trainer: Trainer, module: GANProtocol) -> Sequence[Callback]:
+        """Callbacks that it brings into a run, of classes that the run does not have yet; asked before `setup`."""
+        return ()
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a module that is no GANModule."""
         self._loaded = False  # a checkpoint is read after this
@@ -357,6 +361,8 @@ class Regularizer(GANCallback, abc.ABC):
     weight: Scheduled = 1.0
     every: int = 1
     separate: bool = False
+    #: It is never due meanwhile; a callback may set it between batches.
+    rests: bool = False
     #: The penalty takes one n-th of the batch: of itself, or in a separate step, whose batch is made smaller for it.
     shrink: int = 1
     #: What must require grad before the forward pass because the penalty differentiates by it: ``"real"``, ``"fake"``,

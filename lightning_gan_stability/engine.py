@@ -180,6 +180,7 @@ class Engine:
             and c.player == player
             and step % c.every == 0
             and c.separate == separate
+            and not c.rests
             and not (rests and c.needs_real)
         ]
 

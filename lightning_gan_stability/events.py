@@ -1,7 +1,8 @@
 """What happens in a run, in a file beside its log, for whoever reads a run that is still going or was killed.
 
 ``events.jsonl`` has an object on each line, and lines are only added: where a fit starts, of which values the courses
-tell how good a run is, what a monitor says when it begins to say so and when it ceases to, and where a fit ends.
+tell how good a run is, what a monitor says when it begins to say so and when it ceases to, what was done to the run,
+and where a fit ends.
 ``environment.json`` has the versions and the device of the last fit.
 """
 
@@ -15,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from lightning_gan_stability.outcome import Course, Outcome, Trouble
+from lightning_gan_stability.outcome import Action, Course, Outcome, Trouble
 
 EVENTS, ENVIRONMENT = "events.jsonl", "environment.json"
 
@@ -71,6 +72,8 @@ class EventLog:
         for trouble in outcome.troubles:
             said = {"event": "trouble", **dict(zip(Trouble._fields, trouble, strict=True))}
             self._write_news(("trouble", trouble.step, trouble.verdict), said, at=step)
+        for n, action in enumerate(outcome.actions):
+            self._write_news(("action", n), {"event": "action", **dict(zip(Action._fields, action, strict=True))})
 
     def end(self, step: int, outcome: Outcome, stopped: str = "") -> None:
         """Note that a fit ends.
@@ -117,6 +120,7 @@ class Events:
     Attributes:
         courses: by name, without values, the most telling first.
         troubles: what monitors have said.
+        actions: what was done to the run.
         spans: of each trouble, from when to when it was so; None: it is so at the last look.
         max_steps: of the last fit; -1: not known.
         first_step: of the first fit.
@@ -128,6 +132,7 @@ class Events:
 
     courses: dict[str, Course] = field(default_factory=dict)
     troubles: list[Trouble] = field(default_factory=list)
+    actions: list[Action] = field(default_factory=list)
     spans: list[list[tuple[int, int | None]]] = field(default_factory=list)
     max_steps: int = -1
     first_step: int = 0
@@ -165,6 +170,9 @@ def read_events(folder: Path) -> Events | None:
             elif past[-1][1] is not None:
                 past.append((at, None))
             troubles[key] = Trouble(**line)
+        elif kind == "action":
+            action = Action(**line)
+            found.actions += [] if action in found.actions else [action]  # a run that goes on tells them again
         elif kind == "end":
             found.last_step, found.stopped, found.watched = line["step"], line["stopped"], line["watched"]
             found.times = found.times[0], line["time"]

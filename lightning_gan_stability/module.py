@@ -33,7 +33,7 @@ from lightning_gan_stability._checks import (
 )
 from lightning_gan_stability._compat import given_hyperparameters, is_compiled, original_module
 from lightning_gan_stability.augment import augment_pairs
-from lightning_gan_stability.callback import Regularizer, find_rule
+from lightning_gan_stability.callback import GANCallback, Regularizer, callbacks_of, find_rule
 from lightning_gan_stability.engine import Engine, Objective
 from lightning_gan_stability.finite import NotFinite
 from lightning_gan_stability.guard import Guard, check_run, find_guard
@@ -791,10 +791,11 @@ class GANModule(LightningModule):
     # ---------- what the Trainer calls
 
     def configure_callbacks(self) -> list[Callback]:
-        """What stands guard over the run; a subclass that overrides it returns this too."""
+        """What stands guard over the run, and what callbacks bring; a subclass that overrides it returns this too."""
         check_run(self.trainer)
         self.guard = Guard(self)
-        return [self.guard]
+        brought = [c.companions(self.trainer, self) for c in callbacks_of(self.trainer, GANCallback)]
+        return [*(companion for companions in brought for companion in companions), self.guard]
 
     def configure_optimizers(self) -> Any:
         """The two optimizers, discriminator first, and the schedulers; keep the order when you override it.

@@ -66,6 +66,22 @@ class Trouble(NamedTuple):
     lasts: bool = True
 
 
+class Action(NamedTuple):
+    """What somebody who steers a run has done.
+
+    Attributes:
+        step: when, by ``trainer.global_step``.
+        who: the name of the callback.
+        what: in words.
+        why: the reason.
+    """
+
+    step: int
+    who: str
+    what: str
+    why: str
+
+
 class Outcome(NamedTuple):
     """What one callback knows of a run at its end.
 
@@ -74,12 +90,14 @@ class Outcome(NamedTuple):
         troubles: what it said.
         files: where to look, each a kind and a place.
         watched: steps that it looked at for trouble.
+        actions: what it did to the run.
     """
 
     courses: Sequence[Course] = ()
     troubles: Sequence[Trouble] = ()
     files: Sequence[tuple[str, str]] = ()
     watched: int = 0
+    actions: Sequence[Action] = ()
 
 
 def courses_of(
@@ -136,6 +154,7 @@ def joined(outcomes: Iterable[Outcome]) -> Outcome:
         troubles=sorted((trouble for one in known for trouble in one.troubles), key=lambda trouble: trouble.step),
         files=[*dict.fromkeys(file for one in known for file in one.files)],
         watched=max((one.watched for one in known), default=0),
+        actions=sorted((action for one in known for action in one.actions), key=lambda action: action.step),
     )
 
 
@@ -162,6 +181,7 @@ def describe_outcome(outcome: Outcome, steps: int, stopped: str = "") -> str:
         done = f" Done: {trouble.done}." if trouble.done else ""
         reason = f": {trouble.evidence}." if trouble.evidence else "."
         lines.append(f"step {trouble.step:,}, {trouble.verdict}{until}{reason}{done} {trouble.advice}".rstrip())
+    lines += [f"step {one.step:,}, {one.who}: {one.what}, because {one.why}." for one in outcome.actions]
     lines += [f"{kind}: {place}" for kind, place in outcome.files]
     return "\n".join([*lines, judgement(outcome, stopped)])
 

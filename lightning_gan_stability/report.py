@@ -253,6 +253,7 @@ def _describe(run: Run) -> dict[str, Any]:
         "facts": facts,
         "table": table_rows("", run.outcome.courses) if run.outcome.courses else [],
         "troubles": troubles,
+        "actions": run.outcome.actions,
         "ended": run.ended,
         "config": run.config[:TEXT],
         "config_left_out": max(len(run.config) - TEXT, 0),

@@ -89,7 +89,9 @@ def read_run(path: str | PathLike[str]) -> Run:
         events = _events_of_log(curves, hparams)
     last = int(max(max(curve.steps) for curve in curves.values()))
     step = max(last, events.last_step or 0)
-    outcome = Outcome(_courses(events, curves), events.troubles, watched=_watched(events, curves))
+    outcome = Outcome(
+        _courses(events, curves), events.troubles, watched=_watched(events, curves), actions=events.actions
+    )
     of = f" of {events.max_steps:,}" if events.max_steps > 0 else ""
     going = "" if events.last_step is not None else f"At step {step:,}{of}, still going, or ended without a word."
     config = next((folder / name for name in (CONFIG, HPARAMS) if (folder / name).is_file()), None)

@@ -459,6 +459,7 @@ Alternating: {share_fake: true}
 ApproximateR1Penalty: {weight: 100, sigma: 0.01, every: 2}
 ApproximateR2Penalty: {}
 Reconstruction: {weight: 2, distance: l2, name: mse}
+Autopilot: {when: always, limits: {g_lr: [1.0e-5, 1.0e-2], gamma: null}, fall: 0.3, explain: true}
 AugmentationSchedule:
   p: {start: 0, end: 0.3, steps: 10}
   augment: {class_path: AugmentPipe, init_args: {transforms: noise}}
@@ -499,8 +500,9 @@ WeightClipping: {limit: 0.1}
 
 ARGUMENTS = yaml.safe_load(CALLBACKS)
 RULES = ["Alternating", "CompetitiveGradientDescent", "ConsensusOptimization", "Extragradient", "Simultaneous"]
-# what can run together; a run has one update rule, and one callback that says who moves; Unrolling needs both players
-ALONE = ["AdaptiveUpdateRatio", "AdversarialStart", "AugmentationSchedule", "FakePool"]
+# what can run together; a run has one update rule, one callback that says who moves, and one that goes back; Unrolling
+# needs both players
+ALONE = ["AdaptiveUpdateRatio", "AdversarialStart", "AugmentationSchedule", "Autopilot", "FakePool"]
 TOGETHER = [[name for name in ARGUMENTS if name not in (*RULES, *ALONE)], [*ALONE, "Reconstruction"]]
 
 

@@ -14,6 +14,7 @@ import time
 import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ from lightning_gan_stability import (
     AugmentationSchedule,
     AugmentPipe,
     AutoEncoder,
+    Autopilot,
     BoundaryEquilibrium,
     CollapseDetector,
     CompetitiveGradientDescent,
@@ -278,6 +280,7 @@ CASES = {
     "accumulate": (lambda: gan(accumulate=2), []),
     "accumulate=3, R1": (lambda: gan(accumulate=3), [R1Penalty(0.5)]),
     "accumulate, lazy R1, WGAN-GP": (lambda: critic(accumulate=2), [R1Penalty(0.1, every=2), GradientPenalty(0.5)]),
+    "Autopilot, float64": (double, [Autopilot(n_samples=50)]),
     "clip_norm": (lambda: gan(clip_norm=0.05, optimizer=sgd), []),
     "clip_norm, accumulate": (lambda: gan(clip_norm=0.05, optimizer=sgd, accumulate=3), [R1Penalty(0.5)]),
     "Simultaneous": (gan, [Simultaneous(), R1Penalty(0.5)]),
@@ -392,7 +395,7 @@ CASES = {
     ),
 }
 
-UNSHARDED = ("Consensus", "Competitive", "ACGD", "bf16", "AdaptiveAdversarial", "everything")
+UNSHARDED = ("Autopilot", "Consensus", "Competitive", "ACGD", "bf16", "AdaptiveAdversarial", "everything")
 SHARDED = [case for case in CASES if not any(name in case for name in UNSHARDED)]
 # cases with penalties of gradients, whose second derivatives meet FSDP's hooks in another order on GPUs
 THREADED = [
@@ -516,6 +519,24 @@ def quality(rank=None, **kwargs):
     run.fit(module, DataLoader(TensorDataset(real), batch_size=10))
     seen = {"events": detector.events, "windows": health.windows, "verdicts": health.verdicts}
     return seen | {"weights": weights(module), "first": first.seen, "iteration": module.iteration}
+
+
+def steered(rank=None, **kwargs):
+    """Races of a run whose data are shared out, of a wild generator first."""
+    seen = {}
+    for when, lr in (("always", 1e-3), ("trouble", 1e18)):
+        module = small(g_optimizer=partial(torch.optim.Adam, lr=lr))
+        real = torch.randn(160, 2, generator=torch.Generator().manual_seed(0))
+        autopilot = Autopilot(when, n_samples=51, every=4)
+        run = trainer(callbacks=[autopilot], max_steps=100, max_epochs=-1, limit_val_batches=0, **kwargs)
+        run.fit(module, DataLoader(TensorDataset(real), batch_size=10))
+        seen[when] = {
+            "actions": autopilot.actions,
+            "history": autopilot.history,
+            "iteration": module.iteration,
+            "weights": weights(module),
+        }
+    return seen
 
 
 class Labelled(nn.Module):
@@ -809,7 +830,7 @@ def worker(rank, port, folder, names):
     results = {}
     others = {"noise": noise, "quality": quality, "paired": paired, "memorized": memorized}
     others |= {"resumed": resumed, "refused": refused, "told": told, "broken": broken}
-    others |= {"unequal": unequal, "more": more, "stopped": stopped, "pictures": pictures}
+    others |= {"unequal": unequal, "steered": steered, "more": more, "stopped": stopped, "pictures": pictures}
     others |= {f"sharded {case}": sharded(case) for case in SHARDED}
     others |= {f"threaded {case}": threaded(case) for case in THREADED}
     others["sharded paired"] = lambda rank, **kwargs: paired(rank, **kwargs | {"strategy": sharding()})
@@ -1076,6 +1097,17 @@ def test_two_processes_decide_and_go_back_together(ranks, case):
     assert len(first["windows"]) > 1
     assert str(first["windows"]) == str(second["windows"])  # as text, for NaN
     assert str(first["verdicts"]) == str(second["verdicts"])
+
+
+def test_two_processes_race_together(ranks):
+    first, second = results(ranks, "steered")
+    for when in ("always", "trouble"):
+        one, other = first[when], second[when]
+        assert len(one["actions"]) == 2
+        assert one["actions"] == other["actions"]
+        assert one["history"] == other["history"]
+        assert one["iteration"] == other["iteration"] < 100
+        assert torch.equal(one["weights"], other["weights"])
 
 
 def test_ranks_draw_different_noise(ranks):

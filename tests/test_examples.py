@@ -476,5 +476,14 @@ def test_why_gans_are_hard(path, run, monkeypatch, tmp_path):
 @pytest.mark.timeout(200)
 def test_monitors_benchmark_smoke(run, monkeypatch):
     out = benchmark(run, monkeypatch, "monitors")
-    assert len([line for line in out.splitlines() if line.startswith("| ")]) == 1 + 4
+    assert len([line for line in out.splitlines() if line.startswith("| ")]) == 1 + 6
     assert "memory at 32×32, n = 100: " in out
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.timeout(200)
+def test_random_recipes_benchmark_smoke(run, monkeypatch):
+    out = benchmark(run, monkeypatch, "random_recipes")
+    rows = [line.split(" | ")[:2] for line in out.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[1:]] == ["| plain", "| fixed", "| autopilot", "| oracle"]
+    assert all(row[1].endswith(" of 2") for row in rows[1:])

@@ -17,6 +17,7 @@ from lightning_gan_stability import (
     MLP,
     AdaptiveAdversarialWeight,
     Alternating,
+    Autopilot,
     CollapseDetector,
     GANModule,
     HealthMonitor,
@@ -101,9 +102,10 @@ def test_what_the_table_says_of_several_processes(name):
     for column, names in (("DDP", CASES), ("shards", SHARDED)):
         tried = any(isinstance(other, kind) for case in names for other in CASES[case][1])
         assert (tables.works(name, column) == "yes") == (tried or isinstance(callback, ELSEWHERE))
-    # the condition under which UpdateRule refuses ModelParallelStrategy; and a callback that differentiates by a layer
+    # the condition under which UpdateRule refuses ModelParallelStrategy; a callback that differentiates by a layer; and
+    # one that keeps copies of networks
     differentiates = isinstance(callback, UpdateRule) and callback.whole_batch and callback.joint
-    differentiates = differentiates or isinstance(callback, AdaptiveAdversarialWeight)
+    differentiates = differentiates or isinstance(callback, AdaptiveAdversarialWeight | Autopilot)
     assert (tables.works(name, "shards") == "refused") == differentiates
     assert tables.works(name, "DDP") != "refused"
 

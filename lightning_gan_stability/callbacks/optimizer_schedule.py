@@ -80,17 +80,34 @@ class OptimizerSchedule(GANCallback):
         """Set the numbers."""
         module = as_gan(pl_module)
         for key, value in self.values.items():
-            name, _, index = key.partition(".")
             number = value_at(value, module.iteration)
             for group in (g for player in self.players for g in module.optimizer(player).param_groups):
-                if index:
-                    numbers = list(group[name])
-                    numbers[int(index)] = number
-                    group[name] = tuple(numbers)
-                elif isinstance(group[name], Tensor):  # of a capturable optimizer
-                    group[name].fill_(number)
-                else:
-                    group[name] = number
+                set_number(group, key, number)
+
+
+def set_number(group: dict[str, Any], key: str, number: float) -> None:
+    """Set a number of a parameter group.
+
+    Args:
+        group: of an optimizer.
+        key: such as ``"lr"``, or ``"betas.0"`` of a tuple.
+        number: its new value.
+
+    Example:
+        >>> group = {"lr": 1e-3, "betas": (0.9, 0.999)}
+        >>> set_number(group, "betas.0", 0.5)
+        >>> group["betas"]
+        (0.5, 0.999)
+    """
+    name, _, index = key.partition(".")
+    if index:
+        numbers = list(group[name])
+        numbers[int(index)] = number
+        group[name] = tuple(numbers)
+    elif isinstance(group[name], Tensor):  # of a capturable optimizer
+        group[name].fill_(number)
+    else:
+        group[name] = number
 
 
 def _check_value(key: str, value: Any) -> Scheduled:

@@ -1,8 +1,10 @@
 from .budget import expected_best as expected_best
 from .conditions import class_report as class_report
 from .conditions import condition_dependence as condition_dependence
+from .energy import energy_distance as energy_distance
 from .extractors import DigitClassifier as DigitClassifier
 from .extractors import Inception as Inception
+from .extractors import RandomConvolutions as RandomConvolutions
 from .fluctuation import checkpoint_fluctuation as checkpoint_fluctuation
 from .giveaways import find_giveaways as find_giveaways
 from .memorization import copying_test as copying_test

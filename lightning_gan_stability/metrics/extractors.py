@@ -3,11 +3,12 @@
 import math
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_gan_stability._checks import check_integer
 from lightning_gan_stability.datasets import digits, stratified
 from lightning_gan_stability.noise import generator
 
@@ -186,3 +187,57 @@ class DigitClassifier(nn.Module):
                 p.grad = gradient
             optimizer.step()
         self.requires_grad_(False)
+
+
+class RandomConvolutions(nn.Module):
+    """Features of images, series or volumes by convolutions that nobody has trained, so that nothing is downloaded.
+
+    Three layers of convolutions of width 3 with fixed random weights (N(0, 2 / fan-in) by ``seed``), LeakyReLU(0.2) and
+    halving, each averaged over a grid of at most 4 cells along each axis, beside the samples themselves, averaged over
+    at most 8. They tell layout, contrast and texture apart, but know no objects: good enough to compare settings of one
+    run, not for published numbers. "On Random Weights and Unsupervised Feature Learning",
+    https://icml.cc/2011/papers/551_icmlpaper.pdf.
+
+    Args:
+        width: channels of each layer.
+        seed: of the weights.
+
+    Raises:
+        ValueError: if an argument has a bad value; in ``forward``, unless samples are (n, channels, length),
+            (n, channels, height, width) or (n, channels, depth, height, width).
+
+    Example:
+        >>> RandomConvolutions(width=16)(torch.zeros(5, 3, 32, 32)).shape
+        torch.Size([5, 960])
+    """
+
+    def __init__(self, width: int = 32, seed: int = 0) -> None:
+        super().__init__()
+        self.width = check_integer("width", width)
+        self.seed = check_integer("seed", seed, least=0)
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """Features (n, d) of samples (n, channels, ...)."""
+        axes = samples.dim() - 2
+        if axes not in _CONVOLUTIONS:
+            raise ValueError(
+                "RandomConvolutions takes samples (n, channels, length), (n, channels, height, width) or "
+                f"(n, channels, depth, height, width), got shape {tuple(samples.shape)}."
+            )
+        convolve, pool = _CONVOLUTIONS[axes]
+        random = torch.Generator().manual_seed(self.seed)
+        x, found = samples, [pool(samples, [min(8, size) for size in samples.shape[2:]]).flatten(1)]
+        for _ in range(3):
+            shape = self.width, x.shape[1], *[3] * axes
+            weight = torch.randn(shape, generator=random) * math.sqrt(2 / math.prod(shape[1:]))
+            stride = [2 if size > 4 else 1 for size in x.shape[2:]]
+            x = nn.functional.leaky_relu(convolve(x, weight.to(x), stride=stride, padding=1), 0.2)
+            found.append(pool(x, [min(4, size) for size in x.shape[2:]]).flatten(1))
+        return torch.cat(found, dim=1)
+
+
+_CONVOLUTIONS: dict[int, tuple[Any, Any]] = {
+    1: (nn.functional.conv1d, nn.functional.adaptive_avg_pool1d),
+    2: (nn.functional.conv2d, nn.functional.adaptive_avg_pool2d),
+    3: (nn.functional.conv3d, nn.functional.adaptive_avg_pool3d),
+}

@@ -1,3 +1,4 @@
+from .autopilot import Autopilot as Autopilot
 from .collapse import CollapseDetector as CollapseDetector
 from .health import HealthMonitor as HealthMonitor
 from .memorization import MemorizationMonitor as MemorizationMonitor

@@ -1,0 +1,596 @@
+"""Steering a run: settings race against each other inside of it, and the best one goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+
+from lightning_gan_stability._checks import check, check_bool, check_choice, check_integer, check_share, check_type
+from lightning_gan_stability.callback import GANCallback, Regularizer, callbacks_of
+from lightning_gan_stability.callbacks.averaging import GeneratorEMA
+from lightning_gan_stability.callbacks.optimizer_schedule import OptimizerSchedule
+from lightning_gan_stability.layers import copy_network, has_batch_norm
+from lightning_gan_stability.metrics.energy import energy_distance
+from lightning_gan_stability.metrics.extractors import RandomConvolutions
+from lightning_gan_stability.metrics.statistics import Seen
+from lightning_gan_stability.module import GANModule
+from lightning_gan_stability.monitors.collapse import CollapseDetector
+from lightning_gan_stability.monitors.health import HealthMonitor
+from lightning_gan_stability.monitors.reading import (
+    Reading,
+    extractor_for,
+    features_of,
+    generated,
+    interleaved,
+    samples_at_once,
+)
+from lightning_gan_stability.monitors.real_data import RealData, loader_to_read
+from lightning_gan_stability.monitors.rollback import put_back, take
+from lightning_gan_stability.monitors.steering import LIMITS, Settings, Steering, in_words
+from lightning_gan_stability.outcome import Action, Course, Outcome
+from lightning_gan_stability.outputs import PLAYERS, Player
+from lightning_gan_stability.protocols import GANProtocol
+from lightning_gan_stability.regularizers.gradient import R1Penalty, R2Penalty
+
+When = Literal["trouble", "always"]
+Runner: TypeAlias = dict[str, Any]  # settings, score, and the state that it has come to
+
+KEPT = (4, 2, 1)  # runners that go on after each round of a race, for twice as many steps
+CHECKS = 50  # measurements in a run
+STEPS = 60  # of the first round, in a run whose length is not known
+WORSE = 4.0  # times the best distance: it went wrong
+NEAR = 4.0  # times the distance of real data to themselves: as good as it gets
+PATIENCE = 10  # measurements without progress
+PROGRESS = 0.9  # of the best distance before: progress
+
+
+class Autopilot(GANCallback):
+    r"""Finds learning rates, momentum and penalty for a run while it trains, and brings it back when it goes wrong.
+
+    Whether a GAN trains hangs on its hyperparameters more than on its loss ("Are GANs Created Equal?",
+    https://arxiv.org/abs/1711.10337). Here settings race inside of the run, as in successive halving
+    (https://arxiv.org/abs/1603.06560) and population based training (https://arxiv.org/abs/1711.09846). From one state
+    of networks and optimizers, the settings of the user and some others, known to be good for many, train for some
+    steps each; the best four go on for twice as many, the best two for four times as many, and the best one stays.
+    Rates fall at the end of each turn, because high ones look bad until they fall. A runner is judged by the energy
+    distance of generated to real samples, 2 E‖x − y‖ − E‖x − x′‖ − E‖y − y′‖, of validation data where there are any;
+    the mean of that of the average of its generator and of the generator as it is, so that who circles loses.
+
+    What is steered: learning rates of both players, each by itself; β₁ and β₂ of optimizers that have them; γ of
+    :class:`~lightning_gan_stability.R1Penalty` and :class:`~lightning_gan_stability.R2Penalty`, which it brings along
+    and lets rest at γ = 0, unless the discriminator has BatchNorm or the run has another penalty for it; an average of
+    the generator, unless the run has one; and rates that fall to zero at the end, unless a scheduler sets them.
+
+    With ``when="trouble"`` it looks on until something is wrong: a verdict of the run's
+    :class:`~lightning_gan_stability.CollapseDetector` or :class:`~lightning_gan_stability.HealthMonitor`, a loss that
+    is not finite, a distance four times its best, or one far from the data that has not become smaller in ten
+    measurements. Until then the run is the same as without it, bit for bit. Then there is a race: from the beginning if
+    little was learned, else from the best state so far with calmer settings. With ``when="always"`` the run begins with
+    a race; later it looks on in the same way.
+
+    What is tried and thrown away are batches of the run: ``trainer.global_step`` counts them, while
+    ``module.iteration`` goes back. Loggers, monitors and checkpoints that are due during a race see the runner whose
+    turn it is. Every action has a reason: it is logged as ``autopilot/<setting>``, stands in the table at the end and
+    in the report, and is resumed exactly. All processes decide from the same numbers.
+
+    Args:
+        when: ``"trouble"`` or ``"always"``.
+        limits: by ``"g_lr"``, ``"d_lr"``, ``"beta1"``, ``"beta2"`` and ``"gamma"`` the smallest and the largest number
+            that it may set; None: it leaves that alone. What is not named has the limits of
+            :data:`~lightning_gan_stability.monitors.steering.LIMITS`. The settings of the user are tried as they are.
+        average: keep an average of the generator, whose half-life is a fiftieth of the steps so far.
+        fall: share of the run, its last one, in which rates fall to zero in a line, in [0, 1); 0: they do not fall. So
+            they do in each turn of a race: high rates look bad until they fall. A run whose length is not known has no
+            fall but those.
+        search: share of the run that a race takes, in (0, 1).
+        extractor: from samples to features (n, ...), between which distances are taken. None: vectors are their own,
+            and images, series and volumes are seen by
+            :class:`~lightning_gan_stability.metrics.RandomConvolutions`, so that nothing is downloaded.
+        n_samples: generated and real samples of a measurement.
+        every: steps between measurements. None: fifty in a run.
+        max_races: after so many it only looks on.
+        explain: print each action and its reason.
+
+    Attributes:
+        actions: what it did: step, what, why.
+        settings: the numbers that stand.
+
+    Raises:
+        ValueError: if an argument has a bad value, or if nothing is left to steer.
+        MisconfigurationException: beside callbacks that set the same numbers (OptimizerSchedule) or put the run back
+            too (``CollapseDetector(action="rollback")``); under ModelParallelStrategy; with limits that leave no other
+            settings than the user's.
+
+    Example:
+        >>> Autopilot(when="always", limits={"gamma": None}).limits["g_lr"]
+        (1e-06, 0.02)
+    """
+
+    rolled_back = False
+    rescues = True
+
+    own: Settings
+    settings: Settings
+    shares: dict[Player, list[float]]
+    steers: bool
+    races: int
+    answered: int
+    turn: int
+    round: int
+    leg: int
+    leg_ends: int
+    runners: list[Runner]
+    start: dict[str, Any] | None
+    first: dict[str, Any] | None
+    best: dict[str, Any] | None
+    actions: list[dict[str, Any]]
+    history: list[list[float]]
+    measured: dict[str, Any]
+    _null: float = math.nan  # the distance of real data to themselves
+
+    def __init__(
+        self,
+        when: When = "trouble",
+        limits: Mapping[str, Sequence[float] | None] | None = None,
+        average: bool = True,
+        fall: float = 0.5,
+        search: float = 0.2,
+        extractor: nn.Module | None = None,
+        n_samples: int = 1000,
+        every: int | None = None,
+        max_races: int = 3,
+        explain: bool = False,
+    ) -> None:
+        super().__init__()
+        self.when: When = check_choice("when", when, get_args(When))
+        self.limits = _checked_limits(limits)
+        self.average = check_bool("average", average)
+        self.fall = check_share("fall", fall, open_end=True)
+        self.search = check_share("search", search, open_start=True, open_end=True)
+        if not self.limits:
+            raise ValueError("`limits` leave Autopilot nothing to steer: give one of them two numbers, or remove it.")
+        self.extractor = extractor if extractor is None else check_type("extractor", extractor, nn.Module)
+        self.n_samples = check_integer("n_samples", n_samples, least=50)
+        self.every = None if every is None else check_integer("every", every)
+        self.max_races = check_integer("max_races", max_races)
+        self.explain = check_bool("explain", explain)
+        self.add_state("own", {})  # what the user set
+        self.add_state("settings", {})
+        self.add_state("shares", {})  # of the rates of parameter groups, in that of the first
+        self.add_state("steers", False)  # the run is no longer the user's alone
+        self.add_state("races", 0)
+        self.add_state("actions", [])
+        self.add_state("history", [])  # step and distance, outside of races
+        self.add_state("answered", 0)  # verdicts of monitors
+        self.add_state("runners", [], on_device=False)
+        self.add_state("turn", 0)  # whose turn it is
+        self.add_state("round", 0)
+        self.add_state("leg", 0)  # steps of the first round of this race
+        self.add_state("leg_ends", -1)  # at which global step
+        self.add_state("start", None, on_device=False)  # of a race
+        self.add_state("first", None, on_device=False)  # of the run
+        self.add_state("best", None, on_device=False)  # since the last race
+        self.add_state("measured", {}, on_device=False)  # of the average
+        self._brought: list[Regularizer] = []
+        self._ema: GeneratorEMA | None = None
+
+    # ---------- before a run
+
+    def companions(self, trainer: Trainer, module: GANProtocol) -> Sequence[Callback]:
+        """R1 and R2, which rest, where the run has no penalty of its own for the discriminator."""
+        others = [c for c in callbacks_of(trainer, Regularizer) if c not in self._brought]  # type: ignore[type-abstract]
+        own = {type(c) for c in others if c.player == "d"}
+        possible = own <= {R1Penalty, R2Penalty} and not any(map(has_batch_norm, module.discriminator.modules()))
+        if "gamma" not in self.limits or not possible:
+            self._brought = []
+            return []
+        kinds = [kind for kind in (R1Penalty, R2Penalty) if kind not in own]
+        self._brought = [kind(0.0) for kind in kinds]
+        for penalty in self._brought:
+            penalty.rests = True
+        return self._brought
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what would steer against it; make room for the average."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        self._refuse(trainer)
+        averaged = bool(callbacks_of(trainer, GeneratorEMA)) or bool(callbacks_of(trainer, WeightAveraging))
+        self._ema = GeneratorEMA(half_life=1e9, ramp_up=1 / CHECKS) if self.average and not averaged else None
+        if self._ema is not None and self.when == "always":
+            _make_room(pl_module)  # type: ignore[arg-type]  # before strategies wrap the module
+
+    def _refuse(self, trainer: Trainer) -> None:
+        for schedule in callbacks_of(trainer, OptimizerSchedule):
+            names = {"lr": ("g_lr", "d_lr"), "betas.0": ("beta1",), "betas.1": ("beta2",)}
+            for key in schedule.values:
+                both = [name for name in names.get(key, ()) if name in self.limits]
+                if both:
+                    raise MisconfigurationException(
+                        f"OptimizerSchedule sets {key!r} on every batch, which Autopilot steers: remove it from the "
+                        f"one, or set Autopilot(limits={{'{both[0]}': None}})."
+                    )
+        if any(detector.action == "rollback" for detector in callbacks_of(trainer, CollapseDetector)):
+            raise MisconfigurationException(
+                "CollapseDetector(action='rollback') and Autopilot would both put the run back: use action='warn', "
+                "whose verdicts Autopilot acts on, or remove Autopilot."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse sharded networks."""
+        module: GANModule = pl_module  # type: ignore[assignment]
+        if module.device_mesh is not None:
+            raise MisconfigurationException(
+                "Autopilot keeps copies of whole networks, which ModelParallelStrategy shards: use strategy='ddp', or "
+                "remove Autopilot."
+            )
+        if self._averages(module):
+            module.average_rests = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read what the user has set; begin a race, or go on as before."""
+        super().on_train_start(trainer, pl_module)
+        module: GANModule = pl_module  # type: ignore[assignment]
+        self._steering = Steering(trainer, module, self._brought)
+        self._real: Reading | None = None
+        self._horizon = self._steps_of(trainer)
+        if self.own:
+            self._steering.shares = self.shares
+            if self.steers:
+                self._steering.apply(self.settings, self.settings, self._fall_at(trainer))
+            if self._averages(module):
+                self._ema_of(module).load_state_dict(self.measured)
+                self._ema_of(module).go_on(module)
+            return
+        self._steering.note_rates()
+        self.own = self._steering.read()
+        self.settings, self.shares = dict(self.own), dict(self._steering.shares)
+        candidates = self._steering.candidates(self.own, self.limits)
+        if len(candidates) == 1:
+            raise MisconfigurationException(
+                "The limits of Autopilot leave no settings to try beside those of the run: widen `limits`, or remove "
+                "Autopilot."
+            )
+        if self.when == "always":
+            self._take_over(trainer, module)
+            self._race(trainer, module, candidates, "the run begins")
+        else:
+            self.first = self._take(trainer, module)
+
+    # ---------- during a run
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Let rates fall."""
+        if not self.steers:
+            return
+        for player in PLAYERS:
+            if not self._steering.scheduled(player):
+                self._steering.set_rates(player, self.settings[f"{player}_lr"], self._fall_at(trainer))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the average; end the turn of a runner, or look whether something is wrong."""
+        module: GANModule = pl_module  # type: ignore[assignment]
+        if self._averages(module):
+            average = self._ema_of(module)
+            average.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self.measured = average.state_dict()
+        if self.leg_ends >= 0:
+            if trainer.global_step >= self.leg_ends:
+                self._end_leg(trainer, module, self._distance(trainer, module))
+        elif trainer.global_step % self._every(trainer) == 0:
+            self._look(trainer, module)
+
+    def rescue(self, trainer: Trainer, module: GANProtocol) -> bool:
+        """A runner whose loss is not finite has lost; outside of a race, go back and begin one."""
+        gan: GANModule = module  # type: ignore[assignment]
+        if self.leg_ends >= 0:
+            self._end_leg(trainer, gan, math.inf)
+            return True
+        return self._act(trainer, gan, "the loss or a gradient is not finite", went_wrong=True)
+
+    # ---------- looking on
+
+    def _look(self, trainer: Trainer, module: GANModule) -> None:
+        """Measure; act if something is wrong."""
+        distance = self._distance(trainer, module)
+        self._log(trainer, {"distance": distance})
+        before = self.best["distance"] if self.best else math.inf
+        self.history.append([trainer.global_step, distance])
+        why = self._trouble(trainer, distance, before)
+        if distance < before:
+            self.best = self._take(trainer, module) | {"distance": distance}
+        if why:
+            wrong = distance > max(WORSE * before, NEAR * self._null)
+            self._act(trainer, module, why, went_wrong=wrong)
+
+    def _trouble(self, trainer: Trainer, distance: float, before: float) -> str:
+        """What is wrong, or nothing."""
+        events = [event for detector in callbacks_of(trainer, CollapseDetector) for event in detector.events]
+        events += [verdict for monitor in callbacks_of(trainer, HealthMonitor) for verdict in monitor.verdicts]
+        events.sort(key=lambda event: event["step"])
+        new, self.answered = len(events) > self.answered, len(events)
+        if new:
+            return f"a monitor says {events[-1]['verdict']!r}"
+        if not math.isfinite(distance):
+            return "samples are not finite"
+        if distance > max(WORSE * before, NEAR * self._null):
+            return f"samples went away from the data: distance {distance:.3g}, {before:.3g} before"
+        past = [value for _, value in self.history]
+        recent, earlier = past[-PATIENCE:], past[:-PATIENCE]
+        if earlier and min(recent) > PROGRESS * min(earlier) and min(past) > NEAR * self._null:
+            return f"samples do not come nearer to the data: distance {min(past):.3g}, real data {self._null:.3g}"
+        return ""
+
+    def _act(self, trainer: Trainer, module: GANModule, why: str, went_wrong: bool) -> bool:
+        """Begin a race, from the beginning or from the best state; say whether something was done."""
+        left = math.inf if self._horizon is None else self._horizon - trainer.global_step
+        first = self.history[0][1] if self.history else math.inf
+        learned = self.best is not None and (self.races > 0 or self.best["distance"] < first / 2)
+        may_race = self.races < self.max_races and left > 2 * self._cost()
+        if not may_race and not (learned and went_wrong):
+            return False
+        if not self.steers:
+            self._take_over(trainer, module)
+        if learned and went_wrong:
+            assert self.best is not None
+            why = f"{why}; back to step {self.best['step']:,}"
+            self._put_back(trainer, module, self.best)
+            calmer = self._steering.calmer(self.settings, self.limits)
+            if not may_race:  # no time to find out more
+                before, now = self.settings, calmer[min(1, len(calmer) - 1)]
+                self._set(trainer, now)
+                self.best = self._take(trainer, module) | {name: self.best[name] for name in ("distance", "step")}
+                self._note(trainer, in_words(now, before), why)
+                return True
+            self._race(trainer, module, calmer, why)
+        elif learned or self.first is None:
+            self._race(trainer, module, self._steering.candidates(self.settings, self.limits), why)
+        else:
+            self._put_back(trainer, module, self.first)
+            why = f"{why}; back to the beginning"
+            self._race(trainer, module, self._steering.candidates(self.own, self.limits), why)
+        return True
+
+    def _take_over(self, trainer: Trainer, module: GANModule) -> None:
+        """From here on the run is not the user's alone: there is an average, and rates fall."""
+        self.steers = True
+        if self._ema is not None:
+            _make_room(module)
+            self._ema.go_on(module)
+            self._ema.reset(module)
+            self.measured = self._ema.state_dict()
+
+    # ---------- a race
+
+    def _race(self, trainer: Trainer, module: GANModule, candidates: list[Settings], why: str) -> None:
+        self.races += 1
+        self.start = self._take(trainer, module)
+        self.runners = [{"settings": settings, "score": math.inf, "state": None} for settings in candidates]
+        self.leg, self.round, self.turn = self._leg_of(len(candidates)), 0, 0
+        self._note(trainer, f"a race of {len(candidates)} settings", why)
+        self._begin_leg(trainer, module)
+
+    def _leg_of(self, n: int) -> int:
+        """Steps of the first round of a race."""
+        return STEPS if self._horizon is None else max(1, round(self.search * self._horizon / _rounds(n)))
+
+    def _cost(self) -> int:
+        """Steps of a race."""
+        return STEPS * 25 if self._horizon is None else round(self.search * self._horizon)
+
+    def _begin_leg(self, trainer: Trainer, module: GANModule) -> None:
+        runner = self.runners[self.turn]
+        self._put_back(trainer, module, runner["state"] or self.start)
+        self.leg_ends = trainer.global_step + self.leg * 2**self.round
+        self._set(trainer, runner["settings"])
+
+    def _end_leg(self, trainer: Trainer, module: GANModule, score: float) -> None:
+        runner = self.runners[self.turn]
+        runner["score"] = score if math.isfinite(score) else math.inf
+        runner["state"] = self._take(trainer, module) if math.isfinite(score) else None
+        self._log(trainer, {"distance": score})
+        self.turn += 1
+        ranking = sorted(self.runners[: self.turn], key=lambda one: one["score"])
+        for one in ranking[KEPT[self.round] :]:
+            one["state"] = None  # it is out, and its memory is free
+        if self.turn < len(self.runners):
+            self._begin_leg(trainer, module)
+            return
+        self.runners = [one for one in ranking[: KEPT[self.round]] if math.isfinite(one["score"])]
+        self.turn = 0
+        self.round += 1
+        if len(self.runners) > 1:
+            self._begin_leg(trainer, module)
+        else:
+            self._finish(trainer, module)
+
+    def _finish(self, trainer: Trainer, module: GANModule) -> None:
+        """The best runner goes on."""
+        self.leg_ends = -1
+        before = dict(self.own)
+        if not self.runners:
+            self._put_back(trainer, module, self.start)
+            self._set(trainer, self.settings)
+            self._note(trainer, "nothing changes", "no settings had finite losses")
+        else:
+            winner = self.runners[0]
+            self._put_back(trainer, module, winner["state"])
+            self._set(trainer, winner["settings"])
+            self.history, self.best = [[trainer.global_step, winner["score"]]], None
+            self.best = self._take(trainer, module) | {"distance": winner["score"]}
+            self._note(
+                trainer,
+                in_words(winner["settings"], before),
+                f"the distance to the data is {winner['score']:.3g} with it, real data {self._null:.3g}",
+            )
+        self.runners, self.start, self.first = [], None, None
+
+    def _take(self, trainer: Trainer, module: GANModule) -> dict[str, Any]:
+        """Everything that training moves, and the settings that it belongs to."""
+        kept = {"settings": dict(self.settings), "average": _copied(self.measured), "step": trainer.global_step}
+        return take(trainer, module) | kept
+
+    def _put_back(self, trainer: Trainer, module: GANModule, state: dict[str, Any] | None) -> None:
+        assert state is not None
+        averages = self._averages(module)
+        put_back(trainer, module, state)
+        self.settings = dict(state["settings"])
+        if averages and state["average"]:
+            average = self._ema_of(module)
+            average.load_state_dict(_copied(state["average"]))
+            average.go_on(module)
+            self.measured = average.state_dict()
+        elif averages:  # of a time when there was none: the weights that were put back are its beginning
+            self._ema_of(module).reset(module)
+            self.measured = self._ema_of(module).state_dict()
+
+    def _set(self, trainer: Trainer, settings: Settings) -> None:
+        self._steering.apply(settings, self.settings, self._fall_at(trainer))
+        self.settings = dict(settings)
+
+    # ---------- judging
+
+    def _distance(self, trainer: Trainer, module: GANModule) -> float:
+        """The energy distance to real samples, of the average and of the generator as it is."""
+        with isolate_rng(), module.noise.of("autopilot"):
+            real = self._read(trainer, module)
+            averaged = module.generator_ema is not None
+            values = [self._distance_of(module, real)] if averaged else []
+            with _without_average(module):
+                values.append(self._distance_of(module, real))
+        found: float = trainer.strategy.broadcast(sum(values) / len(values))
+        return found if math.isfinite(found) else math.inf
+
+    def _distance_of(self, module: GANModule, real: Reading) -> float:
+        assert self.extractor is not None
+        parts = [
+            features_of(self.extractor, samples)
+            for samples in generated(module, real, self.n_samples, self._at_once, "autopilot")
+        ]
+        fake = interleaved(torch.cat(parts))
+        return energy_distance(real.seen.features, fake) if bool(fake.isfinite().all()) else math.inf
+
+    def _read(self, trainer: Trainer, module: GANModule) -> Reading:
+        """The real samples, read once."""
+        if self._real is not None:
+            return self._real
+        held_out = loader_to_read(trainer, "val")
+        there = not (isinstance(held_out, list) and not held_out)
+        data = RealData(trainer, held_out if there else loader_to_read(trainer, "train"), self.n_samples)
+        first = next(iter(data), None)
+        if first is None:
+            raise MisconfigurationException("Autopilot compares samples with real ones, and there are none to read.")
+        if self.extractor is None:
+            spatial = isinstance(first.real, torch.Tensor) and first.real.dim() > 2
+            self.extractor = RandomConvolutions() if spatial else extractor_for(first.real, "Autopilot")
+        self._at_once = samples_at_once(first.real)
+        reading = Reading(data, first.condition)
+        rows = torch.cat([features_of(self.extractor, samples) for samples in reading.read()])
+        features = interleaved(rows)
+        reading.see(Seen(features, features.new_empty(len(features), 0)))
+        self._null = energy_distance(features[::2], features[1::2]) / 2 if len(features) > 1 else 0.0
+        self._real = reading
+        return reading
+
+    # ---------- small things
+
+    def _averages(self, module: GANModule) -> bool:
+        """Whether there is an average that is its own."""
+        return self._ema is not None and self.steers and module.generator_ema is not None
+
+    def _ema_of(self, module: GANModule) -> GeneratorEMA:
+        assert self._ema is not None
+        return self._ema
+
+    def _steps_of(self, trainer: Trainer) -> int | None:
+        """How many batches the run has, if that is known."""
+        steps = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+        return int(steps) if math.isfinite(steps) else None
+
+    def _every(self, trainer: Trainer) -> int:
+        if self.every is not None:
+            return self.every
+        return 500 if self._horizon is None else max(1, self._horizon // CHECKS)
+
+    def _fall_at(self, trainer: Trainer) -> float:
+        """The factor of rates that no scheduler sets: they fall at the end of the run, and of each turn in a race."""
+        if not self.fall:
+            return 1.0
+        left = 1.0 if self._horizon is None else 1 - trainer.global_step / self._horizon
+        if self.leg_ends >= 0:
+            left = min(left, (self.leg_ends - trainer.global_step) / (self.leg * 2**self.round))
+        return min(1.0, max(left, 0.0) / self.fall)
+
+    def _note(self, trainer: Trainer, what: str, why: str) -> None:
+        self.actions.append({"step": trainer.global_step, "what": what, "why": why})
+        self._log(trainer, self.settings)
+        if self.explain:
+            trainer.print(f"Autopilot, step {trainer.global_step:,}: {what}, because {why}.")
+
+    def _log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics({f"autopilot/{k}": v for k, v in values.items()}, step=trainer.global_step)
+
+    def outcome(self, trainer: Trainer) -> Outcome:
+        """What it did and why, and the course of the distance."""
+        actions = [Action(one["step"], "Autopilot", one["what"], one["why"]) for one in self.actions]
+        courses = []
+        if self.history:
+            steps, values = zip(*self.history, strict=True)
+            courses = [Course("autopilot/distance", [*map(int, steps)], [*values], self._null, True)]
+        return Outcome(courses=courses, actions=actions)
+
+
+def _checked_limits(limits: Mapping[str, Sequence[float] | None] | None) -> dict[str, tuple[float, float]]:
+    given = {} if limits is None else limits
+    check(isinstance(given, Mapping), "limits", "a dict of limits by name", limits)
+    unknown = [name for name in given if name not in LIMITS]
+    check(not unknown, "limits", f"a dict with some of the keys {', '.join(LIMITS)}", limits)
+    found: dict[str, tuple[float, float]] = dict(LIMITS)
+    for name, pair in given.items():
+        if pair is None:
+            del found[name]
+            continue
+        fits = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(x, int | float) for x in pair)
+        check(fits and 0 <= pair[0] <= pair[1], f"limits[{name!r}]", "two numbers, the smaller one first", pair)
+        found[name] = float(pair[0]), float(pair[1])
+    return found
+
+
+def _rounds(n: int) -> int:
+    """Legs of the first round's length that a race of n takes."""
+    legs, length = n, 2
+    for kept in KEPT[:-1]:
+        legs, length = legs + min(kept, n) * length, 2 * length
+    return legs
+
+
+def _copied(state: Any) -> Any:
+    return {name: {k: v.clone() for k, v in x.items()} if isinstance(x, dict) else x for name, x in state.items()}
+
+
+def _make_room(module: GANModule) -> None:
+    module.average_rests = False
+    if module.generator_ema is None:
+        module.generator_ema = copy_network(module.generator)
+
+
+@contextmanager
+def _without_average(module: GANModule) -> Iterator[None]:
+    average, module.generator_ema = module.generator_ema, None
+    try:
+        yield
+    finally:
+        module.generator_ema = average

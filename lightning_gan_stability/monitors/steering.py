@@ -1,0 +1,224 @@
+"""The numbers of a run that may be steered while it trains: where they stand, how they are set, and which to try."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from lightning.pytorch import Trainer
+
+from lightning_gan_stability.callback import Regularizer, callbacks_of
+from lightning_gan_stability.callbacks.optimizer_schedule import set_number
+from lightning_gan_stability.module import GANModule
+from lightning_gan_stability.monitors.rollback import ScaleLearningRate
+from lightning_gan_stability.outputs import PLAYERS, Player
+from lightning_gan_stability.regularizers.gradient import R1Penalty, R2Penalty
+
+Settings: TypeAlias = dict[str, float]
+
+#: What may be steered, and between which numbers by default.
+LIMITS: dict[str, tuple[float, float]] = {
+    "g_lr": (1e-6, 2e-2),
+    "d_lr": (1e-6, 3e-2),
+    "beta1": (0.0, 0.9),
+    "beta2": (0.9, 0.999),
+    "gamma": (0.0, 10.0),
+}
+
+# (g_lr, d_lr, beta1, beta2, gamma), found on random recipes for points in the plane: see docs/measured.md
+PORTFOLIO = (
+    (3e-3, 1e-2, 0.0, 0.99, 0.1),
+    (6e-3, 2e-2, 0.0, 0.99, 0.3),
+    (1e-3, 4e-3, 0.0, 0.99, 0.1),
+    (3e-3, 3e-3, 0.5, 0.9, 0.1),
+    (3e-3, 1e-2, 0.0, 0.99, 1.0),
+    (1e-3, 1e-3, 0.5, 0.99, 0.03),
+    (1e-3, 1e-2, 0.0, 0.99, 0.3),
+    (3e-4, 1e-3, 0.5, 0.99, 0.03),
+)
+# (factor of g_lr, factor of d_lr, gamma), around rates of optimizers that are not like Adam
+AROUND = (
+    (1.0, 3.0, 0.1),
+    (3.0, 10.0, 0.1),
+    (0.3, 1.0, 0.1),
+    (3.0, 3.0, 0.1),
+    (0.3, 0.3, 0.1),
+    (10.0, 30.0, 0.1),
+    (0.1, 0.1, 0.1),
+    (1.0, 0.3, 0.0),
+)
+# (factor of g_lr, factor of d_lr, factor of gamma), when a run that had learned goes wrong
+CALMER = (
+    (0.3, 0.3, 1.0),
+    (0.3, 1.0, 1.0),
+    (1.0, 0.3, 1.0),
+    (0.1, 0.1, 1.0),
+    (1.0, 1.0, 4.0),
+)
+
+
+class Steering:
+    """Reads and sets the numbers of a run.
+
+    Args:
+        trainer: of the run.
+        module: whose optimizers.
+        brought: R1 and R2 that belong to the one who steers, and rest at first.
+
+    Attributes:
+        shares: of the rates of each player's parameter groups, in that of the first.
+        adaptive: both optimizers are Adam's kin, with ``betas``: rates mean the same for all networks.
+    """
+
+    def __init__(self, trainer: Trainer, module: GANModule, brought: Sequence[Regularizer]) -> None:
+        self.trainer, self.module = trainer, module
+        self.shares: dict[Player, list[float]] = {}
+        optimizers = [module.optimizer(player).optimizer for player in PLAYERS]
+        self.adaptive = all("betas" in group for optimizer in optimizers for group in optimizer.param_groups)
+        self.penalties = penalties_of(trainer)
+        self.brought = [penalty for penalty in brought if penalty in self.penalties.values()]
+
+    def scheduled(self, player: Player) -> bool:
+        """Whether a scheduler of the user's sets a player's rate."""
+        optimizer = self.module.optimizer(player).optimizer
+        return any(config.scheduler.optimizer is optimizer for config in self.trainer.lr_scheduler_configs)
+
+    def read(self) -> Settings:
+        """The numbers as they stand; of several parameter groups those of the first."""
+        found: Settings = {}
+        for player in PLAYERS:
+            group = self.module.optimizer(player).param_groups[0]
+            found[f"{player}_lr"] = float(group["lr"])
+            if self.adaptive:
+                found[f"{player}_beta1"], found[f"{player}_beta2"] = map(float, group["betas"])
+        for name, penalty in self.penalties.items():
+            found[name] = 0.0 if penalty.rests else 2 * penalty.weight_at(0)
+        return found
+
+    def apply(self, new: Mapping[str, float], old: Mapping[str, float], fall: float) -> None:
+        """Set the numbers.
+
+        Args:
+            new: what they shall be.
+            old: what those of schedulers and of further parameter groups stand for now.
+            fall: factor of the rates that no scheduler sets.
+        """
+        for player in PLAYERS:
+            name = f"{player}_lr"
+            if self.scheduled(player):
+                if new[name] != old[name]:
+                    ScaleLearningRate(new[name] / old[name], player)(self.trainer, self.module)
+            else:
+                self.set_rates(player, new[name], fall)
+            for group in self.module.optimizer(player).param_groups if self.adaptive else ():
+                for i, beta in enumerate(("beta1", "beta2")):
+                    set_number(group, f"betas.{i}", new[f"{player}_{beta}"])
+        for name, penalty in self.penalties.items():
+            penalty.weight = new[name] / 2
+            if penalty in self.brought:
+                penalty.rests = new[name] == 0
+
+    def note_rates(self) -> None:
+        """Keep the relations of a player's parameter groups."""
+        self.shares = {
+            player: [float(g["lr"]) / float(groups[0]["lr"] or 1.0) for g in groups]
+            for player in PLAYERS
+            for groups in (self.module.optimizer(player).param_groups,)
+        }
+
+    def set_rates(self, player: Player, rate: float, fall: float) -> None:
+        """Set a player's rates."""
+        for group, share in zip(self.module.optimizer(player).param_groups, self.shares[player], strict=True):
+            set_number(group, "lr", rate * share * fall)
+
+    # ---------- what to try
+
+    def candidates(self, own: Settings, limits: Mapping[str, tuple[float, float]]) -> list[Settings]:
+        """The user's own settings, and others to try beside them, each once."""
+        found = [own]
+        if self.adaptive:
+            for g_lr, d_lr, beta1, beta2, gamma in PORTFOLIO:
+                betas = {f"{player}_{k}": v for player in PLAYERS for k, v in (("beta1", beta1), ("beta2", beta2))}
+                found.append(own | {"g_lr": g_lr, "d_lr": d_lr} | betas | self._penalized(gamma))
+        else:
+            for g, d, gamma in AROUND:
+                found.append(own | {"g_lr": g * own["g_lr"], "d_lr": d * own["d_lr"]} | self._penalized(gamma))
+        return distinct(within(settings, own, limits) for settings in found)
+
+    def calmer(self, now: Settings, limits: Mapping[str, tuple[float, float]]) -> list[Settings]:
+        """The settings that stand, and calmer ones."""
+        found = [now]
+        for g, d, gamma in CALMER:
+            stronger = {name: max(gamma * now[name], 0.1 if gamma > 1 else 0.0) for name in self.penalties}
+            found.append(now | {"g_lr": g * now["g_lr"], "d_lr": d * now["d_lr"]} | stronger)
+        return distinct(within(settings, now, limits) for settings in found)
+
+    def _penalized(self, gamma: float) -> Settings:
+        return dict.fromkeys(self.penalties, gamma)
+
+
+def penalties_of(trainer: Trainer) -> dict[str, Regularizer]:
+    """R1 and R2 of a run by name, if their weights are numbers and nobody else regularizes the discriminator."""
+    found: dict[str, Regularizer] = {}
+    kinds: dict[type[Regularizer], str] = {R1Penalty: "r1", R2Penalty: "r2"}
+    for penalty in callbacks_of(trainer, Regularizer):  # type: ignore[type-abstract]
+        if penalty.player != "d":
+            continue
+        name = kinds.get(type(penalty))
+        if name is None or name in found or not isinstance(penalty.weight, int | float):
+            return {}
+        found[name] = penalty
+    return found
+
+
+def within(settings: Settings, own: Settings, limits: Mapping[str, tuple[float, float]]) -> Settings:
+    """Settings between their limits; what has none stays as it is.
+
+    Example:
+        >>> within({"g_lr": 1.0, "d_lr": 1.0}, {"g_lr": 1e-4, "d_lr": 1e-4}, {"g_lr": (1e-5, 1e-2)})
+        {'g_lr': 0.01, 'd_lr': 0.0001}
+    """
+    found = {}
+    for name, value in settings.items():
+        key = limit_of(name)
+        if value == own[name] or key not in limits:
+            found[name] = own[name]
+        else:
+            low, high = limits[key]
+            found[name] = min(max(value, low), high)
+    return found
+
+
+def limit_of(name: str) -> str:
+    """The key of the limits that a setting has.
+
+    Example:
+        >>> limit_of("g_beta1"), limit_of("r2"), limit_of("d_lr")
+        ('beta1', 'gamma', 'd_lr')
+    """
+    return {"r1": "gamma", "r2": "gamma"}.get(name, name if name.endswith("lr") else name[2:])
+
+
+def distinct(settings: Any) -> list[Settings]:
+    """Each of some settings once, in their order.
+
+    Example:
+        >>> distinct([{"g_lr": 1.0}, {"g_lr": 1.0}])
+        [{'g_lr': 1.0}]
+    """
+    found: list[Settings] = []
+    for one in settings:
+        if one not in found:
+            found.append(one)
+    return found
+
+
+def in_words(new: Mapping[str, float], old: Mapping[str, float]) -> str:
+    """What changes, in words.
+
+    Example:
+        >>> in_words({"g_lr": 1e-3, "d_lr": 2e-3}, {"g_lr": 1e-4, "d_lr": 2e-3})
+        'g_lr 0.0001 → 0.001'
+    """
+    changes = [f"{name} {old[name]:.3g} → {value:.3g}" for name, value in new.items() if value != old[name]]
+    return ", ".join(changes) or "nothing changes"

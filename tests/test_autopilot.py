@@ -1,0 +1,455 @@
+"""Autopilot: what it leaves alone, what it tries, what it chooses, and that its runs are accounted for and resumed."""
+
+import math
+
+import pytest
+import scipy.stats
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from toys import fit, points, sgd, small, trainer, weights
+
+from lightning_gan_stability import (
+    MLP,
+    Autopilot,
+    CollapseDetector,
+    DCGANDiscriminator,
+    DCGANGenerator,
+    GANModule,
+    GeneratorEMA,
+    GradientPenalty,
+    OptimizerSchedule,
+    QualityMonitor,
+    R1Penalty,
+    R2Penalty,
+    Ring,
+    Schedule,
+    Wasserstein,
+)
+from lightning_gan_stability.events import read_events
+from lightning_gan_stability.metrics import RandomConvolutions, energy_distance
+from lightning_gan_stability.monitors.steering import LIMITS, PORTFOLIO
+from lightning_gan_stability.outcome import describe_outcome
+
+
+def adam(lr, betas=(0.5, 0.999)):
+    return lambda parameters: torch.optim.Adam(parameters, lr=lr, betas=betas)
+
+
+def gan(g_lr=1e-3, d_lr=1e-3, seed=0, **kwargs):
+    return small(seed, **{"g_optimizer": adam(g_lr), "d_optimizer": adam(d_lr)} | kwargs)
+
+
+def run(module, autopilot, steps=120, *callbacks, **kwargs):
+    """Train on points around (3, 0), of which the untrained generator knows nothing."""
+    data = [batch * 0.3 + torch.tensor([3.0, 0.0]) for batch in points(steps, 32)]
+    chosen = [] if autopilot is None else [autopilot]
+    return fit(module, data, max_steps=steps, callbacks=[*chosen, *callbacks], **kwargs)
+
+
+class Watch(Callback):
+    """The rates, betas and weights of R1 and R2 at each batch, and the iteration."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        groups = [pl_module.optimizer(player).param_groups for player in "dg"]
+        penalties = [c for c in trainer.callbacks if isinstance(c, R1Penalty | R2Penalty)]
+        self.rows.append(
+            {
+                "lr": [[group["lr"] for group in part] for part in groups],
+                "betas": [part[0].get("betas") for part in groups],
+                "gamma": [0.0 if c.rests else 2 * c.weight for c in penalties],
+                "iteration": pl_module.iteration,
+            }
+        )
+
+
+# ---------- the distance
+
+
+def test_the_energy_distance_is_that_of_scipy():
+    generator = torch.Generator().manual_seed(0)
+    for n, m in ((1, 1), (7, 5), (200, 300)):
+        x, y = torch.randn(n, 1, generator=generator), 2 * torch.randn(m, 1, generator=generator) + 1
+        expected = scipy.stats.energy_distance(x[:, 0].double(), y[:, 0].double()) ** 2
+        assert energy_distance(x, y) == pytest.approx(expected, rel=1e-9)
+    x = torch.randn(50, 3, generator=generator)
+    assert energy_distance(x, x) == pytest.approx(0, abs=1e-12)
+    assert energy_distance(3 * x, -3 * x) == pytest.approx(3 * energy_distance(x, -x))
+    assert math.isnan(energy_distance(x, x * math.nan))
+
+
+@pytest.mark.parametrize("shapes", [((3,), (3,)), ((4, 2), (4, 3)), ((0, 2), (4, 2))])
+def test_the_energy_distance_refuses_other_features(shapes):
+    with pytest.raises(ValueError, match="must be features"):
+        energy_distance(*map(torch.zeros, shapes))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 33, 17), (2, 50), (1, 4, 6, 5), (3, 1, 1)])
+def test_random_convolutions_see_all_shapes_the_same_way_each_time(shape):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    samples = torch.linspace(-1, 1, 2 * math.prod(shape)).reshape(2, *shape)
+    first, second = RandomConvolutions(width=8)(samples), RandomConvolutions(width=8)(samples)
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first.dim() == 2
+    assert bool(first.isfinite().all())
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first, RandomConvolutions(width=8, seed=1)(samples))
+    with pytest.raises(ValueError, match="takes samples"):
+        RandomConvolutions()(torch.zeros(2, 3))
+
+
+def test_random_convolutions_tell_a_texture_from_its_mean():
+    checks = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(8, 8).expand(4, 1, 16, 16)
+    flat = torch.zeros(4, 1, 16, 16)
+    features = RandomConvolutions()
+    assert energy_distance(features(checks), features(flat)) > 1.0  # pooled pixels are alike
+    assert nn.functional.adaptive_avg_pool2d(checks, 8).abs().max() == 0
+
+
+# ---------- what it leaves alone
+
+
+@pytest.mark.parametrize("make", [gan, lambda: gan(loss=Wasserstein())])
+def test_a_healthy_run_is_the_same_with_it(make):
+    alone, watched = make(), make()
+    run(alone, None)
+    run(watched, autopilot := Autopilot(every=10))
+    assert torch.equal(weights(alone), weights(watched))
+    assert watched.generator_ema is None
+    assert autopilot.actions == []
+    assert len(autopilot.history) == 12
+    assert watched.iteration == 120
+    assert min(d for _, d in autopilot.history) < autopilot.history[0][1]
+
+
+def test_it_keeps_the_settings_of_the_user_where_others_are_worse():
+    hopeless = {"g_lr": [0.0, 0.0], "d_lr": [0.0, 0.0], "beta1": None, "beta2": None, "gamma": None}
+    autopilot, watch = Autopilot("always", limits=hopeless, fall=0.0), Watch()
+    run(gan(), autopilot, 120, watch)
+    assert autopilot.settings["g_lr"] == autopilot.settings["d_lr"] == 1e-3
+    assert watch.rows[-1]["lr"] == [[1e-3], [1e-3]]
+    assert autopilot.actions[-1]["what"] == "nothing changes"
+
+
+# ---------- what it tries and chooses
+
+
+def test_a_race_tries_each_setting_from_the_same_state_and_counts_its_batches():
+    autopilot, watch = Autopilot("always", search=0.5), Watch()
+    module = gan()
+    run(module, autopilot, 200, watch)
+    legs, n = 100 // 25, 1 + len(PORTFOLIO)
+    assert autopilot.actions[-1]["step"] == legs * 25  # nine for one length, four for two, two for four
+    tried = [watch.rows[i * legs] for i in range(n)]
+    expected = [(1e-3, 1e-3, 0.5, 0.999, 0.0), *PORTFOLIO]
+    for row, (g_lr, d_lr, beta1, beta2, gamma) in zip(tried, expected, strict=True):
+        assert row["lr"] == [[pytest.approx(d_lr)], [pytest.approx(g_lr)]]
+        assert row["betas"] == [(beta1, beta2)] * 2
+        assert row["gamma"] == [gamma] * 2
+        assert row["iteration"] == 1
+    assert len(watch.rows) == 200
+    assert module.iteration == 200 - 25 * legs + 7 * legs
+
+
+def test_it_finds_rates_where_those_of_the_user_do_nothing():
+    plain, steered = gan(1e-6, 1e-6), gan(1e-6, 1e-6)
+    run(plain, None, 400)
+    run(steered, autopilot := Autopilot("always"), 400)
+    target = torch.tensor([3.0, 0.0])
+    far, near = (float((m.eval().sample(500).detach().mean(0) - target).norm()) for m in (plain, steered))
+    assert far > 2.5
+    assert near < 1.0
+    assert autopilot.settings["g_lr"] > 1e-6
+    assert autopilot.history[-1][1] < 1.0
+    assert "g_lr 1e-06 → " in autopilot.actions[-1]["what"]
+
+
+def test_the_winner_goes_on_from_where_it_was():
+    """A run with the winner's settings alone, on the batches of its turns, comes to the weights after the race."""
+    autopilot, seen = Autopilot("always", search=0.5, fall=0.0, average=False), {}
+
+    class Turns(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.setdefault("batches", []).append((dict(autopilot.settings), batch, autopilot.leg_ends))
+            if autopilot.leg_ends < 0 and "weights" not in seen:
+                seen["weights"] = weights(pl_module).clone()
+
+    run(gan(), autopilot, 200, Turns())
+    winner = autopilot.settings
+    mine = [batch for settings, batch, ends in seen["batches"] if ends >= 0 and settings == winner]
+    assert len(mine) == 7 * 4
+    beta = winner["g_beta1"], winner["g_beta2"]
+    alone = gan(g_optimizer=adam(winner["g_lr"], beta), d_optimizer=adam(winner["d_lr"], beta))
+    penalties = [kind(winner[name]) for kind, name in ((R1Penalty, "r1"), (R2Penalty, "r2")) if winner[name]]
+    fit(alone, mine, callbacks=penalties)
+    assert torch.equal(weights(alone), seen["weights"])
+
+
+@pytest.mark.parametrize("when", ["always", "trouble"])
+def test_a_loss_that_is_not_finite_ends_no_run(when):
+    module = gan(1e18, 1e18)
+    with pytest.raises(FloatingPointError):
+        run(gan(1e18, 1e18), None, 200)
+    run(module, autopilot := Autopilot(when, every=10), 200)
+    assert bool(weights(module).isfinite().all())
+    assert autopilot.settings["g_lr"] < 1
+    assert autopilot.settings["d_lr"] < 1
+    whys = [action["why"] for action in autopilot.actions]
+    assert any("not finite" in why for why in whys) == (when == "trouble")
+
+
+def test_it_goes_back_when_samples_go_away():
+    """Rates that somebody sets much too high in the middle: back to the best state, with calmer settings."""
+
+    class Break(Callback):
+        done = False
+
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            if trainer.global_step == 300 and not self.done:
+                self.done = True
+                with torch.no_grad():
+                    pl_module.generator.layers[-1].bias.add_(100.0)
+
+    module = gan()
+    run(module, autopilot := Autopilot(every=10, fall=0.0), 1000, Break())
+    race = next(action for action in autopilot.actions if "race" in action["what"])
+    assert race["step"] == 310
+    assert "samples went away from the data" in race["why"]
+    assert "back to step" in race["why"]
+    assert float((module.eval().sample(200).detach().mean(0) - torch.tensor([3.0, 0.0])).norm()) < 2.0
+
+
+def test_it_acts_on_what_a_monitor_says():
+    detector = CollapseDetector()
+
+    class Say(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == 45:
+                detector.events.append({"step": 45, "verdict": "collapse", "action": "warn", "evidence": {}})
+
+    monitor = QualityMonitor(n_samples=50, every=10**6)
+    autopilot = Autopilot(every=10)
+    run(gan(), autopilot, 200, Say(), monitor, detector)
+    assert autopilot.actions[0]["step"] == 50
+    assert "'collapse'" in autopilot.actions[0]["why"]
+    assert autopilot.races == 1
+
+
+# ---------- rates, penalties, averages
+
+
+def test_rates_of_all_groups_fall_to_zero_together():
+    def groups(parameters):
+        first, *rest = parameters
+        return torch.optim.Adam([{"params": [first], "lr": 1e-3}, {"params": rest, "lr": 1e-4}])
+
+    watch, autopilot = Watch(), Autopilot("always", fall=0.5)
+    run(gan(g_optimizer=groups), autopilot, 200, watch)
+    rate = autopilot.settings["g_lr"]
+    for step in (99, 100, 150, 199):
+        factor = min(1.0, 2 * (1 - step / 200))
+        assert watch.rows[step]["lr"][1] == pytest.approx([rate * factor, rate / 10 * factor])
+
+
+def test_rates_fall_in_each_turn_of_a_race():
+    watch, autopilot = Watch(), Autopilot("always", search=0.5, fall=0.5)
+    run(gan(), autopilot, 200, watch)
+    starts = [4 * i for i in range(9)] + [36 + 8 * i for i in range(4)] + [68, 84]
+    for start, length in zip(starts, [4] * 9 + [8] * 4 + [16] * 2, strict=True):
+        # the last batch of a turn is seen after the next one's rates are set
+        rates = [row["lr"][0][0] for row in watch.rows[start : start + length - 1]]
+        factors = [min(1.0, (1 - i / length) / 0.5) for i in range(length - 1)]
+        assert rates == pytest.approx([rates[0] * factor for factor in factors])
+    assert watch.rows[150]["lr"][0][0] == pytest.approx(autopilot.settings["d_lr"] / 2)
+
+
+def test_a_scheduler_of_the_user_goes_on_from_the_new_rate():
+    def halve(optimizer):
+        return torch.optim.lr_scheduler.StepLR(optimizer, 10, 0.5)
+
+    module, watch, autopilot = gan(1e-6, 1e-6, g_scheduler=halve), Watch(), Autopilot("always")
+    run(module, autopilot, 200, watch)
+    expected = autopilot.settings["g_lr"] * 0.5 ** (module.iteration // 10)
+    assert watch.rows[-1]["lr"][1] == [pytest.approx(expected)]
+    assert watch.rows[-1]["lr"][0] == [pytest.approx(autopilot.settings["d_lr"] / 100)]  # which no scheduler sets
+
+
+def test_the_penalty_of_the_user_is_steered():
+    penalty, watch = R1Penalty(0.5), Watch()
+    run(gan(), Autopilot("always", search=0.5), 200, penalty, watch)
+    gammas = {tuple(row["gamma"]) for row in watch.rows}
+    assert (0.5, 0.0) in gammas
+    assert (0.1, 0.1) in gammas
+    assert (1.0, 1.0) in gammas
+
+
+@pytest.mark.parametrize("penalty", [GradientPenalty(), R1Penalty(Schedule(1.0, 0.1, 100))])
+def test_other_penalties_stand_as_they_are(penalty):
+    run(gan(), autopilot := Autopilot("always"), 60, penalty, watch := Watch())
+    assert not {"r1", "r2"} & set(autopilot.settings)
+    assert watch.rows
+    assert not any(isinstance(c, R2Penalty) and not c.rests for c in [penalty])
+
+
+def test_a_discriminator_with_batch_norm_has_no_penalty():
+    discriminator = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+    module = GANModule(MLP([4, 8, 2]), discriminator, 4, g_optimizer=adam(1e-3), d_optimizer=adam(1e-3))
+    run(module, autopilot := Autopilot("always"), 60)
+    assert not {"r1", "r2"} & set(autopilot.settings)
+
+
+def test_optimizers_without_betas_get_rates_around_their_own():
+    run(gan(g_optimizer=sgd(0.01), d_optimizer=sgd(0.02)), autopilot := Autopilot("always"), 60, watch := Watch())
+    tried = {row["lr"][1][0] for row in watch.rows[:20]}
+    assert any(rate == pytest.approx(0.02) for rate in tried)
+    assert set(autopilot.settings) == {
+        "g_lr",
+        "d_lr",
+        "r1",
+        "r2",
+    }
+
+
+def test_limits_hold_for_what_it_sets():
+    limits = {"g_lr": [2e-3, 2e-3], "d_lr": None, "beta1": [0.3, 0.4], "gamma": None}
+    run(gan(), Autopilot("always", limits=limits, fall=0.0), 100, watch := Watch())
+    for row in watch.rows:
+        assert row["lr"][0] == [1e-3]
+        assert row["lr"][1][0] in (1e-3, 2e-3)
+        assert all(betas[0] in (0.5, 0.3, 0.4) for betas in row["betas"])
+        assert row["gamma"] == []
+
+
+def test_it_keeps_an_average_unless_there_is_one():
+    module = gan()
+    run(module, Autopilot("always"), 100)
+    average = torch.cat([p.detach().flatten() for p in module.generator_ema.parameters()])
+    assert not torch.equal(average, weights(module.generator))
+    other = gan()
+    run(other, Autopilot("always", average=False), 100)
+    assert other.generator_ema is None
+    own = gan()
+    run(own, Autopilot("always"), 100, GeneratorEMA(decay=0.0))
+    mine = torch.cat([p.detach().flatten() for p in own.generator_ema.parameters()])
+    assert torch.equal(mine, weights(own.generator))
+
+
+def test_images_need_no_download():
+    torch.manual_seed(0)
+    module = GANModule(DCGANGenerator(4, 1, 8, 4, batch_norm=False), DCGANDiscriminator(1, 8, 4), 4)
+    images = torch.rand(64, 1, 8, 8) * 2 - 1
+    run = trainer(max_steps=30, max_epochs=-1, callbacks=[autopilot := Autopilot("always", n_samples=50)])
+    run.fit(module, DataLoader(TensorDataset(images), 16))
+    assert isinstance(autopilot.extractor, RandomConvolutions)
+    assert math.isfinite(autopilot.history[-1][1])
+
+
+# ---------- a run and its end
+
+
+@pytest.mark.parametrize("when", ["always", "trouble"])
+@pytest.mark.parametrize("step", [7, 30, 90, 110])
+def test_resumed_equals_uninterrupted(when, step):
+    def train(**kwargs):
+        module = gan(1e-6, 1e-6) if when == "always" else gan(1e18, 1e-3)
+        autopilot = Autopilot(when, every=8, n_samples=50)
+        save = ModelCheckpoint(dirpath="saved", filename="{step}", every_n_train_steps=step, save_top_k=-1)
+        options = {"max_epochs": -1, "max_steps": 120, "limit_val_batches": 0, "enable_checkpointing": True}
+        data = Ring(batch_size=32, epoch_length=40, val_samples=60)
+        trainer(callbacks=[autopilot, save], **options).fit(module, data, **kwargs)
+        return module, autopilot
+
+    whole, first = train()
+    again, second = train(ckpt_path=f"saved/step={step}.ckpt")
+    assert second.actions == first.actions
+    assert second.history == first.history
+    assert first.races
+    assert second.settings == first.settings
+    assert torch.equal(weights(whole), weights(again))
+
+
+def test_the_end_of_a_run_says_what_was_done(tmp_path):
+    autopilot = Autopilot("always", explain=True)
+    run(gan(1e-6, 1e-6), autopilot, 100, logger=CSVLogger(tmp_path, version=0), log_every_n_steps=10)
+    outcome = autopilot.outcome(None)
+    text = describe_outcome(outcome, 100)
+    assert [action.what for action in outcome.actions] == [one["what"] for one in autopilot.actions]
+    assert f"step 0, Autopilot: {autopilot.actions[0]['what']}, because the run begins." in text
+    events = read_events(tmp_path / "lightning_logs" / "version_0")
+    assert [action.why for action in events.actions] == [one["why"] for one in autopilot.actions]
+    logged = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
+    assert "autopilot/g_lr" in logged
+    assert "autopilot/distance" in logged
+
+
+def test_explain_prints_why(capsys):
+    run(gan(), Autopilot("always", explain=True), 60)
+    assert "Autopilot, step 0: a race of 9 settings, because the run begins." in capsys.readouterr().out
+    run(gan(), Autopilot("always"), 60)
+    assert "because the run begins" not in capsys.readouterr().out.splitlines()[:1]
+
+
+def test_an_autopilot_serves_another_module_afterwards():
+    autopilot = Autopilot("always")
+    run(gan(), autopilot, 60)
+    before = autopilot.actions
+    run(gan(seed=1), autopilot, 60)
+    assert len(before) == 2
+    assert autopilot.actions[0]["why"] == "the run begins"
+    assert len(autopilot.actions) == 2
+
+
+# ---------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"when": "never"}, "`when` must be one of"),
+        ({"limits": {"lr": [0, 1]}}, "`limits` must be a dict with some of the keys g_lr"),
+        ({"limits": {"g_lr": [1.0]}}, "must be two numbers"),
+        ({"limits": {"g_lr": [1.0, 0.1]}}, "must be two numbers"),
+        ({"limits": [1]}, "`limits` must be"),
+        ({"limits": dict.fromkeys(LIMITS)}, "nothing to steer"),
+        ({"fall": 1.0}, "`fall`"),
+        ({"search": 0.0}, "`search`"),
+        ({"n_samples": 10}, "`n_samples`"),
+        ({"every": 0}, "`every`"),
+        ({"max_races": 0}, "`max_races`"),
+        ({"extractor": 3}, "`extractor`"),
+    ],
+)
+def test_bad_values_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Autopilot(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        ([OptimizerSchedule({"lr": 1e-3})], "OptimizerSchedule sets 'lr'"),
+        ([OptimizerSchedule({"betas.0": 0.5})], "OptimizerSchedule sets 'betas.0'"),
+        ([CollapseDetector("rollback"), QualityMonitor(n_samples=50)], "would both put the run back"),
+    ],
+)
+def test_what_would_steer_against_it_is_refused(callbacks, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        run(gan(), Autopilot(), 10, *callbacks)
+    if isinstance(callbacks[0], OptimizerSchedule):
+        free = dict.fromkeys(("g_lr", "d_lr", "beta1", "beta2"))
+        run(gan(), Autopilot(limits=free), 10, *callbacks)
+
+
+def test_limits_that_leave_nothing_to_try_are_refused():
+    limits = {"g_lr": [1e-3, 1e-3], "d_lr": [1e-3, 1e-3], "beta1": None, "beta2": None, "gamma": None}
+    with pytest.raises(MisconfigurationException, match="leave no settings to try"):
+        run(gan(), Autopilot("always", limits=limits), 10)
