@@ -22,6 +22,7 @@ from lightning_gan_stability import (
     GANModule,
     GeneratorEMA,
     GradientPenalty,
+    HealthMonitor,
     OptimizerSchedule,
     QualityMonitor,
     R1Penalty,
@@ -228,20 +229,30 @@ def test_it_goes_back_when_samples_go_away():
     assert float((module.eval().sample(200).detach().mean(0) - torch.tensor([3.0, 0.0])).norm()) < 2.0
 
 
-def test_it_acts_on_what_a_monitor_says():
-    detector = CollapseDetector()
+@pytest.mark.parametrize(
+    ("kind", "verdict", "acts"),
+    [
+        ("events", "collapse", True),
+        ("events", "ignored condition", False),
+        ("verdicts", "oscillation", True),
+        ("verdicts", "loss_tells_nothing", False),
+    ],
+)
+def test_it_acts_on_what_a_monitor_says(kind, verdict, acts):
+    monitor = CollapseDetector() if kind == "events" else HealthMonitor()
 
     class Say(Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
             if trainer.global_step == 45:
-                detector.events.append({"step": 45, "verdict": "collapse", "action": "warn", "evidence": {}})
+                said = {"step": 45, "verdict": verdict, "action": "warn", "evidence": {}, "advice": ""}
+                getattr(monitor, kind).append(said)
 
-    monitor = QualityMonitor(n_samples=50, every=10**6)
     autopilot = Autopilot(every=10)
-    run(gan(), autopilot, 200, Say(), monitor, detector)
-    assert autopilot.actions[0]["step"] == 50
-    assert "'collapse'" in autopilot.actions[0]["why"]
-    assert autopilot.races == 1
+    run(gan(), autopilot, 200, Say(), QualityMonitor(n_samples=50, every=10**6), monitor)
+    if acts:
+        assert autopilot.actions[0]["step"] == 50
+        assert f"a monitor says {verdict!r}" in autopilot.actions[0]["why"]
+    assert autopilot.races == int(acts)
 
 
 # ---------- rates, penalties, averages
@@ -353,7 +364,82 @@ def test_images_need_no_download():
     assert math.isfinite(autopilot.history[-1][1])
 
 
+def test_what_limits_leave_out_is_left_alone():
+    free = dict.fromkeys(("g_lr", "d_lr", "beta1", "beta2"))
+    used = set()
+
+    class Steps(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            used.add(optimizer.param_groups[0]["lr"])
+
+    run(gan(), Autopilot("always", limits=free), 100, OptimizerSchedule({"lr": 5e-3}), Steps())
+    assert used == {5e-3}
+    run(gan(), Autopilot("always", limits={"g_lr": None}), 100, watch := Watch())
+    assert {row["lr"][1][0] for row in watch.rows} == {1e-3}
+    alone = OptimizerSchedule({"lr": 1e-3}, player="g")
+    run(gan(), Autopilot("always", limits={"g_lr": None}), 20, alone)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_warm_up_keeps_rates_within_their_limits(first):
+    def warm_up(optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + first) / 20))
+
+    watch = Watch()
+    run(gan(g_scheduler=warm_up, d_scheduler=warm_up), Autopilot("always", search=0.5), 200, watch)
+    assert max(rate for row in watch.rows for group in row["lr"] for rate in group) <= LIMITS["d_lr"][1]
+    assert max(row["lr"][0][0] for row in watch.rows) > 1e-3
+
+
+def test_the_momentum_of_one_cycle_stands():
+    def cycle(optimizer):
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=500)
+
+    run(gan(g_scheduler=cycle), Autopilot("always"), 60, watch := Watch())
+    assert all(row["betas"][1][0] >= 0.85 for row in watch.rows)
+
+
 # ---------- a run and its end
+
+
+def test_a_run_that_ends_in_a_race_keeps_the_best_so_far():
+    module = gan()
+    run(module, autopilot := Autopilot("always"), 15)
+    assert autopilot.leg_ends == -1
+    assert module.iteration >= 1
+    assert len(autopilot.actions) == 2
+
+
+def test_the_length_of_a_run_is_that_of_its_epochs_too():
+    real = torch.randn(160, 2)
+    autopilot = Autopilot("always", n_samples=50)
+    trainer(max_steps=10**6, max_epochs=10, callbacks=[autopilot]).fit(gan(), DataLoader(TensorDataset(real), 16))
+    assert [action["step"] for action in autopilot.actions] == [0, 25]
+
+
+def test_data_that_are_not_finite_end_a_run():
+    data = [batch if i % 100 != 80 else batch * math.nan for i, batch in enumerate(points(1000, 8))]
+    run = trainer(max_steps=1000, callbacks=[Autopilot("always", n_samples=50)])
+    loaders = DataLoader(data, batch_size=None), DataLoader(points(10), batch_size=None)
+    with pytest.raises(FloatingPointError, match="data are not finite"):
+        run.fit(gan(), *loaders)
+    with pytest.raises(ValueError, match="the real samples have features that are not finite"):
+        fit(gan(), data, callbacks=[Autopilot("always", n_samples=50)], max_steps=1000)
+
+
+def test_a_player_that_waits_is_no_trouble():
+    alone, watched = gan(plan=("d",)), gan(plan=("d",))
+    run(alone, None)
+    run(watched, autopilot := Autopilot(every=2))
+    assert torch.equal(weights(alone), weights(watched))
+    assert not autopilot.actions
+
+
+def test_a_run_goes_on_with_other_penalties():
+    module, autopilot = gan(), Autopilot("always")
+    run(module, autopilot, 60, GradientPenalty(0.1))
+    fit(module, points(20), callbacks=[autopilot])
+    assert {"r1", "r2"} <= set(autopilot.settings)
 
 
 @pytest.mark.parametrize("when", ["always", "trouble"])
@@ -419,6 +505,7 @@ def test_an_autopilot_serves_another_module_afterwards():
         ({"limits": {"g_lr": [1.0]}}, "must be two numbers"),
         ({"limits": {"g_lr": [1.0, 0.1]}}, "must be two numbers"),
         ({"limits": [1]}, "`limits` must be"),
+        ({"limits": {"beta1": [0.0, 1.5]}}, "two numbers below 1"),
         ({"limits": dict.fromkeys(LIMITS)}, "nothing to steer"),
         ({"fall": 1.0}, "`fall`"),
         ({"search": 0.0}, "`search`"),

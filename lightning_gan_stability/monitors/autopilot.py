@@ -51,6 +51,21 @@ WORSE = 4.0  # times the best distance: it went wrong
 NEAR = 4.0  # times the distance of real data to themselves: as good as it gets
 PATIENCE = 10  # measurements without progress
 PROGRESS = 0.9  # of the best distance before: progress
+#: Verdicts that other rates, momentum or penalties may help against.
+ANSWERED = (
+    "vanishing_gradient",
+    "exploding_gradient",
+    "noisy_gradient",
+    "weak_discriminator",
+    "oscillation",
+    "collapse",
+    "partial collapse",
+    "mode hopping",
+    "divergence",
+    "no variation",
+    "never learned",
+    "class collapse",
+)
 
 
 class Autopilot(GANCallback):
@@ -71,16 +86,19 @@ class Autopilot(GANCallback):
     the generator, unless the run has one; and rates that fall to zero at the end, unless a scheduler sets them.
 
     With ``when="trouble"`` it looks on until something is wrong: a verdict of the run's
-    :class:`~lightning_gan_stability.CollapseDetector` or :class:`~lightning_gan_stability.HealthMonitor`, a loss that
-    is not finite, a distance four times its best, or one far from the data that has not become smaller in ten
-    measurements. Until then the run is the same as without it, bit for bit. Then there is a race: from the beginning if
-    little was learned, else from the best state so far with calmer settings. With ``when="always"`` the run begins with
-    a race; later it looks on in the same way.
+    :class:`~lightning_gan_stability.CollapseDetector` or :class:`~lightning_gan_stability.HealthMonitor` that other
+    settings may help against, a loss that is not finite, a distance four times its best, or one far from the data that
+    has not become smaller in ten measurements. Until then the run is the same as without it, bit for bit. Then there is
+    a race: from the beginning if little was learned, else from the best state so far with calmer settings. With
+    ``when="always"`` the run begins with a race; later it looks on in the same way.
 
     What is tried and thrown away are batches of the run: ``trainer.global_step`` counts them, while
     ``module.iteration`` goes back. Loggers, monitors and checkpoints that are due during a race see the runner whose
     turn it is. Every action has a reason: it is logged as ``autopilot/<setting>``, stands in the table at the end and
     in the report, and is resumed exactly. All processes decide from the same numbers.
+
+    It costs fifty measurements of ``n_samples`` samples, and memory: copies of both networks and optimizers, in main
+    memory and in checkpoints, two outside of a race and up to six in one.
 
     Args:
         when: ``"trouble"`` or ``"always"``.
@@ -97,7 +115,7 @@ class Autopilot(GANCallback):
             :class:`~lightning_gan_stability.metrics.RandomConvolutions`, so that nothing is downloaded.
         n_samples: generated and real samples of a measurement.
         every: steps between measurements. None: fifty in a run.
-        max_races: after so many it only looks on.
+        max_races: after so many it only lowers rates, as often, and then looks on.
         explain: print each action and its reason.
 
     Attributes:
@@ -123,6 +141,8 @@ class Autopilot(GANCallback):
     shares: dict[Player, list[float]]
     steers: bool
     races: int
+    returns: int
+    moved: int
     answered: int
     turn: int
     round: int
@@ -168,9 +188,11 @@ class Autopilot(GANCallback):
         self.add_state("shares", {})  # of the rates of parameter groups, in that of the first
         self.add_state("steers", False)  # the run is no longer the user's alone
         self.add_state("races", 0)
+        self.add_state("returns", 0)  # to the best state, without a race
         self.add_state("actions", [])
         self.add_state("history", [])  # step and distance, outside of races
         self.add_state("answered", 0)  # verdicts of monitors
+        self.add_state("moved", -1)  # steps of the generator at the last measurement
         self.add_state("runners", [], on_device=False)
         self.add_state("turn", 0)  # whose turn it is
         self.add_state("round", 0)
@@ -212,13 +234,14 @@ class Autopilot(GANCallback):
 
     def _refuse(self, trainer: Trainer) -> None:
         for schedule in callbacks_of(trainer, OptimizerSchedule):
-            names = {"lr": ("g_lr", "d_lr"), "betas.0": ("beta1",), "betas.1": ("beta2",)}
+            rates = tuple(f"{player}_lr" for player in schedule.players)
+            names = {"lr": rates, "betas.0": ("beta1",), "betas.1": ("beta2",)}
             for key in schedule.values:
-                both = [name for name in names.get(key, ()) if name in self.limits]
+                both = dict.fromkeys(name for name in names.get(key, ()) if name in self.limits)
                 if both:
                     raise MisconfigurationException(
                         f"OptimizerSchedule sets {key!r} on every batch, which Autopilot steers: remove it from the "
-                        f"one, or set Autopilot(limits={{'{both[0]}': None}})."
+                        f"one, or set Autopilot(limits={both})."
                     )
         if any(detector.action == "rollback" for detector in callbacks_of(trainer, CollapseDetector)):
             raise MisconfigurationException(
@@ -241,11 +264,14 @@ class Autopilot(GANCallback):
         """Read what the user has set; begin a race, or go on as before."""
         super().on_train_start(trainer, pl_module)
         module: GANModule = pl_module  # type: ignore[assignment]
-        self._steering = Steering(trainer, module, self._brought)
+        self._steering = Steering(trainer, module, self._brought, self.limits)
         self._real: Reading | None = None
         self._horizon = self._steps_of(trainer)
         if self.own:
             self._steering.shares = self.shares
+            there = self._steering.read()  # a run may go on with other penalties
+            self.own = there | {name: value for name, value in self.own.items() if name in there}
+            self.settings = there | {name: value for name, value in self.settings.items() if name in there}
             if self.steers:
                 self._steering.apply(self.settings, self.settings, self._fall_at(trainer))
             if self._averages(module):
@@ -274,7 +300,7 @@ class Autopilot(GANCallback):
         if not self.steers:
             return
         for player in PLAYERS:
-            if not self._steering.scheduled(player):
+            if f"{player}_lr" in self.limits and not self._steering.scheduled(player):
                 self._steering.set_rates(player, self.settings[f"{player}_lr"], self._fall_at(trainer))
 
     def on_train_batch_end(
@@ -292,11 +318,19 @@ class Autopilot(GANCallback):
         elif trainer.global_step % self._every(trainer) == 0:
             self._look(trainer, module)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End a race that the run has no steps left for: the best runner so far stays, or else what was before."""
+        if self.leg_ends >= 0:
+            ranking = sorted((one for one in self.runners if one["state"]), key=lambda one: one["score"])
+            self.runners = ranking[:1]
+            self._finish(trainer, pl_module)  # type: ignore[arg-type]
+
     def rescue(self, trainer: Trainer, module: GANProtocol) -> bool:
         """A runner whose loss is not finite has lost; outside of a race, go back and begin one."""
         gan: GANModule = module  # type: ignore[assignment]
         if self.leg_ends >= 0:
             self._end_leg(trainer, gan, math.inf)
+            self.leg_ends += 1 if self.leg_ends >= 0 else 0  # the batch at hand is still to be counted
             return True
         return self._act(trainer, gan, "the loss or a gradient is not finite", went_wrong=True)
 
@@ -304,6 +338,9 @@ class Autopilot(GANCallback):
 
     def _look(self, trainer: Trainer, module: GANModule) -> None:
         """Measure; act if something is wrong."""
+        if module.steps["g"] == self.moved:
+            return  # it waits for the discriminator
+        self.moved = module.steps["g"]
         distance = self._distance(trainer, module)
         self._log(trainer, {"distance": distance})
         before = self.best["distance"] if self.best else math.inf
@@ -317,9 +354,7 @@ class Autopilot(GANCallback):
 
     def _trouble(self, trainer: Trainer, distance: float, before: float) -> str:
         """What is wrong, or nothing."""
-        events = [event for detector in callbacks_of(trainer, CollapseDetector) for event in detector.events]
-        events += [verdict for monitor in callbacks_of(trainer, HealthMonitor) for verdict in monitor.verdicts]
-        events.sort(key=lambda event: event["step"])
+        events = _verdicts(trainer)
         new, self.answered = len(events) > self.answered, len(events)
         if new:
             return f"a monitor says {events[-1]['verdict']!r}"
@@ -339,7 +374,7 @@ class Autopilot(GANCallback):
         first = self.history[0][1] if self.history else math.inf
         learned = self.best is not None and (self.races > 0 or self.best["distance"] < first / 2)
         may_race = self.races < self.max_races and left > 2 * self._cost()
-        if not may_race and not (learned and went_wrong):
+        if not may_race and not (learned and went_wrong and self.returns < self.max_races):
             return False
         if not self.steers:
             self._take_over(trainer, module)
@@ -349,6 +384,7 @@ class Autopilot(GANCallback):
             self._put_back(trainer, module, self.best)
             calmer = self._steering.calmer(self.settings, self.limits)
             if not may_race:  # no time to find out more
+                self.returns += 1
                 before, now = self.settings, calmer[min(1, len(calmer) - 1)]
                 self._set(trainer, now)
                 self.best = self._take(trainer, module) | {name: self.best[name] for name in ("distance", "step")}
@@ -419,11 +455,12 @@ class Autopilot(GANCallback):
     def _finish(self, trainer: Trainer, module: GANModule) -> None:
         """The best runner goes on."""
         self.leg_ends = -1
+        self.answered = len(_verdicts(trainer))  # of runners that are no more
         before = dict(self.own)
         if not self.runners:
             self._put_back(trainer, module, self.start)
             self._set(trainer, self.settings)
-            self._note(trainer, "nothing changes", "no settings had finite losses")
+            self._note(trainer, "nothing changes", "no settings came to the end of their turn with finite losses")
         else:
             winner = self.runners[0]
             self._put_back(trainer, module, winner["state"])
@@ -500,6 +537,8 @@ class Autopilot(GANCallback):
         rows = torch.cat([features_of(self.extractor, samples) for samples in reading.read()])
         features = interleaved(rows)
         reading.see(Seen(features, features.new_empty(len(features), 0)))
+        if not bool(features.isfinite().all()):
+            raise ValueError("Autopilot: the real samples have features that are not finite.")
         self._null = energy_distance(features[::2], features[1::2]) / 2 if len(features) > 1 else 0.0
         self._real = reading
         return reading
@@ -516,7 +555,7 @@ class Autopilot(GANCallback):
 
     def _steps_of(self, trainer: Trainer) -> int | None:
         """How many batches the run has, if that is known."""
-        steps = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+        steps = trainer.estimated_stepping_batches
         return int(steps) if math.isfinite(steps) else None
 
     def _every(self, trainer: Trainer) -> int:
@@ -553,6 +592,13 @@ class Autopilot(GANCallback):
         return Outcome(courses=courses, actions=actions)
 
 
+def _verdicts(trainer: Trainer) -> list[dict[str, Any]]:
+    """What monitors have said that settings may help against, in the order of steps."""
+    events = [event for detector in callbacks_of(trainer, CollapseDetector) for event in detector.events]
+    events += [verdict for monitor in callbacks_of(trainer, HealthMonitor) for verdict in monitor.verdicts]
+    return sorted((e for e in events if e["verdict"] in ANSWERED), key=lambda event: event["step"])
+
+
 def _checked_limits(limits: Mapping[str, Sequence[float] | None] | None) -> dict[str, tuple[float, float]]:
     given = {} if limits is None else limits
     check(isinstance(given, Mapping), "limits", "a dict of limits by name", limits)
@@ -565,6 +611,7 @@ def _checked_limits(limits: Mapping[str, Sequence[float] | None] | None) -> dict
             continue
         fits = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(x, int | float) for x in pair)
         check(fits and 0 <= pair[0] <= pair[1], f"limits[{name!r}]", "two numbers, the smaller one first", pair)
+        check("beta" not in name or pair[1] < 1, f"limits[{name!r}]", "two numbers below 1", pair)
         found[name] = float(pair[0]), float(pair[1])
     return found
 

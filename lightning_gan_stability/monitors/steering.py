@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from lightning.pytorch import Trainer
@@ -64,14 +64,17 @@ class Steering:
         trainer: of the run.
         module: whose optimizers.
         brought: R1 and R2 that belong to the one who steers, and rest at first.
+        limits: by their keys what may be steered at all.
 
     Attributes:
         shares: of the rates of each player's parameter groups, in that of the first.
         adaptive: both optimizers are Adam's kin, with ``betas``: rates mean the same for all networks.
     """
 
-    def __init__(self, trainer: Trainer, module: GANModule, brought: Sequence[Regularizer]) -> None:
-        self.trainer, self.module = trainer, module
+    def __init__(
+        self, trainer: Trainer, module: GANModule, brought: Sequence[Regularizer], limits: Collection[str]
+    ) -> None:
+        self.trainer, self.module, self.limits = trainer, module, limits
         self.shares: dict[Player, list[float]] = {}
         optimizers = [module.optimizer(player).optimizer for player in PLAYERS]
         self.adaptive = all("betas" in group for optimizer in optimizers for group in optimizer.param_groups)
@@ -84,11 +87,12 @@ class Steering:
         return any(config.scheduler.optimizer is optimizer for config in self.trainer.lr_scheduler_configs)
 
     def read(self) -> Settings:
-        """The numbers as they stand; of several parameter groups those of the first."""
+        """The numbers as they stand; of several parameter groups those of the first, of a scheduled rate its base."""
         found: Settings = {}
         for player in PLAYERS:
             group = self.module.optimizer(player).param_groups[0]
-            found[f"{player}_lr"] = float(group["lr"])
+            base = group.get("max_lr", group.get("initial_lr", group["lr"])) if self.scheduled(player) else group["lr"]
+            found[f"{player}_lr"] = float(base)
             if self.adaptive:
                 found[f"{player}_beta1"], found[f"{player}_beta2"] = map(float, group["betas"])
         for name, penalty in self.penalties.items():
@@ -105,18 +109,28 @@ class Steering:
         """
         for player in PLAYERS:
             name = f"{player}_lr"
-            if self.scheduled(player):
-                if new[name] != old[name]:
+            if name not in self.limits:
+                pass
+            elif self.scheduled(player):
+                if new[name] != old[name] and min(new[name], old[name]) > 0:
                     ScaleLearningRate(new[name] / old[name], player)(self.trainer, self.module)
             else:
                 self.set_rates(player, new[name], fall)
             for group in self.module.optimizer(player).param_groups if self.adaptive else ():
                 for i, beta in enumerate(("beta1", "beta2")):
+                    if beta not in self.limits or (i == 0 and self._cycles_momentum(player)):
+                        continue
                     set_number(group, f"betas.{i}", new[f"{player}_{beta}"])
         for name, penalty in self.penalties.items():
             penalty.weight = new[name] / 2
             if penalty in self.brought:
                 penalty.rests = new[name] == 0
+
+    def _cycles_momentum(self, player: Player) -> bool:
+        """Whether a scheduler sets β₁ on each step, as OneCycleLR does."""
+        optimizer = self.module.optimizer(player).optimizer
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        return any(s.optimizer is optimizer and getattr(s, "cycle_momentum", False) for s in schedulers)
 
     def note_rates(self) -> None:
         """Keep the relations of a player's parameter groups."""
