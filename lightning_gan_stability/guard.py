@@ -379,8 +379,7 @@ class Guard(Callback):
         if not logging.getLogger("lightning.pytorch").isEnabledFor(logging.INFO):
             return  # a script of many runs silences Lightning, and has words of its own
         known = self._outcome(trainer)
-        says = known != Outcome([], [], [], actions=[])
-        if known.troubles or (says and self.module.iteration):  # a refusal needs no table
+        if known.troubles or (any(known) and self.module.iteration):  # a refusal needs no table
             saved = Outcome(files=[("checkpoint", place) for place in _checkpoints(trainer)])
             print(describe_outcome(joined([saved, known]), trainer.global_step, stopped))
 

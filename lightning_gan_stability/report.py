@@ -185,11 +185,12 @@ def make_page(runs: Sequence[Run], names: Sequence[str]) -> str:
         page = _render(runs, names, charts[:shown], charts[shown:])
     series = series_of(runs, MOST - len(page.encode()))
     described = [{"name": name, "of_runs": of_runs, "slider": _slider(of_runs)} for name, of_runs in series]
-    samples = _template("samples.html.jinja").render(series=described, runs=_marked(names)) if series else ""
+    samples = page_template("samples.html.jinja").render(series=described, runs=_marked(names)) if series else ""
     return page.replace(PLACE, samples)
 
 
-def _template(name: str) -> Template:
+def page_template(name: str) -> Template:
+    """A template of the package, in which text is escaped."""
     loader = PackageLoader("lightning_gan_stability", "")
     return Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(name)
 
@@ -221,15 +222,22 @@ def _render(runs: Sequence[Run], names: Sequence[str], charts: Sequence[Chart], 
         "version": lightning_gan_stability.__version__,
         "made": _minutes(datetime.now(timezone.utc)),
     }
-    return str(
-        require("bokeh.embed", EXTRA).file_html(
-            document,
-            require("bokeh.resources", EXTRA).Resources(mode="inline", log_level="warn"),
-            f"GAN report: {names[0] if len(runs) == 1 else f'{len(runs)} runs'}",
-            template=_template("report.html.jinja"),
-            template_variables=variables,
-        )
-    )
+    title = f"GAN report: {names[0] if len(runs) == 1 else f'{len(runs)} runs'}"
+    return render_page(document, title, page_template("report.html.jinja"), variables)
+
+
+def render_page(document: Any, title: str, template: Template, variables: Mapping[str, Any]) -> str:
+    """A page that needs no network.
+
+    Args:
+        document: of Bokeh, with the charts.
+        title: of the page.
+        template: that places them.
+        variables: of the template.
+    """
+    resources = require("bokeh.resources", EXTRA).Resources(mode="inline", log_level="warn")
+    embed = require("bokeh.embed", EXTRA).file_html
+    return str(embed(document, resources, title, template=template, template_variables=variables))
 
 
 def _describe(run: Run) -> dict[str, Any]:

@@ -95,10 +95,8 @@ class GeneratorEMA(GANCallback):
             raise MisconfigurationException("A module has room for one GeneratorEMA: remove all but one.")
         if stage == "fit":
             refuse_after_weight_averaging(self, trainer)
-            module.average_rests = False
             self._found = module.generator_ema is not None
-            if module.generator_ema is None:
-                module.generator_ema = copy_network(module.generator)
+            make_room(module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the average that a checkpoint brings as one that was there."""
@@ -150,6 +148,13 @@ class GeneratorEMA(GANCallback):
                 else:  # made or resized by `forward`
                     register_like(mine, name, clone(now), theirs)
         follow_spectrum(average)
+
+
+def make_room(module: GANProtocol) -> None:
+    """Give a module an average that moves; it is a copy of the generator where there was none."""
+    module.average_rests = False
+    if module.generator_ema is None:
+        module.generator_ema = copy_network(module.generator)
 
 
 class Lookahead(GANCallback):

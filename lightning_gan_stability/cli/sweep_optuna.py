@@ -19,7 +19,7 @@ import yaml
 
 from lightning_gan_stability._checks import require
 from lightning_gan_stability.cli.sweep_plan import Plan, recipe
-from lightning_gan_stability.cli.sweep_space import short_names
+from lightning_gan_stability.cli.sweep_space import rounded, short_names
 from lightning_gan_stability.cli.sweep_trial import Process, Pruned, Record, State, prepare, result, run_here
 from lightning_gan_stability.run_folder import settings_of
 
@@ -327,13 +327,9 @@ def in_a_line(plan: Plan, record: Record) -> str:
     name = f"trial {record.number}" + (f" of {record.side}" if record.side else "")
     value = "" if record.value is None else f"{plan.metric} {record.value:.5g}, "
     names = short_names([*record.parameters])
-    drawn = ", ".join(f"{name} {_number(x)}" for name, x in zip(names, record.parameters.values(), strict=True))
+    drawn = ", ".join(f"{name} {rounded(x)}" for name, x in zip(names, record.parameters.values(), strict=True))
     how = {"pruned": "pruned, ", "failed": f"died ({record.error}; see {record.folder}), "}.get(record.state, "")
     return f"{name}: {how}{value}{record.seconds:.0f} s" + (f" ({drawn})" if drawn else "")
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # ---------- parts of Optuna

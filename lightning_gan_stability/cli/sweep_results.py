@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from jinja2 import Environment, PackageLoader
 
 import lightning_gan_stability as package
 from lightning_gan_stability._checks import require
 from lightning_gan_stability.cli.sweep_optuna import importance
 from lightning_gan_stability.cli.sweep_plan import Plan, recipe
-from lightning_gan_stability.cli.sweep_space import short_names
+from lightning_gan_stability.cli.sweep_space import rounded, short_names
 from lightning_gan_stability.cli.sweep_trial import OUTPUT, TRACEBACK, Record
 from lightning_gan_stability.metrics.budget import BestOfBudget, expected_best
 from lightning_gan_stability.monitors.files import written_whole
-from lightning_gan_stability.report import COLORS, TITLES, page_theme
+from lightning_gan_stability.report import COLORS, TITLES, page_template, page_theme, render_page
 
 SHOWN = 10  # trials in the table of the terminal
 BUDGETS = (1, 2, 5, 10, 20, 50, 100, 200, 500)  # that tables have, besides the last
@@ -149,16 +148,12 @@ def _trial_rows(results: Results, most: int | None) -> list[list[str]]:
     side = [] if plan.side_by_side is None else [plan.side_by_side.key.rpartition(".")[2]]
     rows = [["", *side, "trial", plan.metric, *short_names(keys), ""]]
     for i, record in enumerate(results.records[:most], start=1):
-        drawn = [_number(record.parameters.get(key, "")) for key in keys]
+        drawn = [rounded(record.parameters.get(key, "")) for key in keys]
         value = "" if record.value is None else f"{record.value:.5g}"
         state = {"complete": "", "running": "still running"}.get(record.state, record.state)
         error = f"{state}: {record.error}" if record.error else state
         rows.append([str(i), *([record.side] if side else []), str(record.number), value, *drawn, error[:60]])
     return rows
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _budget_rows(results: Results) -> list[list[str]]:
@@ -242,8 +237,6 @@ def as_page(results: Results) -> str:
     for i, (_, _, chart) in enumerate(charts):
         chart.name = f"chart {i}"
         document.add_root(chart)
-    loader = PackageLoader("lightning_gan_stability", "")
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     rows = _trial_rows(results, None)
     for row, record in zip(rows[1:], results.records, strict=True):
         row[-1] += "".join(f" ({record.folder / name})" for name in (TRACEBACK,) if record.state == "failed")
@@ -257,18 +250,10 @@ def as_page(results: Results) -> str:
         "output": OUTPUT,
         "version": package.__version__,
     }
-    template, title = environment.get_template("sweep.html.jinja"), f"Sweep: {plan.study}"
+    template, title = page_template("sweep.html.jinja"), f"Sweep: {plan.study}"
     if not charts:
         return template.render(variables, title=title, roots=[])
-    return str(
-        require("bokeh.embed", EXTRA).file_html(
-            document,
-            require("bokeh.resources", EXTRA).Resources(mode="inline", log_level="warn"),
-            title,
-            template=template,
-            template_variables=variables,
-        )
-    )
+    return render_page(document, title, template, variables)
 
 
 def _title(metric: str) -> str:

@@ -108,6 +108,16 @@ def on_line(value: Any) -> Any:
     return value if isinstance(value, str | int | float) and not isinstance(value, bool) else json.dumps(value)
 
 
+def rounded(value: Any) -> str:
+    """A drawn value as tables have it.
+
+    Example:
+        >>> rounded(0.00123456), rounded("Hinge"), rounded(7)
+        ('0.001235', 'Hinge', '7')
+    """
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def short_names(keys: Sequence[str]) -> list[str]:
     """Keys by as many of their last parts as tell them apart.
 

@@ -165,21 +165,31 @@ def run_here(folder: Path, metric: str, report: Report, beat: Callable[[], None]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with (folder / OUTPUT).open("w", encoding="utf-8") as out, _all_output_in(out):
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Experiment logs directory")
-                train(["fit", "--config", str(folder / RECIPE)], callbacks=[Measured(metric, report, beat)])
+            _fit(folder, Measured(metric, report, beat))
         except Pruned:
             raise
         except SystemExit as error:  # which Lightning makes of an interrupt
             raise KeyboardInterrupt from error
         except Exception as error:
-            (folder / TRACEBACK).write_text(traceback.format_exc(), encoding="utf-8")
             return _in_a_line(error)
         finally:
             for number, handler in handlers.items():
                 with suppress(ValueError, TypeError):  # in another thread; a handler that is not Python's
                     signal.signal(number, handler)
     return ""
+
+
+def _fit(folder: Path, measured: Measured) -> None:
+    """Run the recipe of a trial, and keep the traceback if it dies."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Experiment logs directory")
+        try:
+            train(["fit", "--config", str(folder / RECIPE)], callbacks=[measured])
+        except Pruned:
+            raise
+        except Exception:
+            (folder / TRACEBACK).write_text(traceback.format_exc(), encoding="utf-8")
+            raise
 
 
 @contextmanager
@@ -278,12 +288,7 @@ def main(recipe: str, metric: str) -> None:
         if os.getppid() != parent:
             raise SystemExit("The sweep that began this trial is gone.")
 
-    warnings.filterwarnings("ignore", "Experiment logs directory")
-    try:
-        train(["fit", "--config", recipe], callbacks=[Measured(metric, report)])
-    except Exception:
-        (folder / TRACEBACK).write_text(traceback.format_exc(), encoding="utf-8")
-        raise
+    _fit(folder, Measured(metric, report))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -12,13 +13,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_gan_stability._checks import check, check_bool, check_choice, check_integer, check_share, check_type
 from lightning_gan_stability.callback import GANCallback, Regularizer, callbacks_of
-from lightning_gan_stability.callbacks.averaging import GeneratorEMA
+from lightning_gan_stability.callbacks.averaging import GeneratorEMA, make_room
 from lightning_gan_stability.callbacks.optimizer_schedule import OptimizerSchedule
-from lightning_gan_stability.layers import copy_network, has_batch_norm
+from lightning_gan_stability.layers import has_batch_norm
 from lightning_gan_stability.metrics.energy import energy_distance
 from lightning_gan_stability.metrics.extractors import RandomConvolutions
 from lightning_gan_stability.metrics.statistics import Seen
@@ -35,9 +36,9 @@ from lightning_gan_stability.monitors.reading import (
 )
 from lightning_gan_stability.monitors.real_data import RealData, loader_to_read
 from lightning_gan_stability.monitors.rollback import put_back, take
-from lightning_gan_stability.monitors.steering import LIMITS, Settings, Steering, in_words
+from lightning_gan_stability.monitors.steering import LIMITS, PORTFOLIO, Settings, Steering, in_words
 from lightning_gan_stability.outcome import Action, Course, Outcome
-from lightning_gan_stability.outputs import PLAYERS, Player
+from lightning_gan_stability.outputs import PLAYERS, Player, Sample
 from lightning_gan_stability.protocols import GANProtocol
 from lightning_gan_stability.regularizers.gradient import R1Penalty, R2Penalty
 
@@ -230,7 +231,7 @@ class Autopilot(GANCallback):
         averaged = bool(callbacks_of(trainer, GeneratorEMA)) or bool(callbacks_of(trainer, WeightAveraging))
         self._ema = GeneratorEMA(half_life=1e9, ramp_up=1 / CHECKS) if self.average and not averaged else None
         if self._ema is not None and self.when == "always":
-            _make_room(pl_module)  # type: ignore[arg-type]  # before strategies wrap the module
+            make_room(pl_module)  # type: ignore[arg-type]  # before strategies wrap the module
 
     def _refuse(self, trainer: Trainer) -> None:
         for schedule in callbacks_of(trainer, OptimizerSchedule):
@@ -257,7 +258,7 @@ class Autopilot(GANCallback):
                 "Autopilot keeps copies of whole networks, which ModelParallelStrategy shards: use strategy='ddp', or "
                 "remove Autopilot."
             )
-        if self._averages(module):
+        if self._moving is not None:
             module.average_rests = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -274,14 +275,14 @@ class Autopilot(GANCallback):
             self.settings = there | {name: value for name, value in self.settings.items() if name in there}
             if self.steers:
                 self._steering.apply(self.settings, self.settings, self._fall_at(trainer))
-            if self._averages(module):
-                self._ema_of(module).load_state_dict(self.measured)
-                self._ema_of(module).go_on(module)
+            if self._moving is not None:
+                self._moving.load_state_dict(self.measured)
+                self._moving.go_on(module)
             return
         self._steering.note_rates()
         self.own = self._steering.read()
         self.settings, self.shares = dict(self.own), dict(self._steering.shares)
-        candidates = self._steering.candidates(self.own, self.limits)
+        candidates = self._steering.candidates(self.own)
         if len(candidates) == 1:
             raise MisconfigurationException(
                 "The limits of Autopilot leave no settings to try beside those of the run: widen `limits`, or remove "
@@ -308,10 +309,9 @@ class Autopilot(GANCallback):
     ) -> None:
         """Move the average; end the turn of a runner, or look whether something is wrong."""
         module: GANModule = pl_module  # type: ignore[assignment]
-        if self._averages(module):
-            average = self._ema_of(module)
-            average.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-            self.measured = average.state_dict()
+        if self._moving is not None:
+            self._moving.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self.measured = self._moving.state_dict()
         if self.leg_ends >= 0:
             if trainer.global_step >= self.leg_ends:
                 self._end_leg(trainer, module, self._distance(trainer, module))
@@ -382,7 +382,7 @@ class Autopilot(GANCallback):
             assert self.best is not None
             why = f"{why}; back to step {self.best['step']:,}"
             self._put_back(trainer, module, self.best)
-            calmer = self._steering.calmer(self.settings, self.limits)
+            calmer = self._steering.calmer(self.settings)
             if not may_race:  # no time to find out more
                 self.returns += 1
                 before, now = self.settings, calmer[min(1, len(calmer) - 1)]
@@ -392,18 +392,18 @@ class Autopilot(GANCallback):
                 return True
             self._race(trainer, module, calmer, why)
         elif learned or self.first is None:
-            self._race(trainer, module, self._steering.candidates(self.settings, self.limits), why)
+            self._race(trainer, module, self._steering.candidates(self.settings), why)
         else:
             self._put_back(trainer, module, self.first)
             why = f"{why}; back to the beginning"
-            self._race(trainer, module, self._steering.candidates(self.own, self.limits), why)
+            self._race(trainer, module, self._steering.candidates(self.own), why)
         return True
 
     def _take_over(self, trainer: Trainer, module: GANModule) -> None:
         """From here on the run is not the user's alone: there is an average, and rates fall."""
         self.steers = True
         if self._ema is not None:
-            _make_room(module)
+            make_room(module)
             self._ema.go_on(module)
             self._ema.reset(module)
             self.measured = self._ema.state_dict()
@@ -424,7 +424,7 @@ class Autopilot(GANCallback):
 
     def _cost(self) -> int:
         """Steps of a race."""
-        return STEPS * 25 if self._horizon is None else round(self.search * self._horizon)
+        return STEPS * _rounds(1 + len(PORTFOLIO)) if self._horizon is None else round(self.search * self._horizon)
 
     def _begin_leg(self, trainer: Trainer, module: GANModule) -> None:
         runner = self.runners[self.turn]
@@ -434,7 +434,7 @@ class Autopilot(GANCallback):
 
     def _end_leg(self, trainer: Trainer, module: GANModule, score: float) -> None:
         runner = self.runners[self.turn]
-        runner["score"] = score if math.isfinite(score) else math.inf
+        runner["score"] = score
         runner["state"] = self._take(trainer, module) if math.isfinite(score) else None
         self._log(trainer, {"distance": score})
         self.turn += 1
@@ -456,7 +456,6 @@ class Autopilot(GANCallback):
         """The best runner goes on."""
         self.leg_ends = -1
         self.answered = len(_verdicts(trainer))  # of runners that are no more
-        before = dict(self.own)
         if not self.runners:
             self._put_back(trainer, module, self.start)
             self._set(trainer, self.settings)
@@ -465,33 +464,32 @@ class Autopilot(GANCallback):
             winner = self.runners[0]
             self._put_back(trainer, module, winner["state"])
             self._set(trainer, winner["settings"])
-            self.history, self.best = [[trainer.global_step, winner["score"]]], None
+            self.history = [[trainer.global_step, winner["score"]]]
             self.best = self._take(trainer, module) | {"distance": winner["score"]}
             self._note(
                 trainer,
-                in_words(winner["settings"], before),
+                in_words(winner["settings"], self.own),
                 f"the distance to the data is {winner['score']:.3g} with it, real data {self._null:.3g}",
             )
         self.runners, self.start, self.first = [], None, None
 
     def _take(self, trainer: Trainer, module: GANModule) -> dict[str, Any]:
         """Everything that training moves, and the settings that it belongs to."""
-        kept = {"settings": dict(self.settings), "average": _copied(self.measured), "step": trainer.global_step}
+        kept = {"settings": dict(self.settings), "average": deepcopy(self.measured), "step": trainer.global_step}
         return take(trainer, module) | kept
 
     def _put_back(self, trainer: Trainer, module: GANModule, state: dict[str, Any] | None) -> None:
         assert state is not None
-        averages = self._averages(module)
         put_back(trainer, module, state)
         self.settings = dict(state["settings"])
-        if averages and state["average"]:
-            average = self._ema_of(module)
-            average.load_state_dict(_copied(state["average"]))
-            average.go_on(module)
-            self.measured = average.state_dict()
-        elif averages:  # of a time when there was none: the weights that were put back are its beginning
-            self._ema_of(module).reset(module)
-            self.measured = self._ema_of(module).state_dict()
+        if self._moving is None:
+            return
+        if state["average"]:
+            self._moving.load_state_dict(deepcopy(state["average"]))
+            self._moving.go_on(module)
+        else:  # of a time when there was none: the weights that were put back are its beginning
+            self._moving.reset(module)
+        self.measured = self._moving.state_dict()
 
     def _set(self, trainer: Trainer, settings: Settings) -> None:
         self._steering.apply(settings, self.settings, self._fall_at(trainer))
@@ -511,12 +509,7 @@ class Autopilot(GANCallback):
         return found if math.isfinite(found) else math.inf
 
     def _distance_of(self, module: GANModule, real: Reading) -> float:
-        assert self.extractor is not None
-        parts = [
-            features_of(self.extractor, samples)
-            for samples in generated(module, real, self.n_samples, self._at_once, "autopilot")
-        ]
-        fake = interleaved(torch.cat(parts))
+        fake = self._features(generated(module, real, self.n_samples, self._at_once, "autopilot"))
         return energy_distance(real.seen.features, fake) if bool(fake.isfinite().all()) else math.inf
 
     def _read(self, trainer: Trainer, module: GANModule) -> Reading:
@@ -530,12 +523,11 @@ class Autopilot(GANCallback):
         if first is None:
             raise MisconfigurationException("Autopilot compares samples with real ones, and there are none to read.")
         if self.extractor is None:
-            spatial = isinstance(first.real, torch.Tensor) and first.real.dim() > 2
+            spatial = isinstance(first.real, Tensor) and first.real.dim() > 2
             self.extractor = RandomConvolutions() if spatial else extractor_for(first.real, "Autopilot")
         self._at_once = samples_at_once(first.real)
         reading = Reading(data, first.condition)
-        rows = torch.cat([features_of(self.extractor, samples) for samples in reading.read()])
-        features = interleaved(rows)
+        features = self._features(reading.read())
         reading.see(Seen(features, features.new_empty(len(features), 0)))
         if not bool(features.isfinite().all()):
             raise ValueError("Autopilot: the real samples have features that are not finite.")
@@ -543,15 +535,17 @@ class Autopilot(GANCallback):
         self._real = reading
         return reading
 
+    def _features(self, parts: Iterable[Sample]) -> Tensor:
+        """Features of the samples of all ranks."""
+        assert self.extractor is not None
+        return interleaved(torch.cat([features_of(self.extractor, samples) for samples in parts]))
+
     # ---------- small things
 
-    def _averages(self, module: GANModule) -> bool:
-        """Whether there is an average that is its own."""
-        return self._ema is not None and self.steers and module.generator_ema is not None
-
-    def _ema_of(self, module: GANModule) -> GeneratorEMA:
-        assert self._ema is not None
-        return self._ema
+    @property
+    def _moving(self) -> GeneratorEMA | None:
+        """The average that is its own, from where it steers the run."""
+        return self._ema if self.steers else None
 
     def _steps_of(self, trainer: Trainer) -> int | None:
         """How many batches the run has, if that is known."""
@@ -622,16 +616,6 @@ def _rounds(n: int) -> int:
     for kept in KEPT[:-1]:
         legs, length = legs + min(kept, n) * length, 2 * length
     return legs
-
-
-def _copied(state: Any) -> Any:
-    return {name: {k: v.clone() for k, v in x.items()} if isinstance(x, dict) else x for name, x in state.items()}
-
-
-def _make_room(module: GANModule) -> None:
-    module.average_rests = False
-    if module.generator_ema is None:
-        module.generator_ema = copy_network(module.generator)
 
 
 @contextmanager

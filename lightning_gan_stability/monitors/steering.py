@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from lightning.pytorch import Trainer
@@ -64,7 +64,7 @@ class Steering:
         trainer: of the run.
         module: whose optimizers.
         brought: R1 and R2 that belong to the one who steers, and rest at first.
-        limits: by their keys what may be steered at all.
+        limits: of what may be steered at all, by name.
 
     Attributes:
         shares: of the rates of each player's parameter groups, in that of the first.
@@ -72,7 +72,11 @@ class Steering:
     """
 
     def __init__(
-        self, trainer: Trainer, module: GANModule, brought: Sequence[Regularizer], limits: Collection[str]
+        self,
+        trainer: Trainer,
+        module: GANModule,
+        brought: Sequence[Regularizer],
+        limits: Mapping[str, tuple[float, float]],
     ) -> None:
         self.trainer, self.module, self.limits = trainer, module, limits
         self.shares: dict[Player, list[float]] = {}
@@ -147,7 +151,7 @@ class Steering:
 
     # ---------- what to try
 
-    def candidates(self, own: Settings, limits: Mapping[str, tuple[float, float]]) -> list[Settings]:
+    def candidates(self, own: Settings) -> list[Settings]:
         """The user's own settings, and others to try beside them, each once."""
         found = [own]
         if self.adaptive:
@@ -157,15 +161,15 @@ class Steering:
         else:
             for g, d, gamma in AROUND:
                 found.append(own | {"g_lr": g * own["g_lr"], "d_lr": d * own["d_lr"]} | self._penalized(gamma))
-        return distinct(within(settings, own, limits) for settings in found)
+        return distinct(within(settings, own, self.limits) for settings in found)
 
-    def calmer(self, now: Settings, limits: Mapping[str, tuple[float, float]]) -> list[Settings]:
+    def calmer(self, now: Settings) -> list[Settings]:
         """The settings that stand, and calmer ones."""
         found = [now]
         for g, d, gamma in CALMER:
             stronger = {name: max(gamma * now[name], 0.1 if gamma > 1 else 0.0) for name in self.penalties}
             found.append(now | {"g_lr": g * now["g_lr"], "d_lr": d * now["d_lr"]} | stronger)
-        return distinct(within(settings, now, limits) for settings in found)
+        return distinct(within(settings, now, self.limits) for settings in found)
 
     def _penalized(self, gamma: float) -> Settings:
         return dict.fromkeys(self.penalties, gamma)
