@@ -1,6 +1,8 @@
 """Autopilot: what it leaves alone, what it tries, what it chooses, and that its runs are accounted for and resumed."""
 
 import math
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import scipy.stats
@@ -11,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from toys import fit, points, sgd, small, trainer, weights
+from toys import Line, Point, fit, points, sgd, small, trainer, weights, zeros
 
 from lightning_gan_stability import (
     MLP,
@@ -35,6 +37,8 @@ from lightning_gan_stability.events import read_events
 from lightning_gan_stability.metrics import RandomConvolutions, energy_distance
 from lightning_gan_stability.monitors.steering import LIMITS, PORTFOLIO
 from lightning_gan_stability.outcome import describe_outcome
+
+TURNS = 1 + len(PORTFOLIO) + 4 * 2 + 2 * 4  # of a race: all for one length, four for two, two for four
 
 
 def adam(lr, betas=(0.5, 0.999)):
@@ -148,9 +152,9 @@ def test_a_race_tries_each_setting_from_the_same_state_and_counts_its_batches():
     autopilot, watch = Autopilot("always", search=0.5), Watch()
     module = gan()
     run(module, autopilot, 200, watch)
-    legs, n = 100 // 25, 1 + len(PORTFOLIO)
-    assert autopilot.actions[-1]["step"] == legs * 25  # nine for one length, four for two, two for four
-    tried = [watch.rows[i * legs] for i in range(n)]
+    leg, turns = round(100 / TURNS), len(PORTFOLIO) + 1
+    assert autopilot.actions[-1]["step"] == leg * TURNS
+    tried = [watch.rows[i * leg] for i in range(turns)]
     expected = [(1e-3, 1e-3, 0.5, 0.999, 0.0), *PORTFOLIO]
     for row, (g_lr, d_lr, beta1, beta2, gamma) in zip(tried, expected, strict=True):
         assert row["lr"] == [[pytest.approx(d_lr)], [pytest.approx(g_lr)]]
@@ -158,7 +162,37 @@ def test_a_race_tries_each_setting_from_the_same_state_and_counts_its_batches():
         assert row["gamma"] == [gamma] * 2
         assert row["iteration"] == 1
     assert len(watch.rows) == 200
-    assert module.iteration == 200 - 25 * legs + 7 * legs
+    assert module.iteration == 200 - TURNS * leg + 7 * leg
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_it_does_what_the_rule_does_that_was_written_down_without_it(seed, monkeypatch):
+    """Dirac-GANs with random rates, losses and optimizers: in closed form, and through a Trainer."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples" / "benchmarks")
+    game = import_module("dirac").draw(seed)
+    closed_form = import_module("dirac").Pilot(game, 300).run()
+    trained = import_module("dirac").through_trainer(game, 300)
+    assert trained == pytest.approx(closed_form, rel=1e-9)
+
+
+def test_a_runner_that_stands_still_loses_to_those_that_move_away_at_first():
+    """From (1, 1) the Dirac-GAN goes away from the data at first; with rates of 1e-6 it stays, and looks better."""
+    rates = {"g_optimizer": adam(1e-6), "d_optimizer": adam(1e-6)}
+    module = GANModule(Point(), Line(), latent_dim=1, loss=Wasserstein(), **rates)
+    fit(module, zeros(2000), max_steps=2000, callbacks=[autopilot := Autopilot("always", n_samples=50)])
+    assert autopilot.actions[1]["what"].startswith(("g_lr", "d_lr"))
+    assert autopilot.settings["g_lr"] > 1e-6
+    assert abs(module.generator_ema.theta.item()) < 0.1
+
+
+def test_among_those_that_are_near_enough_the_known_order_counts():
+    """A generator that is right from the beginning: all are as near as can be told, with rates that hardly move it."""
+    slow = {"g_lr": [1e-7, 1e-7], "d_lr": [1e-7, 1e-7]}
+    module = small(0, g_optimizer=adam(1e-9), d_optimizer=adam(1e-9))
+    with torch.no_grad():
+        data = [module.sample(32) for _ in range(200)]
+    fit(module, data, max_steps=200, callbacks=[autopilot := Autopilot("always", limits=slow, n_samples=200)])
+    assert autopilot.settings["r1"] == PORTFOLIO[0][-1]
 
 
 def test_it_finds_rates_where_those_of_the_user_do_nothing():
@@ -274,8 +308,9 @@ def test_rates_of_all_groups_fall_to_zero_together():
 def test_rates_fall_in_each_turn_of_a_race():
     watch, autopilot = Watch(), Autopilot("always", search=0.5, fall=0.5)
     run(gan(), autopilot, 200, watch)
-    starts = [4 * i for i in range(9)] + [36 + 8 * i for i in range(4)] + [68, 84]
-    for start, length in zip(starts, [4] * 9 + [8] * 4 + [16] * 2, strict=True):
+    lengths = [4] * (1 + len(PORTFOLIO)) + [8] * 4 + [16] * 2
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    for start, length in zip(starts, lengths, strict=True):
         # the last batch of a turn is seen after the next one's rates are set
         rates = [row["lr"][0][0] for row in watch.rows[start : start + length - 1]]
         factors = [min(1.0, (1 - i / length) / 0.5) for i in range(length - 1)]
@@ -319,9 +354,12 @@ def test_a_discriminator_with_batch_norm_has_no_penalty():
 
 
 def test_optimizers_without_betas_get_rates_around_their_own():
-    run(gan(g_optimizer=sgd(0.01), d_optimizer=sgd(0.02)), autopilot := Autopilot("always"), 60, watch := Watch())
-    tried = {row["lr"][1][0] for row in watch.rows[:20]}
-    assert any(rate == pytest.approx(0.02) for rate in tried)
+    autopilot, watch = Autopilot("always", search=0.5), Watch()
+    run(gan(g_optimizer=sgd(0.01), d_optimizer=sgd(0.02)), autopilot, 200, watch)
+    tried = {tuple(rates[0] for rates in row["lr"]) for row in watch.rows[:36]}  # d, g
+    mean = math.sqrt(0.01 * 0.02)
+    assert any(pair == pytest.approx((0.02, 0.01)) for pair in tried)
+    assert any(pair == pytest.approx((30 * mean, 10 * mean)) for pair in tried)
     assert set(autopilot.settings) == {
         "g_lr",
         "d_lr",
@@ -414,7 +452,7 @@ def test_the_length_of_a_run_is_that_of_its_epochs_too():
     real = torch.randn(160, 2)
     autopilot = Autopilot("always", n_samples=50)
     trainer(max_steps=10**6, max_epochs=10, callbacks=[autopilot]).fit(gan(), DataLoader(TensorDataset(real), 16))
-    assert [action["step"] for action in autopilot.actions] == [0, 25]
+    assert [action["step"] for action in autopilot.actions][:2] == [0, TURNS]
 
 
 def test_data_that_are_not_finite_end_a_run():
@@ -479,7 +517,8 @@ def test_the_end_of_a_run_says_what_was_done(tmp_path):
 
 def test_explain_prints_why(capsys):
     run(gan(), Autopilot("always", explain=True), 60)
-    assert "Autopilot, step 0: a race of 9 settings, because the run begins." in capsys.readouterr().out
+    settings = 1 + len(PORTFOLIO)
+    assert f"Autopilot, step 0: a race of {settings} settings, because the run begins." in capsys.readouterr().out
     run(gan(), Autopilot("always"), 60)
     assert "because the run begins" not in capsys.readouterr().out.splitlines()[:1]
 
@@ -489,9 +528,9 @@ def test_an_autopilot_serves_another_module_afterwards():
     run(gan(), autopilot, 60)
     before = autopilot.actions
     run(gan(seed=1), autopilot, 60)
-    assert len(before) == 2
-    assert autopilot.actions[0]["why"] == "the run begins"
-    assert len(autopilot.actions) == 2
+    assert before is not autopilot.actions
+    for actions in (before, autopilot.actions):
+        assert [action["why"] == "the run begins" for action in actions] == [True, *[False] * (len(actions) - 1)]
 
 
 # ---------- bad input

@@ -482,6 +482,14 @@ def test_monitors_benchmark_smoke(run, monkeypatch):
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.timeout(200)
+def test_dirac_benchmark_smoke(run, monkeypatch):
+    out = benchmark(run, monkeypatch, "dirac")
+    assert "10 games of 500 steps" in out
+    assert "| all | 10 |" in out
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.timeout(200)
 def test_random_recipes_benchmark_smoke(run, monkeypatch):
     out = benchmark(run, monkeypatch, "random_recipes")
     rows = [line.split(" | ")[:2] for line in out.splitlines() if line.startswith("| ")]

@@ -52,6 +52,7 @@ WORSE = 4.0  # times the best distance: it went wrong
 NEAR = 4.0  # times the distance of real data to themselves: as good as it gets
 PATIENCE = 10  # measurements without progress
 PROGRESS = 0.9  # of the best distance before: progress
+STILL = 0.02  # of the distance to the data at the beginning: samples that went less far stand still
 #: Verdicts that other rates, momentum or penalties may help against.
 ANSWERED = (
     "vanishing_gradient",
@@ -79,7 +80,10 @@ class Autopilot(GANCallback):
     steps each; the best four go on for twice as many, the best two for four times as many, and the best one stays.
     Rates fall at the end of each turn, because high ones look bad until they fall. A runner is judged by the energy
     distance of generated to real samples, 2 E‖x − y‖ − E‖x − x′‖ − E‖y − y′‖, of validation data where there are any;
-    the mean of that of the average of its generator and of the generator as it is, so that who circles loses.
+    the mean of that of the average of its generator and of the generator as it is, so that who circles loses. Two rules
+    more: who has hardly moved while others have loses to them, even if they went away from the data at first, as games
+    do that circle; and among those that are as near as can be told, within four times the distance of real data to
+    themselves, the order counts, in which settings come that are known to be good for most.
 
     What is steered: learning rates of both players, each by itself; β₁ and β₂ of optimizers that have them; γ of
     :class:`~lightning_gan_stability.R1Penalty` and :class:`~lightning_gan_stability.R2Penalty`, which it brings along
@@ -131,7 +135,7 @@ class Autopilot(GANCallback):
 
     Example:
         >>> Autopilot(when="always", limits={"gamma": None}).limits["g_lr"]
-        (1e-06, 0.02)
+        (1e-07, 1.0)
     """
 
     rolled_back = False
@@ -151,12 +155,14 @@ class Autopilot(GANCallback):
     leg_ends: int
     runners: list[Runner]
     start: dict[str, Any] | None
+    start_distance: float
+    start_seen: Tensor | None
     first: dict[str, Any] | None
     best: dict[str, Any] | None
     actions: list[dict[str, Any]]
     history: list[list[float]]
     measured: dict[str, Any]
-    _null: float = math.nan  # the distance of real data to themselves
+    _null: float = math.nan  # the mean distance of real data to themselves, of as many samples
 
     def __init__(
         self,
@@ -200,6 +206,8 @@ class Autopilot(GANCallback):
         self.add_state("leg", 0)  # steps of the first round of this race
         self.add_state("leg_ends", -1)  # at which global step
         self.add_state("start", None, on_device=False)  # of a race
+        self.add_state("start_distance", math.inf)
+        self.add_state("start_seen", None, on_device=False)  # features of its generator's samples
         self.add_state("first", None, on_device=False)  # of the run
         self.add_state("best", None, on_device=False)  # since the last race
         self.add_state("measured", {}, on_device=False)  # of the average
@@ -314,14 +322,14 @@ class Autopilot(GANCallback):
             self.measured = self._moving.state_dict()
         if self.leg_ends >= 0:
             if trainer.global_step >= self.leg_ends:
-                self._end_leg(trainer, module, self._distance(trainer, module))
+                self._end_leg(trainer, module, self._see(trainer, module))
         elif trainer.global_step % self._every(trainer) == 0:
             self._look(trainer, module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End a race that the run has no steps left for: the best runner so far stays, or else what was before."""
         if self.leg_ends >= 0:
-            ranking = sorted((one for one in self.runners if one["state"]), key=lambda one: one["score"])
+            ranking = sorted((one for one in self.runners if one["state"]), key=self._rank)
             self.runners = ranking[:1]
             self._finish(trainer, pl_module)  # type: ignore[arg-type]
 
@@ -329,7 +337,7 @@ class Autopilot(GANCallback):
         """A runner whose loss is not finite has lost; outside of a race, go back and begin one."""
         gan: GANModule = module  # type: ignore[assignment]
         if self.leg_ends >= 0:
-            self._end_leg(trainer, gan, math.inf)
+            self._end_leg(trainer, gan, [])
             self.leg_ends += 1 if self.leg_ends >= 0 else 0  # the batch at hand is still to be counted
             return True
         return self._act(trainer, gan, "the loss or a gradient is not finite", went_wrong=True)
@@ -341,7 +349,7 @@ class Autopilot(GANCallback):
         if module.steps["g"] == self.moved:
             return  # it waits for the discriminator
         self.moved = module.steps["g"]
-        distance = self._distance(trainer, module)
+        distance = self._distance(trainer, self._see(trainer, module))
         self._log(trainer, {"distance": distance})
         before = self.best["distance"] if self.best else math.inf
         self.history.append([trainer.global_step, distance])
@@ -413,7 +421,13 @@ class Autopilot(GANCallback):
     def _race(self, trainer: Trainer, module: GANModule, candidates: list[Settings], why: str) -> None:
         self.races += 1
         self.start = self._take(trainer, module)
-        self.runners = [{"settings": settings, "score": math.inf, "state": None} for settings in candidates]
+        *_, self.start_seen = seen = self._see(trainer, module)
+        self.start_distance = self._distance(trainer, seen)
+        places = [len(candidates), *range(1, len(candidates))]  # known ones before those that stand
+        self.runners = [
+            {"settings": settings, "place": place, "score": math.inf, "stands": True, "state": None}
+            for settings, place in zip(candidates, places, strict=True)
+        ]
         self.leg, self.round, self.turn = self._leg_of(len(candidates)), 0, 0
         self._note(trainer, f"a race of {len(candidates)} settings", why)
         self._begin_leg(trainer, module)
@@ -432,13 +446,14 @@ class Autopilot(GANCallback):
         self.leg_ends = trainer.global_step + self.leg * 2**self.round
         self._set(trainer, runner["settings"])
 
-    def _end_leg(self, trainer: Trainer, module: GANModule, score: float) -> None:
+    def _end_leg(self, trainer: Trainer, module: GANModule, seen: list[Tensor]) -> None:
         runner = self.runners[self.turn]
-        runner["score"] = score
+        runner["score"] = score = self._distance(trainer, seen)
+        runner["stands"] = self._stands(trainer, seen)
         runner["state"] = self._take(trainer, module) if math.isfinite(score) else None
         self._log(trainer, {"distance": score})
         self.turn += 1
-        ranking = sorted(self.runners[: self.turn], key=lambda one: one["score"])
+        ranking = sorted(self.runners[: self.turn], key=self._rank)
         for one in ranking[KEPT[self.round] :]:
             one["state"] = None  # it is out, and its memory is free
         if self.turn < len(self.runners):
@@ -451,6 +466,11 @@ class Autopilot(GANCallback):
             self._begin_leg(trainer, module)
         else:
             self._finish(trainer, module)
+
+    def _rank(self, runner: Runner) -> tuple[bool, bool, float]:
+        """Who has moved comes first, then who is as near to the data as can be told, then who is nearer."""
+        score, near = runner["score"], runner["score"] <= NEAR * self._null
+        return (runner["stands"] or not math.isfinite(score), not near, runner["place"] if near else score)
 
     def _finish(self, trainer: Trainer, module: GANModule) -> None:
         """The best runner goes on."""
@@ -471,7 +491,7 @@ class Autopilot(GANCallback):
                 in_words(winner["settings"], self.own),
                 f"the distance to the data is {winner['score']:.3g} with it, real data {self._null:.3g}",
             )
-        self.runners, self.start, self.first = [], None, None
+        self.runners, self.start, self.start_seen, self.first = [], None, None, None
 
     def _take(self, trainer: Trainer, module: GANModule) -> dict[str, Any]:
         """Everything that training moves, and the settings that it belongs to."""
@@ -497,20 +517,30 @@ class Autopilot(GANCallback):
 
     # ---------- judging
 
-    def _distance(self, trainer: Trainer, module: GANModule) -> float:
-        """The energy distance to real samples, of the average and of the generator as it is."""
+    def _see(self, trainer: Trainer, module: GANModule) -> list[Tensor]:
+        """Features of samples: of the average, if there is one, and of the generator as it is."""
         with isolate_rng(), module.noise.of("autopilot"):
             real = self._read(trainer, module)
-            averaged = module.generator_ema is not None
-            values = [self._distance_of(module, real)] if averaged else []
+            seen = [self._draw(module, real)] if module.generator_ema is not None else []
             with _without_average(module):
-                values.append(self._distance_of(module, real))
-        found: float = trainer.strategy.broadcast(sum(values) / len(values))
-        return found if math.isfinite(found) else math.inf
+                return [*seen, self._draw(module, real)]
 
-    def _distance_of(self, module: GANModule, real: Reading) -> float:
-        fake = self._features(generated(module, real, self.n_samples, self._at_once, "autopilot"))
-        return energy_distance(real.seen.features, fake) if bool(fake.isfinite().all()) else math.inf
+    def _draw(self, module: GANModule, real: Reading) -> Tensor:
+        return self._features(generated(module, real, self.n_samples, self._at_once, "autopilot"))
+
+    def _distance(self, trainer: Trainer, seen: list[Tensor]) -> float:
+        """The energy distance to real samples; infinite if they are not finite."""
+        if self._real is None or not _finite(seen):
+            return math.inf
+        return _mean_distance(trainer, self._real.seen.features, seen)
+
+    def _stands(self, trainer: Trainer, seen: list[Tensor]) -> bool:
+        """Whether samples are hardly others than at the beginning of the race, where they were far from the data."""
+        assert self.start_seen is not None
+        if self.start_distance <= NEAR * self._null or not _finite(seen):
+            return False
+        went = _mean_distance(trainer, self.start_seen.to(seen[0].device), seen)
+        return went <= STILL * self.start_distance
 
     def _read(self, trainer: Trainer, module: GANModule) -> Reading:
         """The real samples, read once."""
@@ -531,7 +561,8 @@ class Autopilot(GANCallback):
         reading.see(Seen(features, features.new_empty(len(features), 0)))
         if not bool(features.isfinite().all()):
             raise ValueError("Autopilot: the real samples have features that are not finite.")
-        self._null = energy_distance(features[::2], features[1::2]) / 2 if len(features) > 1 else 0.0
+        apart = float(torch.pdist(features.double()).mean()) if len(features) > 1 else 0.0
+        self._null = apart * (1 / len(features) + 1 / self.n_samples)
         self._real = reading
         return reading
 
@@ -607,6 +638,17 @@ def _checked_limits(limits: Mapping[str, Sequence[float] | None] | None) -> dict
         check(fits and 0 <= pair[0] <= pair[1], f"limits[{name!r}]", "two numbers, the smaller one first", pair)
         check("beta" not in name or pair[1] < 1, f"limits[{name!r}]", "two numbers below 1", pair)
         found[name] = float(pair[0]), float(pair[1])
+    return found
+
+
+def _finite(seen: list[Tensor]) -> bool:
+    return bool(seen) and all(bool(fake.isfinite().all()) for fake in seen)
+
+
+def _mean_distance(trainer: Trainer, real: Tensor, seen: list[Tensor]) -> float:
+    """The same on all ranks."""
+    mean = sum(energy_distance(real, fake) for fake in seen) / len(seen)
+    found: float = trainer.strategy.broadcast(mean)
     return found
 
 

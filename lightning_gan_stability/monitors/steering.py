@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -18,8 +19,8 @@ Settings: TypeAlias = dict[str, float]
 
 #: What may be steered, and between which numbers by default.
 LIMITS: dict[str, tuple[float, float]] = {
-    "g_lr": (1e-6, 2e-2),
-    "d_lr": (1e-6, 3e-2),
+    "g_lr": (1e-7, 1.0),
+    "d_lr": (1e-7, 1.0),
     "beta1": (0.0, 0.9),
     "beta2": (0.9, 0.999),
     "gamma": (0.0, 10.0),
@@ -27,25 +28,24 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 # (g_lr, d_lr, beta1, beta2, gamma), found on random recipes for points in the plane: see docs/measured.md
 PORTFOLIO = (
+    (3e-3, 1e-2, 0.0, 0.9, 1.0),
     (3e-3, 1e-2, 0.0, 0.99, 0.1),
-    (6e-3, 2e-2, 0.0, 0.99, 0.3),
-    (1e-3, 4e-3, 0.0, 0.99, 0.1),
     (3e-3, 3e-3, 0.5, 0.9, 0.1),
-    (3e-3, 1e-2, 0.0, 0.99, 1.0),
+    (1e-3, 4e-3, 0.0, 0.99, 0.1),
     (1e-3, 1e-3, 0.5, 0.99, 0.03),
-    (1e-3, 1e-2, 0.0, 0.99, 0.3),
     (3e-4, 1e-3, 0.5, 0.99, 0.03),
 )
-# (factor of g_lr, factor of d_lr, gamma), around rates of optimizers that are not like Adam
+# (g_lr and d_lr in geometric means of the user's, gamma), for optimizers that are not like Adam: one cannot know which
+# rates suit them, and those of the user may be far from each other
 AROUND = (
     (1.0, 3.0, 0.1),
-    (3.0, 10.0, 0.1),
-    (0.3, 1.0, 0.1),
-    (3.0, 3.0, 0.1),
-    (0.3, 0.3, 0.1),
+    (10.0, 10.0, 0.1),
     (10.0, 30.0, 0.1),
     (0.1, 0.1, 0.1),
-    (1.0, 0.3, 0.0),
+    (1.0, 1.0, 0.1),
+    (100.0, 100.0, 0.1),
+    (100.0, 300.0, 0.1),
+    (1000.0, 1000.0, 0.1),
 )
 # (factor of g_lr, factor of d_lr, factor of gamma), when a run that had learned goes wrong
 CALMER = (
@@ -159,15 +159,16 @@ class Steering:
                 betas = {f"{player}_{k}": v for player in PLAYERS for k, v in (("beta1", beta1), ("beta2", beta2))}
                 found.append(own | {"g_lr": g_lr, "d_lr": d_lr} | betas | self._penalized(gamma))
         else:
+            mean = math.sqrt(own["g_lr"] * own["d_lr"])
             for g, d, gamma in AROUND:
-                found.append(own | {"g_lr": g * own["g_lr"], "d_lr": d * own["d_lr"]} | self._penalized(gamma))
+                found.append(own | {"g_lr": g * mean, "d_lr": d * mean} | self._penalized(gamma))
         return distinct(within(settings, own, self.limits) for settings in found)
 
     def calmer(self, now: Settings) -> list[Settings]:
         """The settings that stand, and calmer ones."""
         found = [now]
         for g, d, gamma in CALMER:
-            stronger = {name: max(gamma * now[name], 0.1 if gamma > 1 else 0.0) for name in self.penalties}
+            stronger = {name: max(gamma * now[name], 0.1) for name in self.penalties}
             found.append(now | {"g_lr": g * now["g_lr"], "d_lr": d * now["d_lr"]} | stronger)
         return distinct(within(settings, now, self.limits) for settings in found)
 
