@@ -226,12 +226,13 @@ class Pilot:
             return
         self.moved = self.state.steps
         distance = self.state.distance
-        before = self.best[0] if self.best else math.inf
+        before = min(self.history[1:], default=math.inf)  # the first one is of rates that had fallen
         self.history.append(distance)
-        recent, earlier = self.history[-10:], self.history[:-10]
+        past = self.history[1:]
+        recent, earlier = past[-10:], past[:-10]
         wrong = distance > 4 * before
-        stuck = bool(earlier) and min(recent) > 0.9 * min(earlier) and min(self.history) > 0
-        if distance < before:
+        stuck = bool(earlier) and min(recent) > 0.9 * min(earlier) and min(past) > 0
+        if distance < before and (self.best is None or distance <= 4 * self.best[0]):
             self.best = (distance, self.state.copy(), self.settings)
         if wrong or stuck:
             self.act(wrong)

@@ -351,14 +351,19 @@ class Autopilot(GANCallback):
         self.moved = module.steps["g"]
         distance = self._distance(trainer, self._see(trainer, module))
         self._log(trainer, {"distance": distance})
-        before = self.best["distance"] if self.best else math.inf
+        before = min((value for _, value in self._looks()), default=math.inf)
         self.history.append([trainer.global_step, distance])
         why = self._trouble(trainer, distance, before)
-        if distance < before:
+        wrong = distance > max(WORSE * before, NEAR * self._null)
+        # rates rise again after a race, and samples may go away for a while: its winner is better than that
+        if distance < before and (self.best is None or distance <= WORSE * self.best["distance"]):
             self.best = self._take(trainer, module) | {"distance": distance}
         if why:
-            wrong = distance > max(WORSE * before, NEAR * self._null)
             self._act(trainer, module, why, went_wrong=wrong)
+
+    def _looks(self) -> list[list[float]]:
+        """Steps and distances since the last race, whose own is one of rates that had fallen."""
+        return self.history[1:] if self.races else self.history
 
     def _trouble(self, trainer: Trainer, distance: float, before: float) -> str:
         """What is wrong, or nothing."""
@@ -370,7 +375,7 @@ class Autopilot(GANCallback):
             return "samples are not finite"
         if distance > max(WORSE * before, NEAR * self._null):
             return f"samples went away from the data: distance {distance:.3g}, {before:.3g} before"
-        past = [value for _, value in self.history]
+        past = [value for _, value in self._looks()]
         recent, earlier = past[-PATIENCE:], past[:-PATIENCE]
         if earlier and min(recent) > PROGRESS * min(earlier) and min(past) > NEAR * self._null:
             return f"samples do not come nearer to the data: distance {min(past):.3g}, real data {self._null:.3g}"
