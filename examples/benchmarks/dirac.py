@@ -22,11 +22,13 @@ import math
 import random
 import statistics
 import warnings
+from copy import copy
 from pathlib import Path
 from time import process_time
 from typing import Any, NamedTuple
 
 import torch
+from health import Point
 from jobs import finish
 from lightning.pytorch import Trainer, seed_everything
 from torch import nn
@@ -81,11 +83,9 @@ def gradients(loss: str, theta: float, psi: float) -> tuple[float, float]:
 class Adam:
     """Adam, or SGD without betas, for one number."""
 
-    def __init__(self, first: float = 0.0, second: float = 0.0, steps: int = 0) -> None:
-        self.first, self.second, self.steps = first, second, steps
-
-    def copy(self) -> "Adam":
-        return Adam(self.first, self.second, self.steps)
+    def __init__(self) -> None:
+        self.first = self.second = 0.0
+        self.steps = 0
 
     def step(self, gradient: float, rate: float, betas: tuple[float, float] | None) -> float:
         """What is added to the number."""
@@ -107,8 +107,8 @@ class State:
         self.steps = self.updates = 0  # of the generator, and of its average
 
     def copy(self) -> "State":
-        other = State()
-        other.__dict__.update(self.__dict__, g=self.g.copy(), d=self.d.copy())
+        other = copy(self)
+        other.g, other.d = copy(self.g), copy(self.d)
         return other
 
     def play(self, loss: str, settings: dict[str, float], fall: float) -> bool:
@@ -290,31 +290,22 @@ def plain(game: Game, steps: int) -> float:
 # ---------- the package
 
 
-class Point(nn.Module):
-    """The Dirac-GAN's generator: every sample is θ."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.theta = nn.Parameter(torch.ones(1, dtype=torch.float64))
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.theta.expand(len(latents), 1)
-
-
 def through_trainer(game: Game, steps: int) -> float:
     """The same by the callback."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     seed_everything(0, verbose=False)
     line = nn.Linear(1, 1, bias=False, dtype=torch.float64)
-    nn.init.ones_(line.weight)
+    point = Point().double()
+    for number in (*line.parameters(), *point.parameters()):
+        nn.init.ones_(number)
 
     def make(rate: float) -> Any:
         if game.optimizer == "SGD":
             return lambda parameters: torch.optim.SGD(parameters, lr=rate)
         return lambda parameters: torch.optim.Adam(parameters, lr=rate, betas=(game.beta1, 0.999))
 
-    gan = GANModule(Point(), line, 1, getattr(package, game.loss)(), make(game.g_lr), make(game.d_lr))
+    gan = GANModule(point, line, 1, getattr(package, game.loss)(), make(game.g_lr), make(game.d_lr))
     data = DataLoader([torch.zeros(1, 1, dtype=torch.float64)] * steps, batch_size=None)
     options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     pilot = Autopilot(when="always", n_samples=50)

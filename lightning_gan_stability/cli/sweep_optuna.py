@@ -98,8 +98,7 @@ class Studies:
 
     def _check(self, study: Any) -> None:
         """Refuse another sweep under the same name."""
-        base = Plan(self.plan.config, (), self.plan.metric, self.plan.mode, self.plan.study, self.plan.settings)
-        config = yaml.safe_dump(recipe(base.arguments({})))
+        config = yaml.safe_dump(recipe(self.plan.unsearched.arguments({})))
         now = {**self.plan.identity, **{f"config: {key}": value for key, value in settings_of(config).items()}}
         if "sweep" not in study.user_attrs:
             study.set_user_attr("sweep", json.dumps(now))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -83,6 +83,11 @@ class Plan:
     def sides(self) -> list[str]:
         """The names of the values that are compared; one without a name if none are."""
         return [""] if self.side_by_side is None else [str(value) for value in self.side_by_side.labels]
+
+    @property
+    def unsearched(self) -> Plan:
+        """The same with nothing to search or to compare: what all trials share."""
+        return replace(self, space=(), side_by_side=None)
 
     def place(self, side: str, number: int) -> Path:
         """The folder of a trial."""
@@ -233,26 +238,25 @@ def _find(file: str, beside: Path) -> str:
 
 def _checked(plan: Plan, mode: Any) -> Plan:
     """A plan whose keys and values the config takes, with what the config says of the metric and of the steps."""
-    fixed = Plan(plan.config, (), plan.metric, plan.mode, plan.study, plan.settings)
+    line = plan.unsearched.arguments({})
     files = [part for file in plan.config for part in ("--config", file)]
     bare = read_config(files)
     for key in plan.settings:
         if not key.endswith("+"):
             _known(bare, key, "settings", plan)
-    config = read_config(fixed.arguments({})) if plan.settings else bare
+    config = read_config(line) if plan.settings else bare
     natural = _direction(plan.metric, mode, config)
     searched = [*plan.space, *([] if plan.side_by_side is None else [plan.side_by_side])]
     for parameter in searched:
         if parameter.key in plan.settings:
             raise ValueError(f"`{parameter.key}` stands below both `settings` and `search_space`: keep one of the two.")
         _known(config, parameter.key, "search_space", plan)
-    _try(fixed.arguments({}), searched)
+    _try(line, searched)
     after = plan.prune_after
     if after is None:
         steps = config["trainer"]["max_steps"]
         after = max(1, steps // 4) if steps and steps > 0 else 1
-    content = {entry.name: getattr(plan, entry.name) for entry in fields(Plan)}
-    return Plan(**content | {"mode": natural, "prune_after": after})
+    return replace(plan, mode=natural, prune_after=after)
 
 
 def _try(line: Sequence[str], searched: Sequence[Parameter]) -> None:

@@ -94,7 +94,7 @@ def _resources(plan: Plan) -> dict[str, float]:
     """A trial's share of a node: the GPUs that its config has, and the cores that there are for each of its jobs."""
     import torch
 
-    trainer = read_config(Plan(plan.config, (), plan.metric, plan.mode, "", plan.settings).arguments({}))["trainer"]
+    trainer = read_config(plan.unsearched.arguments({}))["trainer"]
     devices = trainer["devices"]
     if trainer["accelerator"] == "cpu" or not torch.cuda.is_available():
         return {"cpu": 1}

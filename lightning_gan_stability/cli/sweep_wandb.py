@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -42,7 +43,7 @@ def sweep_of(plan: Plan, side: str = "") -> dict[str, Any]:
 
     Weights & Biases ends runs early by Hyperband alone, whatever the pruner; its brackets count measurements.
     """
-    bare = Plan(plan.config, (), plan.metric, plan.mode, plan.study, plan.settings, side_by_side=plan.side_by_side)
+    bare = replace(plan, space=())
     fixed = bare.arguments({}, side)
     content: dict[str, Any] = {
         "name": f"{plan.study}/{side}" if side else plan.study,

@@ -43,12 +43,12 @@ from lightning_gan_stability.protocols import GANProtocol
 from lightning_gan_stability.regularizers.gradient import R1Penalty, R2Penalty
 
 When = Literal["trouble", "always"]
-Runner: TypeAlias = dict[str, Any]  # settings, score, and the state that it has come to
+Runner: TypeAlias = dict[str, Any]  # settings, their place among others, score, rank, and the state it has come to
 
 KEPT = (4, 2, 1)  # runners that go on after each round of a race, for twice as many steps
 CHECKS = 50  # measurements in a run
 STEPS = 60  # of the first round, in a run whose length is not known
-WORSE = 4.0  # times the best distance: it went wrong
+WORSE = 4.0  # times the best distance since the last race: it went wrong
 NEAR = 4.0  # times the distance of real data to themselves: as good as it gets
 PATIENCE = 10  # measurements without progress
 PROGRESS = 0.9  # of the best distance before: progress
@@ -92,10 +92,10 @@ class Autopilot(GANCallback):
 
     With ``when="trouble"`` it looks on until something is wrong: a verdict of the run's
     :class:`~lightning_gan_stability.CollapseDetector` or :class:`~lightning_gan_stability.HealthMonitor` that other
-    settings may help against, a loss that is not finite, a distance four times its best, or one far from the data that
-    has not become smaller in ten measurements. Until then the run is the same as without it, bit for bit. Then there is
-    a race: from the beginning if little was learned, else from the best state so far with calmer settings. With
-    ``when="always"`` the run begins with a race; later it looks on in the same way.
+    settings may help against, a loss that is not finite, a distance four times its best since the last race, or one far
+    from the data that has not become smaller in ten measurements. Until then the run is the same as without it, bit for
+    bit. Then there is a race: from the beginning if little was learned, else from the best state so far with calmer
+    settings. With ``when="always"`` the run begins with a race; later it looks on in the same way.
 
     What is tried and thrown away are batches of the run: ``trainer.global_step`` counts them, while
     ``module.iteration`` goes back. Loggers, monitors and checkpoints that are due during a race see the runner whose
@@ -329,7 +329,7 @@ class Autopilot(GANCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End a race that the run has no steps left for: the best runner so far stays, or else what was before."""
         if self.leg_ends >= 0:
-            ranking = sorted((one for one in self.runners if one["state"]), key=self._rank)
+            ranking = sorted((one for one in self.runners if one["state"]), key=_rank)
             self.runners = ranking[:1]
             self._finish(trainer, pl_module)  # type: ignore[arg-type]
 
@@ -351,34 +351,34 @@ class Autopilot(GANCallback):
         self.moved = module.steps["g"]
         distance = self._distance(trainer, self._see(trainer, module))
         self._log(trainer, {"distance": distance})
-        before = min((value for _, value in self._looks()), default=math.inf)
+        past = self._looks()
+        before = min(past, default=math.inf)
         self.history.append([trainer.global_step, distance])
-        why = self._trouble(trainer, distance, before)
         wrong = distance > max(WORSE * before, NEAR * self._null)
+        why = self._trouble(trainer, [*past, distance], wrong)
         # rates rise again after a race, and samples may go away for a while: its winner is better than that
         if distance < before and (self.best is None or distance <= WORSE * self.best["distance"]):
             self.best = self._take(trainer, module) | {"distance": distance}
         if why:
             self._act(trainer, module, why, went_wrong=wrong)
 
-    def _looks(self) -> list[list[float]]:
-        """Steps and distances since the last race, whose own is one of rates that had fallen."""
-        return self.history[1:] if self.races else self.history
+    def _looks(self) -> list[float]:
+        """The distances since the last race, without its own, which is one of rates that had fallen."""
+        return [distance for _, distance in self.history[1 if self.races else 0 :]]
 
-    def _trouble(self, trainer: Trainer, distance: float, before: float) -> str:
+    def _trouble(self, trainer: Trainer, looks: list[float], wrong: bool) -> str:
         """What is wrong, or nothing."""
         events = _verdicts(trainer)
         new, self.answered = len(events) > self.answered, len(events)
         if new:
             return f"a monitor says {events[-1]['verdict']!r}"
-        if not math.isfinite(distance):
+        if not math.isfinite(looks[-1]):
             return "samples are not finite"
-        if distance > max(WORSE * before, NEAR * self._null):
-            return f"samples went away from the data: distance {distance:.3g}, {before:.3g} before"
-        past = [value for _, value in self._looks()]
-        recent, earlier = past[-PATIENCE:], past[:-PATIENCE]
-        if earlier and min(recent) > PROGRESS * min(earlier) and min(past) > NEAR * self._null:
-            return f"samples do not come nearer to the data: distance {min(past):.3g}, real data {self._null:.3g}"
+        if wrong:
+            return f"samples went away from the data: distance {looks[-1]:.3g}, {min(looks[:-1]):.3g} before"
+        recent, earlier = looks[-PATIENCE:], looks[:-PATIENCE]
+        if earlier and min(recent) > PROGRESS * min(earlier) and min(looks) > NEAR * self._null:
+            return f"samples do not come nearer to the data: distance {min(looks):.3g}, real data {self._null:.3g}"
         return ""
 
     def _act(self, trainer: Trainer, module: GANModule, why: str, went_wrong: bool) -> bool:
@@ -430,7 +430,7 @@ class Autopilot(GANCallback):
         self.start_distance = self._distance(trainer, seen)
         places = [len(candidates), *range(1, len(candidates))]  # known ones before those that stand
         self.runners = [
-            {"settings": settings, "place": place, "score": math.inf, "stands": True, "state": None}
+            {"settings": settings, "place": place, "score": math.inf, "rank": None, "state": None}
             for settings, place in zip(candidates, places, strict=True)
         ]
         self.leg, self.round, self.turn = self._leg_of(len(candidates)), 0, 0
@@ -454,11 +454,14 @@ class Autopilot(GANCallback):
     def _end_leg(self, trainer: Trainer, module: GANModule, seen: list[Tensor]) -> None:
         runner = self.runners[self.turn]
         runner["score"] = score = self._distance(trainer, seen)
-        runner["stands"] = self._stands(trainer, seen)
+        near = score <= NEAR * self._null
+        # who has moved comes first, then who is as near to the data as can be told, then who is nearer
+        lost = self._stands(trainer, seen) or not math.isfinite(score)
+        runner["rank"] = (lost, not near, runner["place"] if near else score)
         runner["state"] = self._take(trainer, module) if math.isfinite(score) else None
         self._log(trainer, {"distance": score})
         self.turn += 1
-        ranking = sorted(self.runners[: self.turn], key=self._rank)
+        ranking = sorted(self.runners[: self.turn], key=_rank)
         for one in ranking[KEPT[self.round] :]:
             one["state"] = None  # it is out, and its memory is free
         if self.turn < len(self.runners):
@@ -471,11 +474,6 @@ class Autopilot(GANCallback):
             self._begin_leg(trainer, module)
         else:
             self._finish(trainer, module)
-
-    def _rank(self, runner: Runner) -> tuple[bool, bool, float]:
-        """Who has moved comes first, then who is as near to the data as can be told, then who is nearer."""
-        score, near = runner["score"], runner["score"] <= NEAR * self._null
-        return (runner["stands"] or not math.isfinite(score), not near, runner["place"] if near else score)
 
     def _finish(self, trainer: Trainer, module: GANModule) -> None:
         """The best runner goes on."""
@@ -644,6 +642,11 @@ def _checked_limits(limits: Mapping[str, Sequence[float] | None] | None) -> dict
         check("beta" not in name or pair[1] < 1, f"limits[{name!r}]", "two numbers below 1", pair)
         found[name] = float(pair[0]), float(pair[1])
     return found
+
+
+def _rank(runner: Runner) -> tuple[bool, bool, float]:
+    rank: tuple[bool, bool, float] = runner["rank"]
+    return rank
 
 
 def _finite(seen: list[Tensor]) -> bool:
