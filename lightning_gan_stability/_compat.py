@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.utils._foreach_utils as foreach_utils
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import SpectralNorm as OldSpectralNorm
@@ -21,7 +22,21 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
     from lightning.pytorch.strategies import DDPStrategy
     from lightning.pytorch.utilities import CombinedLoader
+    from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
+
+
+# ---------- torch: optimizers
+
+
+def fused_devices() -> list[str]:
+    """The types of devices on which optimizers may be fused."""
+    return foreach_utils._get_fused_kernels_supported_devices()
+
+
+def unscales_itself(optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler leaves the gradients of an optimizer scaled, for it to unscale them in its step."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 # ---------- torch: networks
@@ -190,6 +205,24 @@ def given_hyperparameters() -> dict[str, Any] | None:
 def allow_unused_parameters(strategy: DDPStrategy) -> None:
     """Let DDP expect parameters without a gradient, unless the user has said something else."""
     strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+
+
+def exchange_by(strategy: DDPStrategy, around: Callable[..., Any]) -> None:
+    """Let DDP exchange gradients by a hook around the user's (None: there is none), within its group of processes."""
+    from lightning.pytorch.strategies import DDPStrategy
+
+    for name in ("_register_ddp_hooks", "configure_ddp"):
+        if getattr(type(strategy), name) is not getattr(DDPStrategy, name):
+            return  # a strategy of the user's, which may have its own hook: DDP takes no second one
+
+    def register() -> None:
+        model: Any = strategy.model
+        hook = strategy._ddp_comm_hook if strategy.root_device.type == "cuda" else None  # as Lightning has it
+        if hook is not None and strategy._ddp_comm_wrapper is not None:
+            hook = strategy._ddp_comm_wrapper(hook)
+        model.register_comm_hook(strategy._ddp_comm_state, around(hook, model.process_group))
+
+    strategy._register_ddp_hooks = register  # type: ignore[method-assign]
 
 
 def saves_by_time(callback: Callback) -> bool:

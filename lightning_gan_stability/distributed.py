@@ -1,6 +1,8 @@
 """Tensors that are spread over processes, or meant for all of them."""
 
-from typing import Any, TypeVar
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -8,6 +10,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
+
+GradBucket: TypeAlias = dist.GradBucket  # type: ignore[attr-defined,name-defined]  # as torch's own hooks have it
+#: Of DDP: from its state and a bucket of gradients to a future of their averages.
+CommHook: TypeAlias = Callable[[Any, GradBucket], torch.futures.Future[torch.Tensor]]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -105,3 +111,64 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     if mean.requires_grad:
         mean.register_hook(mean_over_ranks)  # type: ignore[no-untyped-call]  # a mean is its own adjoint
     return mean
+
+
+def own_gradients(hook: CommHook | None = None, group: dist.ProcessGroup | None = None) -> CommHook:
+    """A communication hook for DDP that sends the gradients of the player whose turn it is, and nobody else's.
+
+    DDP sends zeros for parameters without a gradient: the generator's turn would send as many bytes for the resting
+    discriminator as it has parameters. Parameters of a player that rests do not require a gradient.
+
+    Args:
+        hook: for buckets of which something is to be sent; None: average that.
+        group: the processes that train together; None: all.
+
+    Example:
+        >>> own_gradients(torch.distributed.algorithms.ddp_comm_hooks.default_hooks.fp16_compress_hook).__name__
+        'fp16_compress_hook'
+    """
+
+    def average(state: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        buffer, parts = bucket.buffer(), _required(bucket)
+        sent = parts[0] if len(parts) == 1 else torch.cat(parts)
+        sent.mul_(1 / dist.get_world_size(group))  # as DDP does it without a hook
+
+        def received(_: Any) -> Any:
+            if len(parts) > 1:
+                for part, mean in zip(parts, torch.split(sent, [len(part) for part in parts]), strict=True):
+                    part.copy_(mean)
+            return buffer
+
+        future = dist.all_reduce(sent, group=group, async_op=True).get_future()
+        done: torch.futures.Future[torch.Tensor] = future.then(received)
+        return done
+
+    inner = average if hook is None else hook
+
+    @functools.wraps(inner)
+    def send(state: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        if any(p.requires_grad for p in bucket.parameters()):
+            return inner(state, bucket)
+        nothing: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        nothing.set_result(bucket.buffer())
+        return nothing
+
+    return send
+
+
+def _required(bucket: GradBucket) -> list[Tensor]:
+    """The stretches of a bucket's buffer whose gradients are required."""
+    buffer, parameters = bucket.buffer(), bucket.parameters()
+    if all(p.requires_grad for p in parameters):  # of sparse gradients each has a bucket of its own
+        return [buffer]
+    stretches: list[list[int]] = []
+    for p, gradient in zip(parameters, bucket.gradients(), strict=True):
+        start = gradient.storage_offset() - buffer.storage_offset()
+        stop = start + gradient.numel()
+        if not p.requires_grad:
+            continue
+        if stretches and stretches[-1][1] == start:
+            stretches[-1][1] = stop
+        else:
+            stretches.append([start, stop])
+    return [buffer[start:stop] for start, stop in stretches]

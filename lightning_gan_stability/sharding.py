@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from lightning_gan_stability._compat import allow_unused_parameters, norms
-from lightning_gan_stability.distributed import full_tensor
+from lightning_gan_stability._compat import allow_unused_parameters, exchange_by, norms
+from lightning_gan_stability.distributed import full_tensor, own_gradients
 
 if TYPE_CHECKING:
     from lightning_gan_stability.protocols import GANProtocol
@@ -32,6 +32,7 @@ def check_strategy(trainer: Trainer) -> None:
         )
     if isinstance(strategy, DDPStrategy):
         allow_unused_parameters(strategy)  # each player's backward leaves the other's parameters unused
+        exchange_by(strategy, own_gradients)
 
 
 def check_equal_batches(trainer: Trainer, device: torch.device) -> None:

@@ -3,6 +3,7 @@
 import ast
 import inspect
 from datetime import timedelta
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -32,6 +33,8 @@ from lightning_gan_stability._compat import (
     buffer_names,
     check_on_train_epoch_end,
     computed_weights,
+    exchange_by,
+    fused_devices,
     given_hyperparameters,
     grid_sample_transposed,
     has_old_spectral_norm,
@@ -51,6 +54,7 @@ from lightning_gan_stability._compat import (
     scheduler_parts,
     to_device,
     trainer_of,
+    unscales_itself,
     version,
     without_fsdp_hooks,
 )
@@ -83,6 +87,9 @@ RELIES_ON = {
     "is_wrapped_by_compile": {"_compiler_ctx"},
     "given_hyperparameters": {"_given_hyperparameters"},
     "allow_unused_parameters": {"_ddp_kwargs"},
+    "fused_devices": {"_get_fused_kernels_supported_devices"},
+    "unscales_itself": {"_step_supports_amp_scaling"},
+    "exchange_by": {"_ddp_comm_hook", "_ddp_comm_state", "_ddp_comm_wrapper", "_register_ddp_hooks"},
     "saves_by_time": {"_train_time_interval"},
     "save_triggers": {"_every_n_train_steps", "_should_save_on_train_epoch_end"},
     "check_on_train_epoch_end": {"_check_on_train_epoch_end"},
@@ -569,6 +576,52 @@ def test_allow_unused_parameters_is_what_ddp_gets(mesh):
     allow_unused_parameters(strategy)
     strategy.parallel_devices = [torch.device("cpu")]
     assert strategy._setup_model(nn.Linear(1, 1)).find_unused_parameters is True
+
+
+def test_fused_devices_are_where_adam_can_be_fused():
+    """`torch.utils._foreach_utils._get_fused_kernels_supported_devices`."""
+    assert {"cpu", "cuda"} <= {*fused_devices()}
+    assert "meta" not in fused_devices()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_unscales_itself_is_what_fused_optimizers_do(fused):
+    """`Optimizer._step_supports_amp_scaling`, which a gradient scaler's `step` looks at."""
+    p = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.Adam([p], fused=fused)
+    assert unscales_itself(optimizer) is fused
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(p.sum()).backward()
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(p.grad.item()))
+    scaler.step(optimizer)
+    assert seen == [4.0 if fused else 1.0]
+
+
+def hook_of(strategy, device):
+    """The state and the hook that DDP gets from a strategy whose hooks are wrapped into a list."""
+    exchange_by(strategy, lambda hook, group: [hook, group])
+    strategy.parallel_devices = [torch.device(device)]
+    strategy._lightning_module = strategy.model = Mock(process_group="group")
+    strategy._register_ddp_hooks()
+    return strategy.model.register_comm_hook.call_args.args
+
+
+def test_exchange_by_is_around_the_users_hook():
+    """`DDPStrategy._register_ddp_hooks`, which Lightning calls once DDP is there, on GPUs with the user's hook."""
+    options = {"ddp_comm_state": "state", "ddp_comm_hook": "hook"}
+    assert hook_of(DDPStrategy(**options), "cuda:0") == ("state", ["hook", "group"])
+    wrapped = DDPStrategy(**options, ddp_comm_wrapper=lambda hook: f"wrapped {hook}")
+    assert hook_of(wrapped, "cuda:0") == ("state", ["wrapped hook", "group"])
+    assert hook_of(DDPStrategy(**options), "cpu") == ("state", [None, "group"])
+    assert hook_of(DDPStrategy(), "cuda:0") == (None, [None, "group"])
+
+
+@pytest.mark.parametrize("name", ["_register_ddp_hooks", "configure_ddp"])
+def test_exchange_by_leaves_strategies_alone_that_register_their_own(name):
+    strategy = type("Own", (DDPStrategy,), {name: lambda self: None})()
+    exchange_by(strategy, lambda hook, group: hook)
+    assert "_register_ddp_hooks" not in vars(strategy)
 
 
 def test_saves_by_time_is_a_setting_of_checkpoints():

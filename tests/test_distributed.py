@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from PIL import Image
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError
@@ -94,8 +95,10 @@ from lightning_gan_stability import (
     Wasserstein,
     WeightClipping,
 )
+from lightning_gan_stability.distributed import own_gradients
 from lightning_gan_stability.monitors.giveaway import strongest_giveaway
 from lightning_gan_stability.noise import Noise
+from lightning_gan_stability.outputs import NETWORKS
 from lightning_gan_stability.sharding import check_strategy
 
 pytestmark = pytest.mark.timeout(150)
@@ -539,6 +542,62 @@ def steered(rank=None, **kwargs):
     return seen
 
 
+class Wire(Callback):
+    """Keeps how many numbers each all-reduce of a run has sent."""
+
+    def on_train_start(self, *_):
+        self.profiler = torch.profiler.profile(record_shapes=True)
+        self.profiler.start()
+
+    def on_train_end(self, *_):
+        self.profiler.stop()
+        events = [event for event in self.profiler.events() if event.name == "gloo:all_reduce"]
+        self.sent = [torch.Size(event.input_shapes[0]).numel() for event in events]
+
+
+def traffic(rank, **kwargs):
+    """A run's all-reduces; and DDP by itself, whose one bucket has a resting network in its middle."""
+    results = {}
+    for name, callbacks in {"plain": [], "R1": [R1Penalty(1.0)], "Unrolling": [Unrolling(2)]}.items():
+        torch.manual_seed(0)
+        module = GANModule(MLP([4, 64, 64, 2]), MLP([2, 64, 64, 1]), 4)
+        wire = Wire()
+        fit(module, [torch.randn(10, 2) for _ in range(3)], callbacks=[*callbacks, wire], **kwargs)
+        results[name] = {
+            "sent": wire.sent,
+            "sizes": {n: weights(getattr(module, n)).numel() for n in NETWORKS.values()},
+        }
+    counted = []
+
+    def hook(state, bucket):
+        counted.append(len(bucket.parameters()))
+        return allreduce_hook(None, bucket)
+
+    for name, user in {"one bucket": None, "hook": hook}.items():
+        sums = Sums()
+        ddp = nn.parallel.DistributedDataParallel(sums, find_unused_parameters=True)
+        ddp.register_comm_hook(None, own_gradients(user))
+        results[name] = []
+        for resting in ([1], [0, 2], [0, 1, 2], []):
+            for i, p in enumerate(sums.parameters()):
+                p.requires_grad, p.grad = i not in resting, None
+            if len(resting) < 3:
+                ddp(rank + 1.0).backward()
+            results[name].append([None if p.grad is None else p.grad.unique().tolist() for p in sums.parameters()])
+    return results | {"counted": counted}
+
+
+class Sums(nn.Module):
+    """Its parameters' gradients are what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ParameterList(torch.ones(size) for size in ((3,), (2, 2), (5,)))
+
+    def forward(self, x):
+        return sum(x * p.sum() for p in self.parts if p.requires_grad)
+
+
 class Labelled(nn.Module):
     """Knows where a label's samples are, by half."""
 
@@ -830,7 +889,14 @@ def worker(rank, port, folder, names):
     results = {}
     others = {"noise": noise, "quality": quality, "paired": paired, "memorized": memorized}
     others |= {"resumed": resumed, "refused": refused, "told": told, "broken": broken}
-    others |= {"unequal": unequal, "steered": steered, "more": more, "stopped": stopped, "pictures": pictures}
+    others |= {
+        "traffic": traffic,
+        "unequal": unequal,
+        "steered": steered,
+        "more": more,
+        "stopped": stopped,
+        "pictures": pictures,
+    }
     others |= {f"sharded {case}": sharded(case) for case in SHARDED}
     others |= {f"threaded {case}": threaded(case) for case in THREADED}
     others["sharded paired"] = lambda rank, **kwargs: paired(rank, **kwargs | {"strategy": sharding()})
@@ -872,12 +938,15 @@ def run_processes(folder, size, names=None, limit=120):
             process.join()
 
 
+def folder_of(factory, size):
+    """Where a group of processes leaves its files, for all test workers."""
+    base = factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"{size}_processes"
+
+
 def shared(factory, size, names=None):
     """The results of all ranks by case; test workers share one group of processes."""
-    folder = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    folder /= f"{size}_processes"
+    folder = folder_of(factory, size)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()
@@ -991,7 +1060,7 @@ def test_a_run_goes_on_with_more_processes_or_with_fewer(ranks, tmp_path_factory
     assert torch.equal(first["weights"], second["weights"])
     assert (first["iteration"], first["step"]) == (second["iteration"], second["step"]) == (9, 9)
     assert first["moved"] > 1e-4
-    (path,) = tmp_path_factory.getbasetemp().parent.rglob("two.ckpt")
+    (path,) = folder_of(tmp_path_factory, 2).rglob("two.ckpt")
     kept = torch.load(path, weights_only=True)["state_dict"]
     run, module = lone(path, steps=9)  # which is done already
     assert all(torch.equal(value, kept[name]) for name, value in tensors(module.state_dict()).items())
@@ -1192,3 +1261,28 @@ def test_ddp_notebook():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env=os.environ | {"PYTHONPATH": path}
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("case", ["plain", "R1", "Unrolling"])
+def test_each_player_sends_its_own_gradients_alone(ranks, case):
+    """DDP would send zeros for the other's; the rest is who had a gradient at all, a number for each tensor."""
+    for found in results(ranks, "traffic"):
+        sent, sizes = found[case]["sent"], found[case]["sizes"]
+        turns = {
+            "discriminator": 3 * (5 if case == "Unrolling" else 1),
+            "generator": 3,
+        }  # 2 inner steps, there and back
+        assert {name: sent.count(size) for name, size in sizes.items()} == turns
+        assert sum(sent) <= 1.01 * sum(turns[name] * size for name, size in sizes.items())
+
+
+@pytest.mark.parametrize("case", ["one bucket", "hook"])
+def test_part_of_a_bucket_is_averaged(ranks, case):
+    mean, none = [1.5], None
+    for found in results(ranks, "traffic"):
+        assert found[case] == [[mean, none, mean], [none, mean, none], [none] * 3, [mean] * 3]
+
+
+def test_a_hook_of_the_users_sees_buckets_of_which_something_is_sent(ranks):
+    for found in results(ranks, "traffic"):
+        assert found["counted"] == [3, 3, 3]

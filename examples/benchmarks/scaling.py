@@ -5,9 +5,9 @@
 
 A DCGAN pair on 32×32 images, the same batch in each of 1, 2 and 4 gloo processes of one thread (weak scaling), over the
 loopback interface. Bytes are what that interface carried, per process and step, less what it carries beside. Expected:
-an all-reduce of the gradients g of both players takes 2 (N − 1)/N · g from each process, and the generator's turn
-exchanges the discriminator's too if DDP cannot know that they are unused. The cost of `find_unused_parameters` is that
-of a plain Lightning module with one network, with and without, on two processes.
+each player's turn exchanges its own gradients, so that a step takes 2 (N − 1)/N · g from each process, g the gradients
+of both. The cost of `find_unused_parameters` is that of a plain Lightning module with one network, with and without, on
+two processes.
 """
 
 import argparse
@@ -126,8 +126,8 @@ def model() -> str:
     ]
     lines = ["| modelled | exchange, ms | latency, ms | efficiency |", "|---|---|---|---|"]
     for name, n, bandwidth, hops, hop in machines:
-        exchange = 2 * 2 * (n - 1) / n * gradients / bandwidth * 1e3  # two all-reduces in a step
-        latency = 2 * hops * buckets * hop * 1e3
+        exchange = 2 * (n - 1) / n * gradients / bandwidth * 1e3  # of each player's gradients once in a step
+        latency = hops * buckets * hop * 1e3
         lines.append(f"| {name} | {exchange:.1f} | {latency:.1f} | {alone / (alone + exchange + latency + walk):.0%} |")
     return "\n".join(lines)
 
