@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from lightning_gan_stability._checks import describe, is_number, is_term_name
-from lightning_gan_stability._compat import is_compiled, version
+from lightning_gan_stability._compat import is_compiled, unscales_itself, version
 from lightning_gan_stability.callback import GANCallback, Regularizer, UpdateRule, callbacks_of, gradient_scaler
 from lightning_gan_stability.finite import (
     Finding,
@@ -577,7 +577,9 @@ class Engine:
     def step(self, player: Player, schedule: bool = True) -> None:
         """Step a player's optimizer and scheduler; Lightning counts the first optimizer step of a batch alone."""
         module, optimizer = self.module, self.optimizer(player)
-        record = module.last_step
+        record, scaler = module.last_step, gradient_scaler(module.trainer)
+        if scaler is not None and unscales_itself(optimizer.optimizer):
+            scaler.unscale_(optimizer.optimizer)  # or else hooks before the step would see gradients that are scaled
         if record.moved:
             module.trainer.strategy.optimizer_step(optimizer.optimizer, _nothing)
         else:

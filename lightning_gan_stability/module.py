@@ -31,7 +31,7 @@ from lightning_gan_stability._checks import (
     describe,
     is_plain,
 )
-from lightning_gan_stability._compat import given_hyperparameters, is_compiled, original_module
+from lightning_gan_stability._compat import fused_devices, given_hyperparameters, is_compiled, original_module
 from lightning_gan_stability.augment import augment_pairs
 from lightning_gan_stability.callback import GANCallback, Regularizer, callbacks_of, find_rule
 from lightning_gan_stability.engine import Engine, Objective
@@ -109,7 +109,8 @@ class GANModule(LightningModule):
             judges every sample.
         latent_dim: length of the standard normal vector that a sample is made from; None: the generator takes none.
         loss: None: :class:`~lightning_gan_stability.losses.NonSaturating`.
-        g_optimizer: makes the generator's optimizer from its parameters. None: Adam(lr=2e-4, betas=(0.5, 0.999)).
+        g_optimizer: makes the generator's optimizer from its parameters. None: Adam(lr=2e-4, betas=(0.5, 0.999)),
+            fused where the device has that.
         d_optimizer: the same for the discriminator.
         g_scheduler: makes a learning rate scheduler from the generator's optimizer.
         d_scheduler: the same for the discriminator.
@@ -1058,4 +1059,6 @@ def _check_maker(name: str, make: Any, source: str) -> None:
 
 
 def _adam(parameters: Iterable[nn.Parameter]) -> Optimizer:
-    return torch.optim.Adam(parameters, lr=2e-4, betas=(0.5, 0.999))
+    parameters = list(parameters)
+    fused = all(p.is_floating_point() and p.device.type in fused_devices() for p in parameters)
+    return torch.optim.Adam(parameters, lr=2e-4, betas=(0.5, 0.999), fused=fused or None)

@@ -3,6 +3,7 @@
 On a CPU a float16 gradient scaler stands in for the one that a GPU has: the plugin is the same.
 """
 
+import functools
 import pickle
 
 import pytest
@@ -53,6 +54,49 @@ def scaled(init_scale=2.0**10, **kwargs):
 
 def run_in(precision):
     return {"float16": scaled()}.get(precision, {"precision": precision})
+
+
+# ---------- fused optimizers
+
+
+def clipped_run(fused, precision):
+    """The weights, and what each step saw, of runs whose gradients are clipped."""
+    torch.manual_seed(0)
+    make = functools.partial(torch.optim.Adam, lr=1e-2, fused=fused)
+    module = GANModule(MLP([4, 8, 2]), MLP([2, 8, 1]), 4, g_optimizer=make, d_optimizer=make, clip_norm=1e-3)
+    gradients = Gradients()
+    run = fit(module, points(5), callbacks=[gradients], **run_in(precision))
+    return weights(module), gradients.seen, run.callback_metrics["d/grad_norm"]
+
+
+@pytest.mark.parametrize("precision", ["float16", "bf16-mixed", "32-true"])
+def test_fused_optimizers_see_the_same_gradients(precision):
+    """A gradient scaler leaves theirs scaled, by 1024 here, until they step: norms would be wrong, and clipping."""
+    for one, other in zip(clipped_run(True, precision), clipped_run(False, precision), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_default_optimizer_is_fused_where_it_can_be():
+    adam = functools.partial(torch.optim.Adam, lr=2e-4, betas=(0.5, 0.999), fused=False)
+    runs = []
+    for options in ({}, {"g_optimizer": adam, "d_optimizer": adam}):
+        torch.manual_seed(0)
+        module = GANModule(MLP([4, 8, 2]), MLP([2, 8, 1]), 4, **options)
+        run = fit(module, points(20))
+        runs.append(weights(module))
+        assert [optimizer.defaults["fused"] for optimizer in run.optimizers] == [not options] * 2
+    torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-6)
+
+
+def test_the_default_optimizer_takes_what_cannot_be_fused():
+    complex_weight = MLP([4, 8, 2])
+    complex_weight.phase = torch.nn.Parameter(torch.zeros(1, dtype=torch.complex64))
+    d_optimizer, g_optimizer = GANModule(complex_weight, MLP([2, 8, 1]), 4).configure_optimizers()[0]
+    assert d_optimizer.defaults["fused"] is True
+    assert g_optimizer.defaults["fused"] is None
+    with torch.device("meta"):  # a device without fused kernels
+        module = GANModule(MLP([4, 8, 2]), MLP([2, 8, 1]), 4)
+    assert [optimizer.defaults["fused"] for optimizer in module.configure_optimizers()[0]] == [None, None]
 
 
 # ---------- gradients of the penalties
