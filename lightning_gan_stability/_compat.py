@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
     from lightning.pytorch.strategies import DDPStrategy
     from lightning.pytorch.utilities import CombinedLoader
+    from torch.nn.parallel import DistributedDataParallel
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
@@ -207,22 +208,9 @@ def allow_unused_parameters(strategy: DDPStrategy) -> None:
     strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
 
 
-def exchange_by(strategy: DDPStrategy, around: Callable[..., Any]) -> None:
-    """Let DDP exchange gradients by a hook around the user's (None: there is none), within its group of processes."""
-    from lightning.pytorch.strategies import DDPStrategy
-
-    for name in ("_register_ddp_hooks", "configure_ddp"):
-        if getattr(type(strategy), name) is not getattr(DDPStrategy, name):
-            return  # a strategy of the user's, which may have its own hook: DDP takes no second one
-
-    def register() -> None:
-        model: Any = strategy.model
-        hook = strategy._ddp_comm_hook if strategy.root_device.type == "cuda" else None  # as Lightning has it
-        if hook is not None and strategy._ddp_comm_wrapper is not None:
-            hook = strategy._ddp_comm_wrapper(hook)
-        model.register_comm_hook(strategy._ddp_comm_state, around(hook, model.process_group))
-
-    strategy._register_ddp_hooks = register  # type: ignore[method-assign]
+def has_comm_hook(model: DistributedDataParallel) -> bool:
+    """Whether DDP has a communication hook already; it takes no second one."""
+    return bool(model._comm_hooks)
 
 
 def saves_by_time(callback: Callback) -> bool:

@@ -33,7 +33,7 @@ from lightning_gan_stability.monitored import Monitored
 from lightning_gan_stability.outcome import Outcome, describe_outcome, joined
 from lightning_gan_stability.outputs import NETWORKS, StepRecord
 from lightning_gan_stability.resuming import Resuming
-from lightning_gan_stability.sharding import check_equal_batches, check_strategy
+from lightning_gan_stability.sharding import check_equal_batches, check_strategy, exchange_own_gradients
 from lightning_gan_stability.signals import SignalHold
 
 if TYPE_CHECKING:
@@ -218,6 +218,7 @@ class Guard(Callback):
         module.last_step = StepRecord()
         module.engine.start()
         module.sharding.note_shards()
+        exchange_own_gradients(trainer)
         self._first_step, self._reached = trainer.global_step, False
         callbacks = callbacks_of(trainer, Callback)
         shown = [f"{{{getattr(c, 'monitor', '')}}}{getattr(c, 'filename', '')}" for c in callbacks]

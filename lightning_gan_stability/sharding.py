@@ -14,8 +14,9 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.nn.parallel import DistributedDataParallel
 
-from lightning_gan_stability._compat import allow_unused_parameters, exchange_by, norms
+from lightning_gan_stability._compat import allow_unused_parameters, has_comm_hook, norms
 from lightning_gan_stability.distributed import full_tensor, own_gradients
 
 if TYPE_CHECKING:
@@ -32,7 +33,13 @@ def check_strategy(trainer: Trainer) -> None:
         )
     if isinstance(strategy, DDPStrategy):
         allow_unused_parameters(strategy)  # each player's backward leaves the other's parameters unused
-        exchange_by(strategy, own_gradients)
+
+
+def exchange_own_gradients(trainer: Trainer) -> None:
+    """Let DDP send the gradients of the player whose turn it is alone, where no hook of the user's decides."""
+    model = trainer.strategy.model
+    if isinstance(model, DistributedDataParallel) and not has_comm_hook(model):
+        model.register_comm_hook(None, own_gradients(group=model.process_group))
 
 
 def check_equal_batches(trainer: Trainer, device: torch.device) -> None:

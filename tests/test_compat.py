@@ -3,7 +3,6 @@
 import ast
 import inspect
 from datetime import timedelta
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -33,10 +32,10 @@ from lightning_gan_stability._compat import (
     buffer_names,
     check_on_train_epoch_end,
     computed_weights,
-    exchange_by,
     fused_devices,
     given_hyperparameters,
     grid_sample_transposed,
+    has_comm_hook,
     has_old_spectral_norm,
     has_old_weight_norm,
     is_compiled,
@@ -58,6 +57,7 @@ from lightning_gan_stability._compat import (
     version,
     without_fsdp_hooks,
 )
+from lightning_gan_stability.distributed import own_gradients
 
 FUNCTIONS = {
     name: function
@@ -89,7 +89,7 @@ RELIES_ON = {
     "allow_unused_parameters": {"_ddp_kwargs"},
     "fused_devices": {"_get_fused_kernels_supported_devices"},
     "unscales_itself": {"_step_supports_amp_scaling"},
-    "exchange_by": {"_ddp_comm_hook", "_ddp_comm_state", "_ddp_comm_wrapper", "_register_ddp_hooks"},
+    "has_comm_hook": {"_comm_hooks"},
     "saves_by_time": {"_train_time_interval"},
     "save_triggers": {"_every_n_train_steps", "_should_save_on_train_epoch_end"},
     "check_on_train_epoch_end": {"_check_on_train_epoch_end"},
@@ -598,30 +598,14 @@ def test_unscales_itself_is_what_fused_optimizers_do(fused):
     assert seen == [4.0 if fused else 1.0]
 
 
-def hook_of(strategy, device):
-    """The state and the hook that DDP gets from a strategy whose hooks are wrapped into a list."""
-    exchange_by(strategy, lambda hook, group: [hook, group])
-    strategy.parallel_devices = [torch.device(device)]
-    strategy._lightning_module = strategy.model = Mock(process_group="group")
-    strategy._register_ddp_hooks()
-    return strategy.model.register_comm_hook.call_args.args
-
-
-def test_exchange_by_is_around_the_users_hook():
-    """`DDPStrategy._register_ddp_hooks`, which Lightning calls once DDP is there, on GPUs with the user's hook."""
-    options = {"ddp_comm_state": "state", "ddp_comm_hook": "hook"}
-    assert hook_of(DDPStrategy(**options), "cuda:0") == ("state", ["hook", "group"])
-    wrapped = DDPStrategy(**options, ddp_comm_wrapper=lambda hook: f"wrapped {hook}")
-    assert hook_of(wrapped, "cuda:0") == ("state", ["wrapped hook", "group"])
-    assert hook_of(DDPStrategy(**options), "cpu") == ("state", [None, "group"])
-    assert hook_of(DDPStrategy(), "cuda:0") == (None, [None, "group"])
-
-
-@pytest.mark.parametrize("name", ["_register_ddp_hooks", "configure_ddp"])
-def test_exchange_by_leaves_strategies_alone_that_register_their_own(name):
-    strategy = type("Own", (DDPStrategy,), {name: lambda self: None})()
-    exchange_by(strategy, lambda hook, group: hook)
-    assert "_register_ddp_hooks" not in vars(strategy)
+def test_has_comm_hook_of_ddp(mesh):
+    """`DistributedDataParallel._comm_hooks`, to which `register_comm_hook` adds."""
+    model = nn.parallel.DistributedDataParallel(nn.Linear(1, 1))
+    assert not has_comm_hook(model)
+    model.register_comm_hook(None, own_gradients())
+    assert has_comm_hook(model)
+    with pytest.raises(RuntimeError, match="register_comm_hook"):
+        model.register_comm_hook(None, own_gradients())
 
 
 def test_saves_by_time_is_a_setting_of_checkpoints():
