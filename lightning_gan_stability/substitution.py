@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
+import torch.utils.checkpoint as checkpointing
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.distributed.fsdp import FSDPModule
@@ -103,6 +104,7 @@ class Substitution:
                 stack.enter_context(without_fsdp_hooks(root))
             with suppress(RuntimeError):  # somebody else's hooks are in place, under which nobody can tell
                 stack.enter_context(disable_saved_tensors_hooks(_CHECKPOINTS))
+            stack.enter_context(_without_reentrant_checkpoints())
             weights = {name: tensors[row] for name, row in self.rows.items()}
             return torch.func.functional_call(  # type: ignore[no-any-return]
                 self.runner, weights, (function, *arguments), tie_weights=False
@@ -113,6 +115,24 @@ _CHECKPOINTS = (
     "Activation checkpoints (torch.utils.checkpoint) run a layer again when gradients are taken, and other weights are "
     "in place by then: remove them, or the update rule that looks ahead (Unrolling)."
 )
+
+
+class _Refused:
+    """In the place of what runs reentrant checkpoints, which use no hooks and would go wrong without a word."""
+
+    @staticmethod
+    def apply(*_: Any) -> NoReturn:
+        raise RuntimeError(_CHECKPOINTS)
+
+
+@contextmanager
+def _without_reentrant_checkpoints() -> Iterator[None]:
+    original = checkpointing.CheckpointFunction
+    checkpointing.CheckpointFunction = _Refused  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        checkpointing.CheckpointFunction = original  # type: ignore[misc]
 
 
 class _Runner(nn.Module):

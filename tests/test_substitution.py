@@ -381,13 +381,15 @@ class Checkpointed(nn.Module):
         return checkpoint(self.layer, x, use_reentrant=self.reentrant)
 
 
-def test_activation_checkpoints_are_refused():
-    network = Checkpointed()
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpoints_are_refused(reentrant):
+    """Reentrant ones would go back through the weights that were there before, and say nothing."""
+    network = Checkpointed(reentrant)
     run = Substitution(network, list(network.parameters()))
     with pytest.raises(RuntimeError, match=r"Activation checkpoints \(torch.utils.checkpoint\) run a layer again when"):
         run(others(network.parameters()), network, X)
     # and work as ever outside
-    network(X).sum().backward()
+    network(X.clone().requires_grad_()).sum().backward()
     assert torch.equal(network.layer.bias.grad, torch.full((4,), 8.0))
 
 
