@@ -134,7 +134,7 @@ def own_gradients(hook: CommHook | None = None, group: dist.ProcessGroup | None 
         sent.mul_(1 / dist.get_world_size(group))  # as DDP does it without a hook
 
         def received(_: Any) -> Any:
-            if len(parts) > 1:
+            if len(parts) > 1:  # or else what was sent is the buffer's own
                 for part, mean in zip(parts, torch.split(sent, [len(part) for part in parts]), strict=True):
                     part.copy_(mean)
             return buffer

@@ -1059,6 +1059,6 @@ def _check_maker(name: str, make: Any, source: str) -> None:
 
 
 def _adam(parameters: Iterable[nn.Parameter]) -> Optimizer:
-    parameters = list(parameters)
-    fused = all(p.is_floating_point() and p.device.type in fused_devices() for p in parameters)
+    parameters, devices = list(parameters), fused_devices()
+    fused = all(p.is_floating_point() and p.device.type in devices for p in parameters)
     return torch.optim.Adam(parameters, lr=2e-4, betas=(0.5, 0.999), fused=fused or None)
