@@ -926,6 +926,8 @@ def run_processes(folder, size, names=None, limit=120):
                 break  # if one dies, the other would wait for it for ever
             time.sleep(0.05)
     finally:
+        ends = [process.exitcode for process in processes]
+        Path(folder, "ends").write_text(f"exit codes {ends} after {limit - end + time.monotonic():.0f} s")
         for process in processes:
             process.kill()
             process.join()
@@ -946,7 +948,8 @@ def shared(factory, size, names=None):
             lone()[0].save_checkpoint(folder / "one.ckpt")
             run_processes(folder, size, names)
     files = [folder / f"{rank}.pickle" for rank in range(size)]
-    return [pickle.loads(file.read_bytes()) if file.exists() else {} for file in files]
+    ended = {"ended": (folder / "ends").read_text()}
+    return [ended | (pickle.loads(file.read_bytes()) if file.exists() else {}) for file in files]
 
 
 @pytest.fixture(scope="module")
@@ -961,7 +964,7 @@ def four(tmp_path_factory):
 
 def results(ranks, case):
     for rank, cases in enumerate(ranks):
-        assert case in cases, f"rank {rank} did not get to this case"
+        assert case in cases, f"rank {rank} did not get to this case: {cases['ended']}; None is of one that still ran"
         assert "error" not in cases[case], cases[case]["error"]
     return [cases[case] for cases in ranks]
 
