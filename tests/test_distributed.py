@@ -911,23 +911,29 @@ def worker(rank, port, folder, names):
     torch.distributed.destroy_process_group()
 
 
-def run_processes(folder, size, names=None, limit=120):
+def run_processes(folder, size, names=None, limit=60, total=600):
+    """One spawn for many cases; ``limit``: seconds for one case, ``total``: for all, however loaded the machine is."""
     port = free_port()
     # as with "spawn" nothing of this process is inherited, but the imports are made once for both
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lightning.pytorch"])
     processes = [context.Process(target=worker, args=(rank, port, folder, names), daemon=True) for rank in range(size)]
-    end = time.monotonic() + limit
+    files = [Path(folder, f"{rank}.pickle") for rank in range(size)]  # written anew after each case
+    start = moved = time.monotonic()
+    seen = []
     try:
         for process in processes:
             process.start()
         while any(p.is_alive() for p in processes):
-            if time.monotonic() > end or any(p.exitcode for p in processes):
+            now, written = time.monotonic(), [file.stat().st_mtime_ns for file in files if file.exists()]
+            if written != seen:
+                moved, seen = now, written
+            if now > min(moved + limit, start + total) or any(p.exitcode for p in processes):
                 break  # if one dies, the other would wait for it for ever
             time.sleep(0.05)
     finally:
         ends = [process.exitcode for process in processes]
-        Path(folder, "ends").write_text(f"exit codes {ends} after {limit - end + time.monotonic():.0f} s")
+        Path(folder, "ends").write_text(f"exit codes {ends} after {time.monotonic() - start:.0f} s")
         for process in processes:
             process.kill()
             process.join()
