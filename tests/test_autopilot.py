@@ -35,6 +35,7 @@ from lightning_gan_stability import (
 )
 from lightning_gan_stability.events import read_events
 from lightning_gan_stability.metrics import RandomConvolutions, energy_distance
+from lightning_gan_stability.metrics.energy import mean_distance
 from lightning_gan_stability.monitors.steering import LIMITS, PORTFOLIO
 from lightning_gan_stability.outcome import describe_outcome
 
@@ -88,6 +89,17 @@ def test_the_energy_distance_is_that_of_scipy():
     assert energy_distance(x, x) == pytest.approx(0, abs=1e-12)
     assert energy_distance(3 * x, -3 * x) == pytest.approx(3 * energy_distance(x, -x))
     assert math.isnan(energy_distance(x, x * math.nan))
+
+
+def test_what_is_known_of_real_samples_is_not_computed_again(monkeypatch):
+    """And the distance is the same number, bit for bit."""
+    x, y = torch.randn(40, 3), torch.randn(50, 3) + 1
+    across, real, fake = (torch.cdist(a.double(), b.double()).mean() for a, b in ((x, y), (x, x), (y, y)))
+    assert energy_distance(x, y, mean_distance(x)) == energy_distance(x, y) == float(2 * across - real - fake)
+    compared, cdist = [], torch.cdist
+    monkeypatch.setattr(torch, "cdist", lambda a, b, **kwargs: compared.append((len(a), len(b))) or cdist(a, b))
+    fit(gan(), points(5, 14), callbacks=[Autopilot(every=10, n_samples=100)], max_epochs=8)
+    assert compared == [(70, 70), *[(70, 100), (100, 100)] * 4]
 
 
 @pytest.mark.parametrize("shapes", [((3,), (3,)), ((4, 2), (4, 3)), ((0, 2), (4, 2))])
@@ -573,6 +585,27 @@ def test_what_would_steer_against_it_is_refused(callbacks, message):
     if isinstance(callbacks[0], OptimizerSchedule):
         free = dict.fromkeys(("g_lr", "d_lr", "beta1", "beta2"))
         run(gan(), Autopilot(limits=free), 10, *callbacks)
+
+
+class Dicts(GANModule):
+    """Samples are dicts."""
+
+    def unpack(self, batch):
+        return {"x": batch}, None
+
+    def generate(self, network, n, condition, latents):
+        return {"x": network(latents)}
+
+    def discriminate(self, network, sample, condition):
+        return network(sample["x"])
+
+
+@pytest.mark.parametrize("when", ["trouble", "always"])
+def test_samples_that_need_an_extractor_are_refused_before_the_first_batch(when):
+    module = Dicts(MLP([4, 8, 2]), MLP([2, 8, 1]), latent_dim=4)
+    with pytest.raises(MisconfigurationException, match="give Autopilot an `extractor` that makes features of them"):
+        fit(module, points(60), callbacks=[Autopilot(when, every=50)])
+    assert module.iteration == 0
 
 
 def test_limits_that_leave_nothing_to_try_are_refused():

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from test_real_data import LOADERS, Points, run
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset, WeightedRandomSampler
 from toys import Copier, ignoring, points, sgd, small, trainer, weights
 
 from lightning_gan_stability import (
@@ -381,7 +381,8 @@ def test_conditions_are_those_of_held_out_samples():
 def test_a_run_is_the_same_with_and_without_it(kind):
     many = 40 if kind == "an endless sampler" else "all"
     # samples that come more often are compared with such as come as often
-    held_out = loader(normal(60, seed=50), 10) if kind.startswith("weighted") else None
+    often = kind.startswith(("weighted", "with replacement", "an endless sampler"))
+    held_out = loader(normal(60, seed=50), 10) if often else None
     monitor = MemorizationMonitor(every=3, n_samples=50, n_train=many, held_out=held_out)
     alone = run(LOADERS[kind](), val=loader(normal(60, seed=50), 10))
     seen = run(LOADERS[kind](), monitor, val=loader(normal(60, seed=50), 10))
@@ -560,10 +561,55 @@ def test_bad_values(arguments, text):
         MemorizationMonitor(**arguments)
 
 
-def test_weights_of_a_sampler_are_refused_without_data_of_the_same_weights():
-    data = DataLoader(normal(60), 8, sampler=WeightedRandomSampler([1.0] * 30 + [9.0] * 30, 60))
-    with pytest.raises(MisconfigurationException, match="WeightedRandomSampler changes the frequencies"):
-        run(data, MemorizationMonitor(every=3, n_samples=50), val=loader(normal(60, seed=50), 10))
+class Twice:
+    """A sampler, or batch sampler, of somebody's own that goes through some rows twice."""
+
+    def __init__(self, batch_size=None):
+        self.batch_size = batch_size
+
+    def __iter__(self):
+        rows = [*range(60), *range(30)]
+        return iter(rows if self.batch_size is None else [rows[i : i + 10] for i in range(0, 90, 10)])
+
+    def __len__(self):
+        return 90 if self.batch_size is None else 9
+
+
+WEIGHTS = [1.0] * 30 + [9.0] * 30
+X = normal(60)
+REPEATING = {
+    "weighted": lambda: DataLoader(X, 8, sampler=WeightedRandomSampler(WEIGHTS, 60)),
+    "with replacement": lambda: DataLoader(X, 8, sampler=RandomSampler(X, replacement=True)),
+    "more than there are": lambda: DataLoader(X, 8, sampler=RandomSampler(X, num_samples=150)),
+    "batches": lambda: DataLoader(X, batch_sampler=BatchSampler(RandomSampler(X, replacement=True), 8, False)),
+    "batches as rows": lambda: DataLoader(
+        X, batch_size=None, sampler=BatchSampler(WeightedRandomSampler(WEIGHTS, 60), 8, False)
+    ),
+    "own": lambda: DataLoader(X, 8, sampler=Twice()),
+    "own batches": lambda: DataLoader(X, batch_sampler=Twice(10)),
+    "one of several": lambda: {"x": DataLoader(X, 8, sampler=Twice()), "y": DataLoader(X, 8)},
+}
+
+
+@pytest.mark.parametrize("kind", REPEATING)
+def test_samplers_that_repeat_rows_are_refused_without_data_that_are_drawn_alike(kind):
+    held_out = loader(normal(60, seed=50), 10)
+    sentence = r"\d\d% of the rows that the training loader's sampler gives in an epoch have come before in it"
+    with pytest.raises(MisconfigurationException, match=sentence):
+        run(REPEATING[kind](), MemorizationMonitor(every=3, n_samples=50), val=held_out)
+    monitor = MemorizationMonitor(every=3, n_samples=50, held_out=held_out)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "memorization at step")
+        run(REPEATING[kind](), monitor, val=held_out)
+    assert monitor.measured_at > 0
+
+
+@pytest.mark.filterwarnings(SAID)
+def test_weights_that_give_each_row_once_are_not_refused():
+    sampler = WeightedRandomSampler(WEIGHTS, 60, replacement=False)
+    monitor = MemorizationMonitor(every=3, n_samples=50)
+    run(DataLoader(X, 8, sampler=sampler), monitor, val=loader(normal(60, seed=50), 10))
+    assert monitor.measured_at > 0
 
 
 def test_data_of_few_values_are_refused_with_the_reason():

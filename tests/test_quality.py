@@ -420,9 +420,30 @@ def test_too_few_real_samples_are_refused():
     assert set(everything) <= set(monitor.values)
 
 
-def test_an_extractor_of_another_form_is_refused():
-    with pytest.raises(ValueError, match="`extractor` must give one row of features per sample"):
-        fit(small(), ring(), QualityMonitor(nn.Flatten(0), **FEW))
+class Gives(nn.Module):
+    """An extractor that gives what a function makes of samples."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
+@pytest.mark.parametrize(
+    "function", [torch.flatten, torch.mean, lambda x: x[1:], lambda x: x[0], lambda x: {"x": x}, lambda x: 0.0]
+)
+def test_an_extractor_of_another_form_is_refused(function):
+    sentence = (
+        r"`extractor` must give one row of features per sample, a tensor of shape \(\d+, \.\.\.\) for \d+ samples"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        fit(small(), ring(), QualityMonitor(Gives(function), **FEW))
+
+
+def test_an_extractor_may_give_one_number_per_sample():
+    found = [QualityMonitor(Gives(function), ["fid"], **FEW) for function in (lambda x: x[:, 0], lambda x: x[:, :1])]
+    for monitor in found:
+        fit(small(), ring(), monitor)
+    assert found[0].values == found[1].values
 
 
 def test_real_samples_that_are_not_finite_are_refused():

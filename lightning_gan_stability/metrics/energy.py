@@ -4,7 +4,21 @@ import torch
 from torch import Tensor
 
 
-def energy_distance(real: Tensor, fake: Tensor) -> float:
+def mean_distance(x: Tensor) -> float:
+    """E‖x − x′‖ of all pairs of rows, those of a row with itself included.
+
+    Args:
+        x: features (n, d).
+
+    Example:
+        >>> mean_distance(torch.tensor([[0.0], [4.0]]))
+        2.0
+    """
+    x = x.detach().double()
+    return float(torch.cdist(x, x).mean())
+
+
+def energy_distance(real: Tensor, fake: Tensor, within_real: float | None = None) -> float:
     """2 E‖x − y‖ − E‖x − x′‖ − E‖y − y′‖, means over all pairs of rows; 0 for equal samples.
 
     "Energy statistics: A class of statistics based on distances", https://doi.org/10.1016/j.jspi.2013.03.018. It needs
@@ -14,6 +28,7 @@ def energy_distance(real: Tensor, fake: Tensor) -> float:
     Args:
         real: features (n, d).
         fake: features (m, d).
+        within_real: :func:`mean_distance` of ``real``, for many distances to the same samples; None: it is computed.
 
     Returns:
         At least 0, in the units of the features; NaN if they are not finite.
@@ -30,7 +45,6 @@ def energy_distance(real: Tensor, fake: Tensor) -> float:
             f"`real` and `fake` must be features (n, d) of the same width, got {tuple(real.shape)} and "
             f"{tuple(fake.shape)}."
         )
-    x, y = real.detach().double(), fake.detach().double()
-    across, within_x, within_y = (torch.cdist(a, b).mean() for a, b in ((x, y), (x, x), (y, y)))
-    value = float(2 * across - within_x - within_y)
+    across = float(torch.cdist(real.detach().double(), fake.detach().double()).mean())
+    value = 2 * across - (mean_distance(real) if within_real is None else within_real) - mean_distance(fake)
     return max(value, 0.0) if value == value else value  # rounding may leave it below 0

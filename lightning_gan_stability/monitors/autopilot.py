@@ -20,7 +20,7 @@ from lightning_gan_stability.callback import GANCallback, Regularizer, callbacks
 from lightning_gan_stability.callbacks.averaging import GeneratorEMA, make_room
 from lightning_gan_stability.callbacks.optimizer_schedule import OptimizerSchedule
 from lightning_gan_stability.layers import has_batch_norm
-from lightning_gan_stability.metrics.energy import energy_distance
+from lightning_gan_stability.metrics.energy import energy_distance, mean_distance
 from lightning_gan_stability.metrics.extractors import RandomConvolutions
 from lightning_gan_stability.metrics.statistics import Seen
 from lightning_gan_stability.module import GANModule
@@ -275,6 +275,8 @@ class Autopilot(GANCallback):
         module: GANModule = pl_module  # type: ignore[assignment]
         self._steering = Steering(trainer, module, self._brought, self.limits)
         self._real: Reading | None = None
+        with isolate_rng(), module.noise.of("autopilot"):
+            self._read(trainer, module)  # what cannot be compared is refused before the first batch
         self._horizon = self._steps_of(trainer)
         if self.own:
             self._steering.shares = self.shares
@@ -535,7 +537,7 @@ class Autopilot(GANCallback):
         """The energy distance to real samples; infinite if they are not finite."""
         if self._real is None or not _finite(seen):
             return math.inf
-        return _mean_distance(trainer, self._real.seen.features, seen)
+        return _mean_distance(trainer, self._real.seen.features, seen, self._within)
 
     def _stands(self, trainer: Trainer, seen: list[Tensor]) -> bool:
         """Whether samples are hardly others than at the beginning of the race, where they were far from the data."""
@@ -566,6 +568,7 @@ class Autopilot(GANCallback):
             raise ValueError("Autopilot: the real samples have features that are not finite.")
         apart = float(torch.pdist(features.double()).mean()) if len(features) > 1 else 0.0
         self._null = apart * (1 / len(features) + 1 / self.n_samples)
+        self._within = mean_distance(features)
         self._real = reading
         return reading
 
@@ -653,9 +656,10 @@ def _finite(seen: list[Tensor]) -> bool:
     return bool(seen) and all(bool(fake.isfinite().all()) for fake in seen)
 
 
-def _mean_distance(trainer: Trainer, real: Tensor, seen: list[Tensor]) -> float:
-    """The same on all ranks."""
-    mean = sum(energy_distance(real, fake) for fake in seen) / len(seen)
+def _mean_distance(trainer: Trainer, real: Tensor, seen: list[Tensor], within: float | None = None) -> float:
+    """The same on all ranks; ``within`` is the mean distance of the real samples, if it is known."""
+    within = mean_distance(real) if within is None else within
+    mean = sum(energy_distance(real, fake, within) for fake in seen) / len(seen)
     found: float = trainer.strategy.broadcast(mean)
     return found
 

@@ -13,7 +13,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import WeightedRandomSampler
 
 from lightning_gan_stability._checks import check, check_integer, check_share, check_type, describe
 from lightning_gan_stability.advice import MEMORIZATION
@@ -34,7 +33,7 @@ from lightning_gan_stability.monitors.reading import (
     interleaved,
     samples_at_once,
 )
-from lightning_gan_stability.monitors.real_data import RealData, loader_to_read
+from lightning_gan_stability.monitors.real_data import RealData, loader_to_read, repeated_share
 from lightning_gan_stability.outcome import Outcome, Trouble, in_words
 from lightning_gan_stability.outputs import Sample, batch_size, shapes, tree_leaves, tree_map
 
@@ -122,7 +121,8 @@ class MemorizationMonitor(GANCallback):
     Raises:
         ValueError: if an argument has a bad value, or features have.
         MisconfigurationException: before the first batch, without held-out samples, with so few of them that copies
-            alone would not be found, if they are training samples, or if there is no picture of samples.
+            alone would not be found, if they are training samples, if a sampler repeats training samples and
+            ``held_out`` are not given, or if there is no picture of samples.
         RuntimeError: if Inception's weights cannot be downloaded.
 
     Example:
@@ -259,13 +259,16 @@ class MemorizationMonitor(GANCallback):
                 )
 
     def _refuse_other_frequencies(self, loader: Any) -> None:
-        """Held-out samples that come at other frequencies than training samples are farther from some of these."""
-        sampler = getattr(loader, "sampler", None)
-        if isinstance(sampler, WeightedRandomSampler) and self.held_out is None:
+        """Rows that come several times are nearest several times; and some come at other frequencies than held out."""
+        if self.held_out is not None:
+            return
+        repeated = max(gather_objects(repeated_share(loader, self.n_train)))
+        if repeated > SHARED:
             raise MisconfigurationException(
-                "MemorizationMonitor compares training samples, of which a WeightedRandomSampler changes the "
-                "frequencies, with held-out samples as they are, so that it would accuse generators that copy nothing: "
-                "give it `held_out`, drawn with the same weights, or remove MemorizationMonitor."
+                f"MemorizationMonitor compares training samples, each of which counts once, with held-out samples as "
+                f"they are, but {repeated:.0%} of the rows that the training loader's sampler gives in an epoch have "
+                "come before in it, so that it would accuse generators that copy nothing: use a sampler that gives "
+                "each row once, give it `held_out`, drawn in the same way, or remove MemorizationMonitor."
             )
 
     def _refuse_training_samples(self) -> None:

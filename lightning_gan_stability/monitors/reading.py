@@ -70,9 +70,12 @@ def features_of(extractor: nn.Module, samples: Sample) -> Tensor:
     device, n = tree_leaves(samples)[0].device, batch_size(samples)
     with evaluation(extractor), torch.autocast(device.type, enabled=False):
         features = extractor.to(device)(samples)
-    if not isinstance(features, Tensor) or len(features) != n:
-        raise ValueError(f"`extractor` must give one row of features per sample, got {describe(features)}.")
-    return features.flatten(1).to(home(device))
+    if not isinstance(features, Tensor) or not features.dim() or len(features) != n:
+        raise ValueError(
+            f"`extractor` must give one row of features per sample, a tensor of shape ({n}, ...) for {n} samples, got "
+            f"{describe(features)} from {type(extractor).__name__}."
+        )
+    return features.reshape(n, -1).to(home(device))
 
 
 def home(device: torch.device) -> torch.device:

@@ -224,6 +224,39 @@ def _indices(sampler: Any, dataset: Any, n: int | None) -> tuple[Sequence[Any], 
         return list(islice(copy, None if sized else n)), shared
 
 
+def repeated_share(loader: Any, n: int | None = None) -> float:
+    """Which part of the rows that samplers give in an epoch has come before in it; of several loaders the largest one.
+
+    0 where there are no rows to know of, as in streams and loaders of somebody's own.
+
+    Args:
+        loader: any iterable of batches, or a dict or list of such iterables.
+        n: rows to look at, where a sampler has no end.
+
+    Example:
+        >>> repeated_share(DataLoader(range(3), sampler=[0, 0, 1, 2])), repeated_share(DataLoader(range(3)))
+        (0.25, 0.0)
+    """
+    if isinstance(loader, CombinedLoader):
+        loader = loader.iterables
+    if not _is_loader(loader):
+        several = isinstance(loader, Mapping) or type(loader) in (list, tuple)
+        parts = tree_leaves(loader) if several else []
+        return max((repeated_share(part, n) for part in parts if _is_loader(part)), default=0.0)
+    if isinstance(loader.dataset, IterableDataset):
+        return 0.0
+    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    plain = type(sampler) is BatchSampler
+    of_batches = loader.batch_sampler is not None and not plain
+    found, _ = _indices(sampler.sampler if plain else sampler, loader.dataset, n)
+    if isinstance(found, range):
+        return 0.0
+    # a batch of rows is a list or a tensor, if it is the sampler that makes batches
+    batches = ([*one] if of_batches or isinstance(one, list | Tensor | np.ndarray) else [one] for one in found)
+    names = [repr(index) for batch in batches for index in batch]  # some cannot be hashed, or are other objects
+    return 1 - len({*names}) / max(len(names), 1)
+
+
 def _has_length(sampler: Any) -> bool:
     try:
         return len(sampler) >= 0
