@@ -134,6 +134,16 @@ def test_the_advice_of_monitors_names_what_there_is():
             assert hasattr(lightning_gan_stability, word) or hasattr(callbacks, word), word
 
 
+def test_verdicts_in_the_answers_are_those_of_monitors():
+    """What a page says that HealthMonitor or CollapseDetector say, they say."""
+    root = ROOT / "docs"
+    for page in ("questions.md", "tutorials/collapse.md", "guides/recipes.md"):
+        text = (root / page).read_text(encoding="utf-8")
+        said = re.findall(r"says? `([a-z_ ]+)`", text)
+        assert {*said} <= {*ADVICE}, page
+    assert len(re.findall(r"says? `([a-z_ ]+)`", (root / "questions.md").read_text(encoding="utf-8"))) >= 6
+
+
 # ---------- what is said is what the scripts printed
 
 
