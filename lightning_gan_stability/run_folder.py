@@ -122,7 +122,7 @@ def find_log(folder: Path) -> Path:
         raise FileNotFoundError(f"There is no folder {str(folder)!r}.")
     file = folder / LOG
     if not file.is_file():
-        below = sorted((f.parent for f in folder.glob(f"*/{LOG}")), key=lambda f: (f / LOG).stat().st_mtime)
+        below = sorted((f.parent for f in folder.rglob(LOG)), key=lambda f: (f / LOG).stat().st_mtime)
         hint = f"did you mean {str(below[-1])!r}?" if below else "a run with the logger CSVLogger leaves one."
         raise FileNotFoundError(f"The folder {str(folder)!r} has no {LOG}: {hint}")
     return file

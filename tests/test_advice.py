@@ -59,9 +59,9 @@ def named(text, results):
     return sorted((name for name, match in found.items() if match), key=lambda name: found[name].start())
 
 
-def readme(*symptoms):
-    """Rows of the README's table "What to add", as one text."""
-    rows = rows_below(README, "## What to add")
+def to_add(text, heading, *symptoms):
+    """What the rows of a table of symptoms say to add, as one text."""
+    rows = rows_below(text, heading)
     starts = [i for i, row in enumerate(rows) if row[0].startswith(symptoms)]
     assert starts
     rest = takewhile(lambda row: row[0].startswith("the same"), rows[starts[0] + 1 :])
@@ -82,10 +82,12 @@ TEXTS = {
     "partial collapse": (COLLAPSE["partial collapse"], IMAGES),
     "mode hopping": (COLLAPSE["mode hopping"], IMAGES),
     "no variation": (COLLAPSE["no variation"], IMAGES),
-    "README, modes": (readme("Modes are lost"), IMAGES),
+    "README, modes": (to_add(README, "## What to add", "Modes are lost"), IMAGES),
+    "symptoms, modes": (to_add(GUIDES["symptoms"], "## Training goes wrong", "Modes are lost"), IMAGES),
     "recipes, modes": (recipes("Modes are lost"), IMAGES),
     "overfitting": (HEALTH["overfitting_discriminator"], FEW),
-    "README, little data": (readme("Little data"), FEW),
+    "README, little data": (to_add(README, "## What to add", "Little data"), FEW),
+    "symptoms, little data": (to_add(GUIDES["symptoms"], "## Training goes wrong", "Little data"), FEW),
     "recipes, little data": (recipes("There is little data"), FEW),
     "codec": (guide("codec", "Unstable on a small set"), TOKENIZER),
     "tokenizer": (guide("tokenizer", "Few images"), TOKENIZER),
@@ -109,7 +111,8 @@ def test_unrolling_is_advised_for_points_alone():
     """On the ring it holds as many seeds as any method, of a thousand modes of images hardly more than nothing."""
     assert POINTS[0]["Unrolling"] == max(POINTS[0].values()) == 10
     assert all(better(other, "Unrolling", IMAGES) for other in ("Packed", "R1Penalty"))
-    for text in [*ADVICE.values(), *(recipe.symptom + recipe.name for recipe in tables.RECIPES), *README.splitlines()]:
+    pages = [*README.splitlines(), *GUIDES["symptoms"].splitlines()]
+    for text in [*ADVICE.values(), *(recipe.symptom + recipe.name for recipe in tables.RECIPES), *pages]:
         if "Unrolling" in text and re.search("[Mm]odes are lost|the same, of|helps", text):
             assert "points in a few dimensions" in text
 
@@ -129,6 +132,16 @@ def test_the_advice_of_monitors_names_what_there_is():
         words = re.findall(r"(?<![.:'] )(?<!^)\b[A-Z]\w*", text)
         for word in set(words) - {"D"}:
             assert hasattr(lightning_gan_stability, word) or hasattr(callbacks, word), word
+
+
+def test_verdicts_in_the_answers_are_those_of_monitors():
+    """What a page says that HealthMonitor or CollapseDetector say, they say."""
+    root = ROOT / "docs"
+    for page in ("questions.md", "tutorials/collapse.md", "guides/recipes.md"):
+        text = (root / page).read_text(encoding="utf-8")
+        said = re.findall(r"says? `([a-z_ ]+)`", text)
+        assert {*said} <= {*ADVICE}, page
+    assert len(re.findall(r"says? `([a-z_ ]+)`", (root / "questions.md").read_text(encoding="utf-8"))) >= 6
 
 
 # ---------- what is said is what the scripts printed
@@ -157,6 +170,60 @@ def test_the_readme_sums_up_what_was_measured():
         said["Ring of eight"]
         == f"plain 0 of 10 seeds, `Unrolling(5)` {five:.0f}, `Unrolling(10)` and `Packed` {ten:.0f}"
     )
+
+
+def row_of(text, heading, start, table=0):
+    """The cells of the row of a table that starts so."""
+    (row,) = [row for row in rows_below(text, heading, table) if row[0].startswith(start)]
+    return row
+
+
+def test_the_readme_says_of_each_symptom_what_was_measured():
+    """The numbers in its last column are those of the tables and sentences that it sums up."""
+    said = {row[0]: row[2] for row in rows_below(README, "## What to add") if row[0] != "the same, by penalties"}
+    penalties = row_of(README, "## What to add", "the same, by penalties")[2]
+    thousand = [[f"{number(row[-1]):,.0f}" for row in rows_below(MEASURED, "## A thousand modes", i)] for i in (0, 1)]
+    (plain, r1, both, packed, _), (plain_a, r1_a, both_a, packed_a) = thousand
+    assert (
+        f"{packed} and {packed_a} are held; with nothing {plain} and {plain_a}"
+        in said["Modes are lost: samples lack variety"]
+    )
+    assert penalties == f"{both} and {both_a} modes; R1 alone {r1} and {r1_a}"
+    assert POINTS[0]["Unrolling"] == POINTS[0]["Packed"] == 10
+    assert said["the same, of points in a few dimensions"].startswith("8 of 8 modes with 10 of 10 seeds each")
+    text = " ".join(MEASURED.split())
+    rescued = "all eight modes in 10 of 10 (goal 9; 72 to 87 % of high quality, KL at most 0.005; one event each, "
+    assert rescued in text
+    assert "without it in 1 of 10" in text
+    assert said["The run collapsed overnight"] == "all modes at the end with 10 of 10 seeds, left alone 1 of 10"
+    few = [[float(row[2].split()[0]) for row in rows_below(MEASURED, "## Little data", i)[1:]] for i in (0, 1)]
+    diff, _, adaptive, _, consistency = few[0]
+    assert said["Little data, D learns it by heart"].startswith(f"{diff}, {consistency} and {adaptive} of the")
+    assert [round(few[1][i], 1) for i in (0, 2, 4)] == [0.1, 0.1, 0.1]
+    assert "Stabilized 29 of 30 are well, alone 7 of 30" in text
+    joined = said["Reconstruction gets worse when D joins"]
+    assert ("29 of 30 end well" in joined, "fixed weight 7 of 30" in joined) == (True, True)
+    adaptive = row_of(MEASURED, "## Beside a reconstruction, and tables", "plateau, adaptive weight")
+    average, last = (f"{number(adaptive[i]):.2f}" for i in (2, 3))
+    assert f"{average} with the average, {last} with the last weights" in said["Samples flicker from step to step"]
+    random = {row[0]: number(row[1]) for row in rows_below(MEASURED, "## Random recipes")}
+    autopilot, plain = random['`Autopilot(when="always")`'], random["plain"]
+    assert f"{autopilot:.0f} of 60" in said["Nobody knows the learning rates"]
+    assert f"without it {plain:.0f}" in said["Nobody knows the learning rates"]
+    costs = rows_below(MEASURED, "## What they cost", 1)
+    each, lazy = (f"{number(costs[i][1])}" for i in (0, 1))
+    assert f"{each} times as long with R1, {lazy} times with `every=16`" in said["Penalties cost too much"]
+
+
+def test_false_alarms_are_those_of_the_table():
+    """From 256 samples on, over all rows; and collapses that were caught."""
+    rows = [row for row in rows_below(MEASURED, "## Collapses caught") if number(row[0]) >= 256]
+    healthy = sum(int(re.match(r"0 of (\d+)", row[1])[1]) for row in rows)
+    caught, bad = (sum(int(re.match(r"(\d+) of (\d+)", row[3])[i]) for row in rows) for i in (1, 2))
+    what = row_of(README, "## What it measured", "Collapses caught")[1]
+    assert what == f"{caught} of {bad} bad runs, none in {healthy}"
+    first = row_of(README, "## What to add", "You do not know")[2]
+    assert f"{caught} of {bad} collapses caught, with no false alarm in {healthy} runs" in first
 
 
 def test_the_guide_sums_up_what_was_measured():

@@ -429,11 +429,13 @@ def test_text_of_a_run_is_no_html(run):
 def test_refusals(run, tmp_path):
     (tmp_path / "empty").mkdir()
     write_log(tmp_path / "new", [{"step": 0}])
+    write_log(tmp_path / "mine/runs/version_0", [{"step": 0}])
     (tmp_path / "there.html").write_text("mine")
     cases = [
         ([tmp_path / "none"], {}, FileNotFoundError, "There is no folder '.*none'"),
         ([tmp_path / "empty"], {}, FileNotFoundError, "has no metrics.csv: a run with the logger CSVLogger leaves one"),
         ([run.parent], {}, FileNotFoundError, "has no metrics.csv: did you mean '.*version_0'"),
+        ([tmp_path / "mine"], {}, FileNotFoundError, "has no metrics.csv: did you mean '.*mine.runs.version_0'"),
         ([tmp_path / "new"], {}, ValueError, "has no values yet"),
         ([run, run.parent / "." / run.name], {}, ValueError, "is given twice"),
         ([], {}, ValueError, "`folders` must be at least one folder of a run"),
