@@ -19,12 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
     from lightning.pytorch.strategies import DDPStrategy
     from lightning.pytorch.utilities import CombinedLoader
     from torch.nn.parallel import DistributedDataParallel
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
+    from torch.optim.swa_utils import AveragedModel
 
 
 # ---------- torch: optimizers
@@ -242,6 +243,11 @@ def check_on_train_epoch_end(stopping: EarlyStopping, setting: bool) -> bool:
     """Set whether an EarlyStopping checks when a training epoch ends, or a validation; return what it was set to."""
     before, stopping._check_on_train_epoch_end = bool(stopping._check_on_train_epoch_end), setting
     return before
+
+
+def averaged_model(callback: WeightAveraging) -> AveragedModel | None:
+    """The average that Lightning's callback keeps of a module during a fit, with its counter."""
+    return callback._average_model
 
 
 def loader_of(trainer: Trainer, split: Literal["train", "val", "validate", "test"]) -> Any:

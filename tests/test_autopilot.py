@@ -12,11 +12,13 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts
 from torch.utils.data import DataLoader, TensorDataset
 from toys import Line, Point, fit, points, sgd, small, trainer, weights, zeros
 
 from lightning_gan_stability import (
     MLP,
+    AdversarialStart,
     Autopilot,
     CollapseDetector,
     DCGANDiscriminator,
@@ -36,6 +38,7 @@ from lightning_gan_stability import (
 from lightning_gan_stability.events import read_events
 from lightning_gan_stability.metrics import RandomConvolutions, energy_distance
 from lightning_gan_stability.metrics.energy import mean_distance
+from lightning_gan_stability.monitors.rollback import ScaleLearningRate
 from lightning_gan_stability.monitors.steering import LIMITS, PORTFOLIO
 from lightning_gan_stability.outcome import describe_outcome
 
@@ -339,6 +342,48 @@ def test_a_scheduler_of_the_user_goes_on_from_the_new_rate():
     expected = autopilot.settings["g_lr"] * 0.5 ** (module.iteration // 10)
     assert watch.rows[-1]["lr"][1] == [pytest.approx(expected)]
     assert watch.rows[-1]["lr"][0] == [pytest.approx(autopilot.settings["d_lr"] / 100)]  # which no scheduler sets
+
+
+@pytest.mark.parametrize("make", [CosineAnnealingLR, CosineAnnealingWarmRestarts])
+def test_the_rate_that_a_cosine_ends_at_is_scaled_too(make):
+    """A scaled run has the scaled rates of a run without, at every step."""
+
+    class Scale(Callback):
+        def on_train_start(self, trainer, module):
+            ScaleLearningRate(0.1)(trainer, module)
+
+    rates = []
+    for callbacks in [], [Scale()]:
+        watch = Watch()
+        module = gan(d_scheduler=lambda o: make(o, 20, eta_min=5e-4), g_scheduler=lambda o: make(o, 20, eta_min=2e-4))
+        fit(module, points(25), callbacks=[*callbacks, watch])
+        rates.append(torch.tensor([row["lr"] for row in watch.rows]))
+    assert torch.allclose(rates[1], 0.1 * rates[0], rtol=1e-6)
+    assert rates[0].min() < 3e-4
+
+
+class Towards(GANModule):
+    """Has a loss beside the adversarial one."""
+
+    def auxiliary_losses(self, player, outputs):
+        return {"near": outputs.fake.square().mean()} if player == "g" else {}
+
+
+@pytest.mark.parametrize("when", ["always", "trouble"])
+def test_nothing_is_compared_before_the_adversarial_game_begins(when):
+    torch.manual_seed(0)
+    options = {"g_optimizer": adam(1e-3), "d_optimizer": adam(1e-3)}
+    module = Towards(MLP([4, 16, 2]), MLP([2, 16, 1]), latent_dim=4, **options)
+    autopilot, watch = Autopilot(when, every=5, n_samples=50), Watch()
+    run(module, autopilot, 120, AdversarialStart(40), watch)
+    if when == "always":
+        assert autopilot.actions[0]["step"] == 40
+        assert autopilot.actions[0]["why"] == "the adversarial game begins"
+        assert all(row["iteration"] >= 40 for row in watch.rows[39:])  # runners begin with the game, too
+    assert [row["iteration"] for row in watch.rows[:39]] == [*range(1, 40)]
+    assert all(step > 40 for step, _ in autopilot.history)
+    if autopilot.first is not None:
+        assert autopilot.first["step"] == 40
 
 
 def test_the_penalty_of_the_user_is_steered():

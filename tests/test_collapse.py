@@ -12,10 +12,11 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch import nn
 from torch.utils.data import DataLoader
-from toys import ignoring, sgd, small, trainer, weights
+from toys import fit, ignoring, points, sgd, small, trainer, weights
 
 from lightning_gan_stability import (
     MLP,
@@ -31,6 +32,7 @@ from lightning_gan_stability import (
     ScalePenalty,
     UpdateRatio,
 )
+from lightning_gan_stability._compat import averaged_model
 from lightning_gan_stability.advice import COLLAPSE
 from lightning_gan_stability.monitors import collapse
 from lightning_gan_stability.monitors.collapse import is_bad, is_progress, name_trouble
@@ -351,6 +353,42 @@ def test_going_back_is_as_if_it_had_not_happened():
         fit.fit(module, DataLoader([batch] * 20, batch_size=None))
     assert record.seen[5] == record.seen[2]
     assert record.seen[7] == record.seen[4]
+
+
+@pytest.mark.filterwarnings("ignore:.*WeightAveraging callback with a model that overrides")
+def test_a_rollback_restores_the_average_of_lightning():
+    class Averages(Callback):
+        """The average's weights, its counter and its last update, after each step."""
+
+        def __init__(self):
+            self.seen = {}
+
+        def on_train_batch_end(self, trainer, module, *_):
+            average = averaged_model(averaging)
+            self.seen[trainer.global_step] = weights(average), int(average.n_averaged), averaging.state_dict()
+
+    class Tell(Callback):
+        def on_train_batch_start(self, trainer, module, *_):
+            if trainer.global_step == 5:
+                seen.append((weights(averaged_model(averaging)), averaging.state_dict()))
+
+    torch.manual_seed(0)
+    module, seen = GANModule(MLP([4, 8, 2]), MLP([2, 8, 1]), 4), []
+    averaging, record = EMAWeightAveraging(decay=0.9), Averages()
+
+    class Back(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if trainer.global_step == 2:
+                self.state = take(trainer, module)
+            if trainer.global_step == 5:
+                put_back(trainer, module, self.state)
+
+    fit(module, points(7), callbacks=[averaging, record, Back(), Tell()])
+    (found, state), (kept, _, declared) = seen[0], record.seen[2]
+    assert torch.equal(found, kept)
+    assert state == declared
+    assert not torch.equal(record.seen[5][0], kept)
+    assert record.seen[6][1] == record.seen[2][1] + 1
 
 
 def test_rollbacks_have_a_cap():

@@ -3,13 +3,14 @@
 import ast
 import inspect
 from datetime import timedelta
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional_collectives
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.mixins import hparams_mixin
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
@@ -22,13 +23,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations
 from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, LinearLR, SequentialLR, StepLR
 from torch.utils.data import DataLoader
-from toys import ignoring, trainer
+from toys import fit, ignoring, points, small, trainer
 
 from lightning_gan_stability import MLP, _compat
 from lightning_gan_stability._compat import (
     Float32Buffers,
     NoExchange,
     allow_unused_parameters,
+    averaged_model,
     buffer_names,
     check_on_train_epoch_end,
     computed_weights,
@@ -93,6 +95,7 @@ RELIES_ON = {
     "saves_by_time": {"_train_time_interval"},
     "save_triggers": {"_every_n_train_steps", "_should_save_on_train_epoch_end"},
     "check_on_train_epoch_end": {"_check_on_train_epoch_end"},
+    "averaged_model": {"_average_model"},
     "loader_of": {"_data_source"},
     "mode_of": {"_mode"},
     "to_device": {"_on_before_batch_transfer"},
@@ -672,6 +675,23 @@ class Data(LightningDataModule):
 
     def val_dataloader(self):
         return VAL
+
+
+@pytest.mark.filterwarnings("ignore:.*WeightAveraging callback with a model that overrides")
+def test_averaged_model():
+    """It is there in a fit, and moves by β̄ = (1 − β) θ + β θ̄."""
+    averaging, found = EMAWeightAveraging(decay=0.5), []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            average = [p.clone() for p in averaged_model(averaging).module.parameters()]
+            found.append((average, [p.detach().clone() for p in module.parameters()]))
+
+    assert averaged_model(averaging) is None
+    fit(small(), points(3), callbacks=[averaging, Look()])
+    for (before, _), (after, now) in pairwise(found):
+        for old, new, weight in zip(before, after, now, strict=True):
+            assert torch.allclose(new, 0.5 * old + 0.5 * weight)
 
 
 def loaders(run, module):

@@ -1,6 +1,7 @@
 """HealthMonitor beside a reconstruction: shares and codebooks against closed forms, runs built to fail, and others."""
 
 import csv
+import logging
 import math
 from copy import deepcopy
 
@@ -213,10 +214,11 @@ def test_a_generator_that_rests_is_measured_when_it_moves():
 
 
 @pytest.mark.parametrize(("more", "there"), [([], False), ([LossBalancer({"adversarial": 1.0})], True)])
-def test_compiled_networks_have_no_shares_unless_their_graphs_are_kept(more, there):
+def test_compiled_networks_have_no_shares_unless_their_graphs_are_kept(more, there, caplog):
     monitor, module = HealthMonitor(every=2), small(compile={"backend": "aot_eager"})
-    with ignoring():
+    with ignoring(), caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         fit(module, points(4), callbacks=[Reconstruction(), *deepcopy(more), monitor])
+    assert caplog.text.count("HealthMonitor leaves out the shares of terms in the generator's gradient") == 1 - there
     assert [not math.isnan(window["adversarial_share"]) for window in monitor.windows] == [there] * 2
 
 

@@ -18,9 +18,12 @@ from toys import fit, points, small
 
 from lightning_gan_stability import (
     MLP,
+    DiscriminatorRejection,
     GANModule,
     GeneratorEMA,
+    MetropolisHastings,
     Photographs,
+    Ring,
     SampleWriter,
     StyleGenerator,
     SuperResolution,
@@ -118,6 +121,41 @@ def test_samples_depend_on_the_seed_and_not_on_batches():
     np.testing.assert_allclose(made["d"], made["b"][:20], rtol=1e-6, atol=1e-7)
     assert abs(made["a"] - made["c"]).max() > 0.1
     assert made["a"].shape == (300, 2)
+
+
+def test_the_discriminator_chooses(capsys):
+    """Samples are those of `sample(reject=...)`, calibrated with the run's held-out data; of the seed alone."""
+    run = a_run(mlp(4, 8, 2), mlp(2, 8, 1), data={"class_path": "Ring", "init_args": {"val_samples": 200}})
+    for name, *more in ("drs", "--seed=3"), ("mh", "--seed=3", "--batch-size=7"):
+        main(["sample", run, "--n=30", "--reject", name, "--out", name, *more])
+        assert "of the samples that the generator made were accepted" in capsys.readouterr().out
+        gan = load_gan(run)
+        gan.noise_seed = 3
+        data = Ring(val_samples=200)
+        data.setup("validate")
+        real = torch.cat([gan.unpack(batch)[0] for batch in data.val_dataloader()])
+        reject = {"drs": DiscriminatorRejection, "mh": MetropolisHastings}[name]()
+        with gan.noise.of("calibration"):
+            reject.calibrate(gan, real)
+        with gan.noise.of("samples"):
+            expected = gan.sample(30, reject=reject)
+        np.testing.assert_allclose(np.load(f"{name}/samples.npy"), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["--reject", "best"], "`reject` must be drs, mh or a dotted path, got 'best'"),
+        (["--reject", "torch.nn.Identity"], "`reject` must name a Rejection, got 'torch.nn.Identity'"),
+        (["--reject", "mh", "--truncation", "0.5"], "--truncation has no meaning for samples of --reject"),
+        (["--data", "Ring"], "--data has held-out samples for --reject"),
+    ],
+)
+def test_what_reject_cannot_do_is_refused(more, text):
+    run = a_run(mlp(4, 8, 2), mlp(2, 8, 1))
+    with pytest.raises(ValueError, match=text):
+        main(["sample", run, "--out", "none", *more])
+    assert not Path("none").exists()
 
 
 def test_latents_are_normal():

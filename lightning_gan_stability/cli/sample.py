@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
     from lightning_gan_stability.module import GANModule
     from lightning_gan_stability.monitors.writing import SampleFiles
+    from lightning_gan_stability.rejection import Rejection
 
 BLOCK = 256  # latents that are drawn at once, whatever the size of batches
 COLUMNS = 8  # of a grid
+CALIBRATED = 1000  # held-out samples that --reject is calibrated with
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="go from one latent to the next in so many steps, which --n counts, and draw interpolation.png too",
     )
+    parser.add_argument(
+        "--reject",
+        metavar="NAME",
+        help="let the discriminator choose: drs (DiscriminatorRejection), mh (MetropolisHastings), or the dotted path "
+        "of a Rejection of your own; it is calibrated with held-out samples where the data are known",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="NAME",
+        help="with held-out samples for --reject: a data module, or a folder of images; by default that of the run",
+    )
     parser.add_argument("--sample-rate", type=int, help="of sounds, in Hz; by default that of the module")
     parser.add_argument(
         "--overwrite", action="store_true", help="the folder may hold earlier samples, which are removed"
@@ -70,6 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
         check_integer("n", arguments.n)
     if arguments.interpolate is not None:
         check_integer("interpolate", arguments.interpolate, least=2)
+    if arguments.data is not None and arguments.reject is None:
+        raise ValueError("--data has held-out samples for --reject: add it, or leave --data out.")
     module = load_module(arguments.checkpoint, arguments)
     if arguments.no_average:
         if module.generator_ema is None:
@@ -80,24 +95,30 @@ def run(arguments: argparse.Namespace) -> None:
     key, _, value = (arguments.condition or "").rpartition("=")
     with torch.no_grad():
         if isinstance(module, TableSynthesis):
-            _refuse(arguments, "a table", "truncation", "grid", "interpolate")
+            _refuse(arguments, "a table", "truncation", "grid", "interpolate", "reject")
             files = SampleFiles(arguments.out, arguments.overwrite)
             _write_rows(module, arguments, {key: _category(module, key, value)} if value else None, files)
         elif value and (Path(value).exists() or not key):
-            _refuse(arguments, "sources", "grid", "interpolate", "truncation")
+            _refuse(arguments, "sources", "grid", "interpolate", "truncation", "reject")
             sources = read_sources(module, value)
             files = SampleFiles(arguments.out, arguments.overwrite, rate)
             _write_translated(module, arguments, key, sources, files)
         else:
             labels = labels_of(module, key, value)
+            if arguments.reject is not None:
+                _refuse(arguments, "--reject, which draws latents by itself", "grid", "interpolate", "truncation")
+            reject = None if arguments.reject is None else rejection_of(module, arguments)
             files = SampleFiles(arguments.out, arguments.overwrite, rate)
-            _write_drawn(module, arguments, labels, files)
+            if reject is None:
+                _write_drawn(module, arguments, labels, files)
+            else:
+                _write_chosen(module, arguments, labels, reject, files)
     print(f"{files.written} samples are in {files.folder}.")
 
 
 def _refuse(arguments: argparse.Namespace, what: str, *names: str) -> None:
     """Refuse arguments that would do nothing."""
-    unset = {"truncation": 1.0, "grid": False, "interpolate": None}
+    unset = {"truncation": 1.0, "grid": False, "interpolate": None, "reject": None}
     for name in names:
         if getattr(arguments, name) != unset[name]:
             raise ValueError(f"--{name} has no meaning for samples of {what}: leave it out.")
@@ -247,6 +268,57 @@ def _write_drawn(module: GANModule, arguments: argparse.Namespace, labels: Label
             condition = None if value is None else torch.full((len(base),), value)
             grid.append(_draw(module, base, condition, arguments.truncation, "grid", 0))
         _draw_rows(grid, COLUMNS, files.folder / "grid.png")
+
+
+def rejection_of(module: GANModule, arguments: argparse.Namespace) -> Rejection:
+    """What ``--reject`` names, calibrated with held-out samples of ``--data`` or of the run, if there are any.
+
+    Raises:
+        ValueError: if it names no Rejection.
+    """
+    import torch
+
+    from lightning_gan_stability.checkpoints import find_checkpoint, resolve
+    from lightning_gan_stability.cli.evaluating import data_of, plan_of
+    from lightning_gan_stability.outputs import batch_size, tree_map
+    from lightning_gan_stability.rejection import DiscriminatorRejection, MetropolisHastings, Rejection
+
+    known = {"drs": DiscriminatorRejection, "mh": MetropolisHastings}
+    if arguments.reject not in known and "." not in arguments.reject:
+        raise ValueError(f"`reject` must be drs, mh or a dotted path, got {arguments.reject!r}.")
+    made = known.get(arguments.reject) or resolve(arguments.reject)
+    reject = made() if callable(made) else made
+    if not isinstance(reject, Rejection):
+        raise ValueError(f"`reject` must name a Rejection, got {arguments.reject!r}.")
+    asked = argparse.Namespace(config=None, data=None, trust=arguments.trust)
+    of_run = arguments.data is None
+    data = plan_of(asked, find_checkpoint(arguments.checkpoint)).data if of_run else data_of(arguments.data, module)
+    if data is None:
+        return reject
+    data.prepare_data()
+    data.setup("validate")
+    parts, n = [], 0
+    for batch in data.val_dataloader() or ():
+        parts.append(module.unpack(batch))
+        n += batch_size(parts[-1][0])
+        if n >= CALIBRATED:
+            break
+    if not parts:
+        return reject
+    real, condition = (tree_map(lambda *leaves: torch.cat(leaves), *trees) for trees in zip(*parts, strict=True))
+    with module.noise.of("calibration"):
+        return reject.calibrate(module, real, condition)
+
+
+def _write_chosen(
+    module: GANModule, arguments: argparse.Namespace, labels: Labels | None, reject: Rejection, files: SampleFiles
+) -> None:
+    n = arguments.n or 64
+    condition = None if labels is None else labels.of(n, arguments.seed).to(module.device)
+    with module.noise.of("samples"):
+        samples = module.sample(n, condition, reject=reject)
+    files.write(samples, condition)
+    print(f"{reject.acceptance:.0%} of the samples that the generator made were accepted.")
 
 
 def _draw(module: GANModule, latents: Tensor, condition: Any, truncation: float, purpose: str, i: int) -> Any:

@@ -95,7 +95,9 @@ class Autopilot(GANCallback):
     settings may help against, a loss that is not finite, a distance four times its best since the last race, or one far
     from the data that has not become smaller in ten measurements. Until then the run is the same as without it, bit for
     bit. Then there is a race: from the beginning if little was learned, else from the best state so far with calmer
-    settings. With ``when="always"`` the run begins with a race; later it looks on in the same way.
+    settings. With ``when="always"`` the run begins with a race; later it looks on in the same way. While an
+    :class:`~lightning_gan_stability.AdversarialStart` keeps the players apart, there is nothing to compare: it waits
+    until the adversarial term is there.
 
     What is tried and thrown away are batches of the run: ``trainer.global_step`` counts them, while
     ``module.iteration`` goes back. Loggers, monitors and checkpoints that are due during a race see the runner whose
@@ -162,6 +164,7 @@ class Autopilot(GANCallback):
     actions: list[dict[str, Any]]
     history: list[list[float]]
     measured: dict[str, Any]
+    _waiting = False  # for the adversarial game to begin
     _null: float = math.nan  # the mean distance of real data to themselves, of as many samples
 
     def __init__(
@@ -278,6 +281,7 @@ class Autopilot(GANCallback):
         with isolate_rng(), module.noise.of("autopilot"):
             self._read(trainer, module)  # what cannot be compared is refused before the first batch
         self._horizon = self._steps_of(trainer)
+        self._waiting = _game_rests(trainer, module)
         if self.own:
             self._steering.shares = self.shares
             there = self._steering.read()  # a run may go on with other penalties
@@ -300,7 +304,13 @@ class Autopilot(GANCallback):
             )
         if self.when == "always":
             self._take_over(trainer, module)
-            self._race(trainer, module, candidates, "the run begins")
+        if not self._waiting:
+            self._begin(trainer, module, "the run begins")
+
+    def _begin(self, trainer: Trainer, module: GANModule, why: str) -> None:
+        """The adversarial game is on: race, or keep the state that a first race begins with."""
+        if self.when == "always":
+            self._race(trainer, module, self._steering.candidates(self.own), why)
         else:
             self.first = self._take(trainer, module)
 
@@ -322,7 +332,11 @@ class Autopilot(GANCallback):
         if self._moving is not None:
             self._moving.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             self.measured = self._moving.state_dict()
-        if self.leg_ends >= 0:
+        if self._waiting:
+            self._waiting = _game_rests(trainer, module)
+            if not self._waiting:
+                self._begin(trainer, module, "the adversarial game begins")
+        elif self.leg_ends >= 0:
             if trainer.global_step >= self.leg_ends:
                 self._end_leg(trainer, module, self._see(trainer, module))
         elif trainer.global_step % self._every(trainer) == 0:
@@ -621,6 +635,11 @@ class Autopilot(GANCallback):
             steps, values = zip(*self.history, strict=True)
             courses = [Course("autopilot/distance", [*map(int, steps)], [*values], self._null, True)]
         return Outcome(courses=courses, actions=actions)
+
+
+def _game_rests(trainer: Trainer, module: GANModule) -> bool:
+    """Whether the generator does not meet the discriminator yet, so that settings of the game cannot be compared."""
+    return not all(callback.allows_adversarial(module) for callback in callbacks_of(trainer, GANCallback))
 
 
 def _verdicts(trainer: Trainer) -> list[dict[str, Any]]:

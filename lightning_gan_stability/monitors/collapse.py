@@ -257,8 +257,10 @@ class CollapseDetector(GANCallback):
 
     Args:
         action: ``"warn"``; ``"alert"``: also an alert of Weights & Biases; ``"stop"``: training ends; ``"rollback"``:
-            networks, optimizers, schedulers, GAN counters and the callbacks' memory go back to the last healthy
-            measurement, or to the start; data and ``global_step`` go on. Or a function of (trainer, module, event).
+            networks, optimizers, schedulers, GAN counters, averages (Lightning's ``WeightAveraging``, too) and what
+            a :class:`~lightning_gan_stability.GANCallback` has declared go back to the last healthy measurement, or to
+            the start; data, ``global_step``, monitors and other callbacks of Lightning go on. Or a function of
+            (trainer, module, event).
         patience: measurements in a row before a verdict.
         max_rollbacks: after so many, it only warns.
         remedy: what a rollback changes, lest it happens again:

@@ -212,7 +212,7 @@ class HealthMonitor(GANCallback):
     with all their weights, 0 for one that does not depend on the samples; and ``g/perplexity/<codes>``, of the worst
     book. A run is the same with and without the monitor. Costs a copy of 256 numbers and a few scalars per step, and
     forward passes every ``every``; for shares a backward pass from each term to the samples, on one batch in ``every``.
-    Compiled networks have no shares, as their graphs run once.
+    Compiled networks have no shares, as their graphs run once; that is said.
 
     Args:
         every: steps between decisions.
@@ -299,8 +299,17 @@ class HealthMonitor(GANCallback):
             return
         self._count_codes(module, outputs)
         names = [name for name in terms if self.measured.get(name, module.iteration) == module.iteration]
-        if names and {*terms} != {"adversarial"} and not self._refused and module.reruns_graphs:
+        if not names or {*terms} == {"adversarial"} or self._refused:
+            return
+        if module.reruns_graphs:
             self._measure(module, outputs, terms, names)
+            return
+        self._refused = True
+        rank_zero_info(
+            "HealthMonitor leaves out the shares of terms in the generator's gradient, and the verdicts that take them "
+            "(silent_adversarial, dominant_adversarial, head_start): graphs of compiled networks run backward once, "
+            "for the loss. Train some steps with compile=False to see them."
+        )
 
     def _measure(self, module: GANProtocol, outputs: GANOutputs, terms: Terms, names: list[str]) -> None:
         try:

@@ -10,11 +10,13 @@ from typing import Any, TypeAlias
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_gan_stability._checks import check_choice, check_number
-from lightning_gan_stability._compat import scheduler_parts
+from lightning_gan_stability._compat import averaged_model, scheduler_parts
 from lightning_gan_stability.callback import GANCallback, Regularizer, callbacks_of
 from lightning_gan_stability.callbacks.optimizer_schedule import OptimizerSchedule
 from lightning_gan_stability.module import GANModule
@@ -32,6 +34,7 @@ def take(trainer: Trainer, module: GANModule) -> State:
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "callbacks": [callback.state_dict() for callback in _rolled_back(trainer)],
+        "averages": [(averaging.state_dict(), dict(average.state_dict())) for averaging, average in _averages(trainer)],
         "weights": weights_of(trainer),
     }
     return deepcopy(apply_to_collection(state, Tensor, lambda tensor: tensor.detach().cpu()))
@@ -49,6 +52,9 @@ def put_back(trainer: Trainer, module: GANModule, state: State) -> None:
     for callback, kept in zip(_rolled_back(trainer), state["callbacks"], strict=True):
         callback.load_state_dict(kept)
         callback.go_on(module)
+    for (averaging, average), (kept, weights) in zip(_averages(trainer), state["averages"], strict=True):
+        averaging.load_state_dict(kept)
+        average.load_state_dict(weights)
     give_weights(trainer, state["weights"])
 
 
@@ -72,6 +78,12 @@ def give_weights(trainer: Trainer, weights: Weights) -> None:
 def _rolled_back(trainer: Trainer) -> list[GANCallback]:
     """The callbacks whose state is part of the training; monitors remember what was, whatever is put back."""
     return [callback for callback in callbacks_of(trainer, GANCallback) if callback.rolled_back]
+
+
+def _averages(trainer: Trainer) -> list[tuple[WeightAveraging, AveragedModel]]:
+    """Lightning's averages of the whole module, which belong to its weights."""
+    found = ((averaging, averaged_model(averaging)) for averaging in callbacks_of(trainer, WeightAveraging))
+    return [(averaging, average) for averaging, average in found if average is not None]
 
 
 class Remedy(abc.ABC):
@@ -133,6 +145,8 @@ class ScaleLearningRate(Remedy):
         for name in ("base_lrs", "max_lrs"):
             if hasattr(scheduler, name):
                 setattr(scheduler, name, [rate * self.factor for rate in getattr(scheduler, name)])
+        if hasattr(scheduler, "eta_min"):  # of cosine annealing, where rates end
+            scheduler.eta_min *= self.factor
 
 
 class ScalePenalty(Remedy):
