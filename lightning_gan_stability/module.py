@@ -41,7 +41,6 @@ from lightning_gan_stability.layers import (
     Packed,
     condition_parameter,
     copy_network,
-    parameter_dtype,
     restore_parametrizations,
     truncated,
 )
@@ -190,7 +189,6 @@ class GANModule(LightningModule):
         self.augment: nn.Module = check_type("augment", nn.Identity() if augment is None else augment, nn.Module)
         self.iteration = 0
         self.steps: dict[Player, int] = {"d": 0, "g": 0}
-        self.turn: Player | None = None
         self._first_val_size = 0
         self.last_step = StepRecord()
         self.adversarial = True
@@ -220,6 +218,11 @@ class GANModule(LightningModule):
     @noise_seed.setter
     def noise_seed(self, seed: int) -> None:
         self.noise.seed = check_type("noise_seed", seed, int)
+
+    @property
+    def turn(self) -> Player | None:
+        """The player whose main pass through the networks is under way in a training step."""
+        return self.engine.turn
 
     @property
     def moved(self) -> frozenset[Player]:
@@ -439,8 +442,7 @@ class GANModule(LightningModule):
         """Latents (n, latent_dim) from the module's own noise, in the type that the generator computes in."""
         if self.latent_dim is None:
             raise ValueError("There are no latents to draw: the generator takes none (`latent_dim` is None).")
-        dtype = parameter_dtype(self.generator, torch.get_default_dtype())
-        return self.noise.randn(n, self.latent_dim, dtype=dtype)
+        return self.noise.randn(n, self.latent_dim, dtype=self.engine.latent_dtype())
 
     def unpacked(self, batch: Any) -> Unpacked:
         """Real samples and condition of a batch, checked; of a batch for packs, without the rest that fills none."""
@@ -486,17 +488,8 @@ class GANModule(LightningModule):
             ValueError: if the generator's samples do not have the shape of the data.
         """
         regularizers = self.due(player) if regularizers is None else regularizers
-        with self._turn_of(player):
+        with self.engine.turn_of(player):
             return self._samples(player, batch, regularizers)
-
-    @contextmanager
-    def _turn_of(self, player: Player) -> Iterator[None]:
-        before = self.turn
-        self.turn = player if self.noise.in_step and not self.engine.in_separate_step else None
-        try:
-            yield
-        finally:
-            self.turn = before
 
     def _samples(self, player: Player, batch: Any, regularizers: Sequence[Regularizer]) -> GANOutputs:
         names = {name for regularizer in regularizers for name in regularizer.differentiates}
@@ -555,7 +548,7 @@ class GANModule(LightningModule):
         """
         regularizers = self.due(player) if regularizers is None else regularizers
         precise = any(regularizer.differentiates for regularizer in regularizers)
-        with self._turn_of(player), self.full_precision() if precise else nullcontext():
+        with self.engine.turn_of(player), self.full_precision() if precise else nullcontext():
             outputs = self.compute_samples(player, batch, regularizers)
             if self.noise.in_step:
                 for callback in self.engine.callbacks():
@@ -599,7 +592,7 @@ class GANModule(LightningModule):
             sample: (n, ...).
             condition: what the discriminator is told, or None.
         """
-        told = condition if self._tells_condition() else None
+        told = condition if condition is not None and self._tells_condition() else None
         with self.noise.of_samples():
             sample, told = augment_pairs(self.augment, sample, told)
             if self.noise.in_step:
