@@ -44,6 +44,7 @@ from lightning_gan_stability.outputs import (
     Terms,
     Unpacked,
     batch_size,
+    clone,
     concatenate,
     detached,
     differentiable,
@@ -247,11 +248,18 @@ class Engine:
                 parts.append(detached(outputs))
                 shares.append(share)
         whole = parts[0] if len(parts) == 1 else concatenate(parts, shares)
-        self.module.last_step.add(player, whole, terms)
+        self._record(player, whole, terms)
         if player == "d" and self._separate is None and not self._looked:
             self._looked = True
             self._warn_of_idle_logits(whole)
         return whole
+
+    def _record(self, player: Player, outputs: GANOutputs, terms: Terms) -> None:
+        """Note what a player has seen, and the terms of its loss, in memory that outlives the step."""
+        if self.module.replays_graphs:
+            logits = {name: clone(getattr(outputs, name)) for name in ("real_logits", "fake_logits")}
+            outputs, terms = outputs.replace(**logits), clone(terms)
+        self.module.last_step.add(player, outputs, terms)
 
     def _objective(self, player: Player, part: Any) -> tuple[GANOutputs, Tensor, Terms]:
         """What a player sees of a (micro-)batch, its total loss, and the terms."""
@@ -475,7 +483,7 @@ class Engine:
                 loss, values = self.adversarial_loss(player, outputs)
                 parts, terms = self._weighed_terms(player, outputs, loss)
                 totals[player], adversarial[player] = functools.reduce(torch.add, parts.values()), parts["adversarial"]
-                module.last_step.add(player, detached(outputs), values | terms)
+                self._record(player, detached(outputs), values | terms)
         return totals, adversarial
 
     def _loss_has_buffers(self) -> bool:
