@@ -34,6 +34,7 @@ from lightning_gan_stability.monitored import Monitored
 from lightning_gan_stability.outcome import Outcome, describe_outcome, joined
 from lightning_gan_stability.outputs import NETWORKS, StepRecord
 from lightning_gan_stability.resuming import Resuming
+from lightning_gan_stability.saving import save_whole
 from lightning_gan_stability.sharding import check_equal_batches, check_strategy, exchange_own_gradients
 from lightning_gan_stability.signals import SignalHold
 
@@ -95,6 +96,7 @@ class Guard(Callback):
         if stage == "fit":
             self._check_settings(trainer)
             self._read.check(trainer)
+            save_whole(trainer)
             # Lightning asks for the state before the step; resuming exactly needs the one after it, which it saves
             warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
             find_rule(trainer)
