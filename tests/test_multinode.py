@@ -94,7 +94,8 @@ def launch(folder, hosts, fatal, saving=False, nodes=2, limit=120):
     folder.mkdir(exist_ok=True)
     environment = os.environ | {
         "NODES": str(nodes), "PROCESSES": str(2 // nodes), "PORT": str(free_port()),
-        "HEAD": "10.77.0.1" if hosts else "127.0.0.1", "RUN": str(folder / "run"), "EVERY": str(EVERY), "RESTARTS": "0", "OMP_NUM_THREADS": "1",
+        "HEAD": "10.77.0.1" if hosts else "127.0.0.1",
+        "RUN": str(folder / "run"), "EVERY": str(EVERY), "RESTARTS": "0", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "GLOO_SOCKET_IFNAME": "veth0" if hosts else "lo", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
