@@ -154,10 +154,10 @@ def check_same(whole, killed):
         assert differences(whole[part], killed[part]) == []
 
 
-@pytest.mark.timeout(100)
+@pytest.mark.timeout(170)
 def test_a_process_that_is_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path):
     """Two processes on one node; the file is on its way from one file system to another."""
-    folders, one = [tmp_path / "whole", tmp_path / "killed"], {"nodes": 1, "limit": 30}
+    folders, one = [tmp_path / "whole", tmp_path / "killed"], {"nodes": 1, "limit": 50}
     assert launch(folders[0], (), 0, **one) == [0], said(folders[0])
     assert any(launch(folders[1], (), 2 * EVERY, saving=True, **one))
     assert (folders[1] / "died").exists()
