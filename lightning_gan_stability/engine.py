@@ -44,6 +44,7 @@ from lightning_gan_stability.outputs import (
     Terms,
     Unpacked,
     batch_size,
+    clone,
     concatenate,
     detached,
     differentiable,
@@ -126,7 +127,11 @@ class Engine:
         self.compiled: bool | None = None  # whether a network is; None: nobody has looked yet
         self._looked = False  # at what the discriminator returns beside its logits
         self._separate: Regularizer | None = None  # the penalty whose own step is being taken
-        self._callbacks: list[GANCallback] | None = None  # of the batch at hand, which asks for them often
+        self.turn: Player | None = None  # whose main pass through the networks is under way in a step
+        # of the batch at hand, which asks for them often
+        self._callbacks: list[GANCallback] | None = None
+        self._optimizers: dict[Player, LightningOptimizer] | None = None
+        self._latent_dtype: torch.dtype | None = None
         self._stateful: tuple[AdversarialLoss, bool] | None = None  # the loss, and whether it has buffers
         # iterations, players and values that may not be finite
         self._unchecked: list[tuple[int, Player, dict[str, Tensor]]] = []
@@ -154,6 +159,8 @@ class Engine:
         plan, adversarial = module.plan, module.adversarial
         self._callbacks = self.callbacks()
         try:
+            self._latent_dtype = self.latent_dtype()
+            self._optimizers = {player: self.optimizer(player) for player in PLAYERS}
             for callback in self._callbacks:
                 module.plan = callback.adjust_plan(module, module.plan)
                 module.adversarial = module.adversarial and callback.allows_adversarial(module)
@@ -166,8 +173,27 @@ class Engine:
                 )
             yield
         finally:
-            self._callbacks, self._turns = None, {}
+            self._callbacks, self._optimizers, self._latent_dtype, self._turns = None, None, None, {}
             module.plan, module.adversarial = plan, adversarial
+
+    def turn_of(self, player: Player) -> AbstractContextManager[None]:
+        """What `turn` says during a pass through the networks: None outside of steps, and in those of penalties."""
+        turn = player if self.module.noise.in_step and self._separate is None else None
+        return nullcontext() if turn == self.turn else self._with_turn(turn)
+
+    @contextmanager
+    def _with_turn(self, turn: Player | None) -> Iterator[None]:
+        before, self.turn = self.turn, turn
+        try:
+            yield
+        finally:
+            self.turn = before
+
+    def latent_dtype(self) -> torch.dtype:
+        """The type that the generator computes in."""
+        if self._latent_dtype is not None:
+            return self._latent_dtype
+        return parameter_dtype(self.module.generator, torch.get_default_dtype())
 
     def due(self, player: Player, separate: bool = False) -> list[Regularizer]:
         """The regularizers of a player's loss on this batch, or those that have steps of their own."""
@@ -194,6 +220,8 @@ class Engine:
 
     def optimizer(self, player: Player) -> LightningOptimizer:
         """A player's optimizer."""
+        if self._optimizers is not None:
+            return self._optimizers[player]
         optimizers: Any = self.module.optimizers()
         return optimizers[PLAYERS.index(player)]  # type: ignore[no-any-return]
 
@@ -220,11 +248,18 @@ class Engine:
                 parts.append(detached(outputs))
                 shares.append(share)
         whole = parts[0] if len(parts) == 1 else concatenate(parts, shares)
-        self.module.last_step.add(player, whole, terms)
+        self._record(player, whole, terms)
         if player == "d" and self._separate is None and not self._looked:
             self._looked = True
             self._warn_of_idle_logits(whole)
         return whole
+
+    def _record(self, player: Player, outputs: GANOutputs, terms: Terms) -> None:
+        """Note what a player has seen, and the terms of its loss, in memory that outlives the step."""
+        if self.module.replays_graphs:
+            logits = {name: clone(getattr(outputs, name)) for name in ("real_logits", "fake_logits")}
+            outputs, terms = outputs.replace(**logits), clone(terms)
+        self.module.last_step.add(player, outputs, terms)
 
     def _objective(self, player: Player, part: Any) -> tuple[GANOutputs, Tensor, Terms]:
         """What a player sees of a (micro-)batch, its total loss, and the terms."""
@@ -448,7 +483,7 @@ class Engine:
                 loss, values = self.adversarial_loss(player, outputs)
                 parts, terms = self._weighed_terms(player, outputs, loss)
                 totals[player], adversarial[player] = functools.reduce(torch.add, parts.values()), parts["adversarial"]
-                module.last_step.add(player, detached(outputs), values | terms)
+                self._record(player, detached(outputs), values | terms)
         return totals, adversarial
 
     def _loss_has_buffers(self) -> bool:
@@ -457,13 +492,12 @@ class Engine:
             self._stateful = loss, next(loss.buffers(), None) is not None
         return self._stateful[1]
 
-    @contextmanager
-    def loss_at_rest(self) -> Iterator[None]:
+    def loss_at_rest(self) -> AbstractContextManager[None]:
         """Keep the buffers of a loss where they are while gradients are taken."""
-        loss = self.module.loss
-        if not self._loss_has_buffers():
-            yield
-            return
+        return self._in_evaluation(self.module.loss) if self._loss_has_buffers() else nullcontext()
+
+    @contextmanager
+    def _in_evaluation(self, loss: AdversarialLoss) -> Iterator[None]:
         training, loss.training = loss.training, False
         try:
             yield

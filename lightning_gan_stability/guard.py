@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -33,6 +34,7 @@ from lightning_gan_stability.monitored import Monitored
 from lightning_gan_stability.outcome import Outcome, describe_outcome, joined
 from lightning_gan_stability.outputs import NETWORKS, StepRecord
 from lightning_gan_stability.resuming import Resuming
+from lightning_gan_stability.saving import save_whole
 from lightning_gan_stability.sharding import check_equal_batches, check_strategy, exchange_own_gradients
 from lightning_gan_stability.signals import SignalHold
 
@@ -94,6 +96,7 @@ class Guard(Callback):
         if stage == "fit":
             self._check_settings(trainer)
             self._read.check(trainer)
+            save_whole(trainer)
             # Lightning asks for the state before the step; resuming exactly needs the one after it, which it saves
             warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
             find_rule(trainer)
@@ -425,10 +428,16 @@ def _checkpoints(trainer: Trainer) -> list[str]:
 _NO_BATCHES = "The training loader has no batches: is its data set smaller than a batch?"
 
 
-def check_run(trainer: Trainer) -> None:
+def check_run(trainer: Trainer, module: GANModule) -> None:
     """Refuse what other callbacks' `setup` depends on."""
-    if trainer.state.fn == "fit":
-        check_strategy(trainer)
+    if trainer.state.fn != "fit":
+        return
+    check_strategy(trainer)
+    if module.replays_graphs and isinstance(trainer.strategy, ModelParallelStrategy):
+        raise MisconfigurationException(
+            "ModelParallelStrategy puts shards and full weights in turn into other places of the memory, and CUDA "
+            "graphs read the same one each time: leave the mode that has them out of `compile`, or use strategy='ddp'."
+        )
 
 
 def find_guard(module: GANModule) -> Guard:

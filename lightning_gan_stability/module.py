@@ -41,7 +41,6 @@ from lightning_gan_stability.layers import (
     Packed,
     condition_parameter,
     copy_network,
-    parameter_dtype,
     restore_parametrizations,
     truncated,
 )
@@ -124,7 +123,9 @@ class GANModule(LightningModule):
         noise_seed: seed of the module's own noise, together with the process's rank and the iteration.
         compile: compile both networks in place when a fit begins; True, or a dict of arguments of ``torch.compile``.
             Plain steps run compiled; penalties and rules with second derivatives, which compiled graphs do not have,
-            run in eager.
+            run in eager. Steps have graphs for the sizes of their batches, which an incomplete last one doubles;
+            ``{"dynamic": True}`` has one for all, for samples of changing lengths too. ``{"mode":
+            "reduce-overhead"}`` replays CUDA graphs, in whose memory the next batch overwrites what the last one left.
 
     Attributes:
         iteration: batches trained on so far.
@@ -171,7 +172,11 @@ class GANModule(LightningModule):
         self.clip_norm = _checked_clip_norm(clip_norm)
         self.accumulate = check_integer("accumulate", accumulate)
         self.scheduler_interval = check_choice("scheduler_interval", scheduler_interval, ("step", "epoch"))
-        self.compile_options = _checked_compile(compile)
+        self.compile_options = options = _checked_compile(compile)
+        #: Compiled networks have graphs of their own for each size of the batches of training steps.
+        self.has_static_shapes = options is not None and options["dynamic"] is False
+        #: Compiled networks replay CUDA graphs, which write into the same memory each time.
+        self.replays_graphs = options is not None and _has_cuda_graphs(options)
         self.make_optimizer = {"d": d_optimizer, "g": g_optimizer}
         self.make_scheduler = {"d": d_scheduler, "g": g_scheduler}
         for player in PLAYERS:
@@ -190,7 +195,6 @@ class GANModule(LightningModule):
         self.augment: nn.Module = check_type("augment", nn.Identity() if augment is None else augment, nn.Module)
         self.iteration = 0
         self.steps: dict[Player, int] = {"d": 0, "g": 0}
-        self.turn: Player | None = None
         self._first_val_size = 0
         self.last_step = StepRecord()
         self.adversarial = True
@@ -220,6 +224,11 @@ class GANModule(LightningModule):
     @noise_seed.setter
     def noise_seed(self, seed: int) -> None:
         self.noise.seed = check_type("noise_seed", seed, int)
+
+    @property
+    def turn(self) -> Player | None:
+        """The player whose main pass through the networks is under way in a training step."""
+        return self.engine.turn
 
     @property
     def moved(self) -> frozenset[Player]:
@@ -439,8 +448,7 @@ class GANModule(LightningModule):
         """Latents (n, latent_dim) from the module's own noise, in the type that the generator computes in."""
         if self.latent_dim is None:
             raise ValueError("There are no latents to draw: the generator takes none (`latent_dim` is None).")
-        dtype = parameter_dtype(self.generator, torch.get_default_dtype())
-        return self.noise.randn(n, self.latent_dim, dtype=dtype)
+        return self.noise.randn(n, self.latent_dim, dtype=self.engine.latent_dtype())
 
     def unpacked(self, batch: Any) -> Unpacked:
         """Real samples and condition of a batch, checked; of a batch for packs, without the rest that fills none."""
@@ -486,17 +494,8 @@ class GANModule(LightningModule):
             ValueError: if the generator's samples do not have the shape of the data.
         """
         regularizers = self.due(player) if regularizers is None else regularizers
-        with self._turn_of(player):
+        with self.engine.turn_of(player):
             return self._samples(player, batch, regularizers)
-
-    @contextmanager
-    def _turn_of(self, player: Player) -> Iterator[None]:
-        before = self.turn
-        self.turn = player if self.noise.in_step and not self.engine.in_separate_step else None
-        try:
-            yield
-        finally:
-            self.turn = before
 
     def _samples(self, player: Player, batch: Any, regularizers: Sequence[Regularizer]) -> GANOutputs:
         names = {name for regularizer in regularizers for name in regularizer.differentiates}
@@ -555,7 +554,7 @@ class GANModule(LightningModule):
         """
         regularizers = self.due(player) if regularizers is None else regularizers
         precise = any(regularizer.differentiates for regularizer in regularizers)
-        with self._turn_of(player), self.full_precision() if precise else nullcontext():
+        with self.engine.turn_of(player), self.full_precision() if precise else nullcontext():
             outputs = self.compute_samples(player, batch, regularizers)
             if self.noise.in_step:
                 for callback in self.engine.callbacks():
@@ -599,7 +598,7 @@ class GANModule(LightningModule):
             sample: (n, ...).
             condition: what the discriminator is told, or None.
         """
-        told = condition if self._tells_condition() else None
+        told = condition if condition is not None and self._tells_condition() else None
         with self.noise.of_samples():
             sample, told = augment_pairs(self.augment, sample, told)
             if self.noise.in_step:
@@ -793,7 +792,7 @@ class GANModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """What stands guard over the run, and what callbacks bring; a subclass that overrides it returns this too."""
-        check_run(self.trainer)
+        check_run(self.trainer, self)
         self.guard = Guard(self)
         brought = [c.companions(self.trainer, self) for c in callbacks_of(self.trainer, GANCallback)]
         return [*(companion for companions in brought for companion in companions), self.guard]
@@ -842,6 +841,8 @@ class GANModule(LightningModule):
         try:
             with self.engine.adjusted_for_batch(rule), self.noise.of_step():
                 self.last_step = step = StepRecord(self.iteration, visible, finished=False, values=values)
+                if self.replays_graphs:
+                    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
                 rule(self, batch)
         except NotFinite as error:
             rescued = any(callback.rescue(trainer, self) for callback in self.engine.callbacks())
@@ -1038,18 +1039,26 @@ def _checked_compile(options: Any) -> dict[str, Any] | None:
     check(
         isinstance(options, bool | dict), "compile", "True, False, or a dict of arguments of `torch.compile`", options
     )
-    if not isinstance(options, dict):
-        return {} if options else None
+    if options is False:
+        return None
+    given = options if isinstance(options, dict) else {}
     allowed = set(inspect.signature(torch.compile).parameters) - {"model"}
-    unknown = [name for name in options if name not in allowed]
+    defaults = {"dynamic": False, "isolate_recompiles": True}  # or else networks of one class share eight graphs
+    found: dict[str, Any] = {name: value for name, value in defaults.items() if name in allowed} | given
+    unknown = [name for name in given if name not in allowed]
     if unknown:
         raise ValueError(
             f"`compile` must hold arguments of `torch.compile` ({', '.join(sorted(allowed))}), got {unknown[0]!r}."
         )
-    backend = options.get("backend", "inductor")
+    backend = given.get("backend", "inductor")
     if isinstance(backend, str):
         check_choice("compile['backend']", backend, torch.compiler.list_backends(exclude_tags=()))
-    return dict(options)
+    return found
+
+
+def _has_cuda_graphs(options: Mapping[str, Any]) -> bool:
+    modes, own = ("reduce-overhead", "max-autotune"), options.get("options") or {}
+    return options.get("mode") in modes or options.get("backend") == "cudagraphs" or bool(own.get("triton.cudagraphs"))
 
 
 def _check_maker(name: str, make: Any, source: str) -> None:

@@ -24,6 +24,7 @@ from lightning_gan_stability.outputs import (
     Logits,
     Sample,
     batch_size,
+    clone,
     shapes,
     tree_leaves,
     tree_map,
@@ -124,8 +125,8 @@ class NetworkRunner:
         """Samples of the current generator, and what it returns beside them."""
         module = self.module
         network = module.current_generator
-        if latents is not None and is_compiled(network):
-            mark_dynamic(latents)
+        if is_compiled(network):
+            self._prepare(latents)
         try:
             found = module.generate(network, n, condition, latents)
             sample, extras = found if _is_pair(found) else (found, {})
@@ -137,7 +138,7 @@ class NetworkRunner:
             raise
         if made != n:
             raise ValueError(f"The generator made {made} samples where {n} were asked for.")
-        return sample, extras
+        return self._kept(sample), self._kept(extras)
 
     def discriminate(
         self, sample: Sample, condition: Condition, randomness: Randomness | None = None
@@ -157,7 +158,7 @@ class NetworkRunner:
         self._seen = {}
         network = module.discriminator
         if is_compiled(network):
-            tree_map(mark_dynamic, augmented)
+            self._prepare(augmented)
         try:
             found = module.discriminate(network, augmented, condition)
             logits, features = found if _is_pair(found) else (found, None)
@@ -173,7 +174,19 @@ class NetworkRunner:
             logits = self._reconstruction_errors(logits, augmented)
         activations = self._activations() if self._hooks else {}
         logits = self._checked_logits(logits, batch_size(augmented) // module.packing)
-        return logits, features, activations, augmented
+        return self._kept(logits), self._kept(features), self._kept(activations), augmented
+
+    def _prepare(self, inputs: Any) -> None:
+        """Announce a run of a compiled network; outside of training steps all sizes share a graph."""
+        in_step = self.module.noise.in_step
+        if not (in_step and self.module.has_static_shapes):
+            tree_map(mark_dynamic, inputs)
+        if not in_step and self.module.replays_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+
+    def _kept(self, tree: Any) -> Any:
+        """What outlives the next run of a network; of a training step, its record alone does."""
+        return clone(tree) if self.module.replays_graphs and not self.module.noise.in_step else tree
 
     def _checked_logits(self, logits: Logits, n: int) -> Logits:
         """The logits of n samples or packs, of the same discriminators as before."""

@@ -133,6 +133,16 @@ def _detached_leaf(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
 
 
+def clone(tree: Any) -> Any:
+    """The tree in memory of its own; leaves that are no tensors stay as they are.
+
+    Example:
+        >>> clone({"loss": torch.ones(1), "n": 3})
+        {'loss': tensor([1.]), 'n': 3}
+    """
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
 def differentiable(tree: Any) -> Any:
     """The leaves detached, as leaves of a new graph that require grad.
 

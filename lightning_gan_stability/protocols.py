@@ -52,13 +52,14 @@ class GANProtocol(Protocol):
     latent_dim: int | None
     clip_norm: float | dict[Player, float] | None
     accumulate: int
+    has_static_shapes: bool
+    replays_graphs: bool
     noise: Noise
     sharding: Sharding
 
     # ---------- where it stands
     iteration: int
     steps: dict[Player, int]
-    turn: Player | None
     last_step: StepRecord
     adversarial: bool
 
@@ -67,6 +68,9 @@ class GANProtocol(Protocol):
 
     @plan.setter
     def plan(self, plan: Sequence[Player]) -> None: ...
+
+    @property
+    def turn(self) -> Player | None: ...
 
     @property
     def moved(self) -> frozenset[Player]: ...

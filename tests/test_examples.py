@@ -170,6 +170,15 @@ def test_overhead_benchmark_smoke(run, monkeypatch):
 
 
 @pytest.mark.filterwarnings("default")
+@pytest.mark.timeout(150)
+def test_memory_benchmark_smoke(run, monkeypatch):
+    rows = [line.split(" | ") for line in benchmark(run, monkeypatch, "memory").splitlines() if " to " in line]
+    assert [row[0] for row in rows] == ["| plain Lightning", "| `GANModule`"]
+    for row in rows:
+        assert float(row[1].split()[0]) > 0
+
+
+@pytest.mark.filterwarnings("default")
 @pytest.mark.timeout(200)
 def test_cost_benchmark_smoke(run, monkeypatch):
     out = benchmark(run, monkeypatch, "cost")

@@ -59,6 +59,7 @@ FLOORS = [
         "sharding",
         "monitored",
         "resuming",
+        "saving",
         "guard",
     ],
     ["module"],

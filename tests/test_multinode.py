@@ -1,6 +1,7 @@
-"""Two launchers as on two nodes: a process is killed, and all go on from the last checkpoint."""
+"""Launchers as on one node and on two: a process is killed, and all go on from the last checkpoint."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,20 +19,33 @@ STEPS, EVERY, FATAL = 10, 4, 7
 
 
 class Mortal(Callback):
-    """Notes where each start begins; the second process dies once, in the middle of a run."""
+    """Notes where each start begins; a process dies once, the second after a step or the first while it saves."""
 
-    def __init__(self, folder: str, fatal: int):
-        self.folder, self.fatal = Path(folder), fatal
+    def __init__(self, folder: str, fatal: int, saving: bool = False):
+        self.folder, self.fatal, self.saving = Path(folder), fatal, saving
+        self.mark = self.folder / "died"
 
     def on_train_start(self, trainer, module):
         with (self.folder / f"starts-{trainer.global_rank}").open("a") as file:
             file.write(f"{module.iteration}\n")
 
     def on_train_batch_end(self, trainer, module, *_):
-        mark = self.folder / "died"
-        if module.iteration == self.fatal and trainer.global_rank == 1 and not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if module.iteration == self.fatal and trainer.global_rank == 1 and not self.saving and not self.mark.exists():
+            self.die()
+
+    def on_save_checkpoint(self, trainer, module, checkpoint):
+        if module.iteration == self.fatal and trainer.global_rank == 0 and self.saving and not self.mark.exists():
+            shutil.move = self.die_halfway
+
+    def die_halfway(self, source, target):
+        """As `shutil.move` from another file system, half of it."""
+        content = Path(source).read_bytes()
+        Path(target).write_bytes(content[: len(content) // 2])
+        self.die()
+
+    def die(self):
+        self.mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def shell(*words):
@@ -75,11 +89,12 @@ def stop(nodes, folder):
             pass
 
 
-def launch(folder, hosts, fatal):
-    """One launcher per node, by the script that users start, until both end or one fails; their exit codes."""
+def launch(folder, hosts, fatal, saving=False, nodes=2, limit=120):
+    """One launcher per node, by the script that users start, until all end or one fails; their exit codes."""
     folder.mkdir(exist_ok=True)
     environment = os.environ | {
-        "NODES": "2", "HEAD": "10.77.0.1" if hosts else "127.0.0.1", "PORT": str(free_port()),
+        "NODES": str(nodes), "PROCESSES": str(2 // nodes), "PORT": str(free_port()),
+        "HEAD": "10.77.0.1" if hosts else "127.0.0.1",
         "RUN": str(folder / "run"), "EVERY": str(EVERY), "RESTARTS": "0", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "GLOO_SOCKET_IFNAME": "veth0" if hosts else "lo", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -88,25 +103,26 @@ def launch(folder, hosts, fatal):
     command = [
         str(ROOT / "examples" / "multinode" / "torchrun.sh"), "fit", "--config", str(ROOT / "configs" / "digits.yaml"),
         f"--trainer.max_steps={STEPS}", *callback, f"--trainer.callbacks.fatal={fatal}",
+        f"--trainer.callbacks.saving={saving}",
     ]  # fmt: skip
-    nodes = []
-    for i in range(2):
+    launchers = []
+    for i in range(nodes):
         inside = ["ip", "netns", "exec", hosts[i]] if hosts else []
         own = environment | ({"ADDRESS": f"10.77.0.{i + 1}"} if hosts else {})
         with (folder / f"log-{i}").open("w") as log:
             options = {"env": own, "cwd": folder, "stdout": log, "stderr": log}
-            nodes.append(subprocess.Popen([*inside, "bash", *command], **options))
-    end = time.monotonic() + 120
+            launchers.append(subprocess.Popen([*inside, "bash", *command], **options))
+    end = time.monotonic() + limit
     try:
-        while time.monotonic() < end and None in (codes := [node.poll() for node in nodes]) and not any(codes):
+        while time.monotonic() < end and None in (codes := [node.poll() for node in launchers]) and not any(codes):
             time.sleep(0.1)
     finally:
-        stop(nodes, folder)
+        stop(launchers, folder)
     return codes
 
 
 def said(folder):
-    return "".join((folder / f"log-{i}").read_text()[-3000:] for i in range(2))
+    return "".join(log.read_text()[-3000:] for log in sorted(folder.glob("log-*")))
 
 
 def differences(a, b, path=""):
@@ -130,5 +146,23 @@ def test_a_killed_process_costs_no_more_than_the_steps_since_the_last_checkpoint
         assert (tmp_path / "whole" / f"starts-{rank}").read_text().split() == ["0"]
         assert (tmp_path / "killed" / f"starts-{rank}").read_text().split() == ["0", str(EVERY)]
     assert [run["state_dict"]["_extra_state"]["iteration"] for run in (whole, killed)] == [8, 8]
+    check_same(whole, killed)
+
+
+def check_same(whole, killed):
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
         assert differences(whole[part], killed[part]) == []
+
+
+@pytest.mark.timeout(170)
+def test_a_process_that_is_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path):
+    """Two processes on one node; the file is on its way from one file system to another."""
+    folders, one = [tmp_path / "whole", tmp_path / "killed"], {"nodes": 1, "limit": 50}
+    assert launch(folders[0], (), 0, **one) == [0], said(folders[0])
+    assert any(launch(folders[1], (), 2 * EVERY, saving=True, **one))
+    assert (folders[1] / "died").exists()
+    for path in (folders[1] / "run").glob("*.ckpt"):
+        assert torch.load(path, weights_only=True)["global_step"] == EVERY
+    assert launch(folders[1], (), 2 * EVERY, saving=True, **one) == [0], said(folders[1])  # the same line again
+    assert [(folders[1] / f"starts-{rank}").read_text().split() for rank in range(2)] == [["0", str(EVERY)]] * 2
+    check_same(*(torch.load(folder / "run" / "last.ckpt", weights_only=True) for folder in folders))

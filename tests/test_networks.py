@@ -36,6 +36,7 @@ class Module:
         self.current_generator = self.generator = MLP([4, 2])
         self.discriminator = MLP([2, 1])
         self.training, self.packing, self.iteration, self.latent_dim = training, packing, 0, 4
+        self.replays_graphs = self.has_static_shapes = False
         self.loss = NonSaturating() if loss is None else loss
         self.augment_samples = lambda x, condition: (x, condition)
         self.made, self.judged = made, judged

@@ -4,6 +4,7 @@ On a CPU a float16 gradient scaler stands in for the one that a GPU has: the plu
 """
 
 import functools
+import math
 import pickle
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.nn.functional import softplus
 from torch.utils.data import DataLoader
 from toys import fit, points, sgd, small, spy_on_samples, trainer, weights
@@ -18,18 +20,22 @@ from toys import fit, points, sgd, small, spy_on_samples, trainer, weights
 from lightning_gan_stability import (
     MLP,
     AdversarialLoss,
+    Alternating,
     ApproximateR1Penalty,
     ApproximateR2Penalty,
     ConsensusOptimization,
     ConsistencyPenalty,
     DRAGANPenalty,
     Extragradient,
+    FakePool,
     GANModule,
     GeneratorEMA,
     GradientPenalty,
+    HealthMonitor,
     LeCam,
     LogitDrift,
     NonSaturating,
+    QualityMonitor,
     R1Penalty,
     R2Penalty,
     Regularizer,
@@ -535,8 +541,9 @@ def train_compiled(backend, rule, batches):
 
 @pytest.mark.parametrize(
     ("rule", "most"),
-    # D judges in its own step, in G's and in validation; G makes samples without a gradient, with one, in validation
-    [([], 6), ([Unrolling(2)], 6), ([Extragradient()], 6)],
+    # D judges in its own step, in G's and in validation; G makes samples without a gradient, with one, in validation:
+    # those of steps have graphs for two sizes
+    [([], 10), ([Unrolling(2)], 10), ([Extragradient()], 10)],
     ids=["plain", "Unrolling", "Extragradient"],
 )
 def test_compiled_runs_equal_eager_ones_with_few_graphs(dynamo, rule, most):
@@ -550,6 +557,113 @@ def test_compiled_runs_equal_eager_ones_with_few_graphs(dynamo, rule, most):
     assert module.generator_ema._compiled_call_impl is None
     again = small()
     again.load_state_dict(pickle.loads(pickle.dumps(module.state_dict())))
+
+
+@pytest.mark.filterwarnings("ignore:.* and not compile")
+@pytest.mark.parametrize(
+    ("options", "batches", "graphs"),
+    [
+        ({}, points(8), 4),
+        ({}, ragged(8), 8),
+        ({"dynamic": True}, ragged(8), 4),
+        ({"dynamic": None}, ragged(8), 4),
+    ],
+    ids=["one size", "two sizes", "dynamic", "as torch decides"],
+)
+def test_each_size_of_batches_has_its_graphs(dynamo, options, batches, graphs):
+    """Of D in its own step and in G's, and of G without a gradient and with one."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    module, plain = small(compile={"backend": backend} | options), small()
+    run = trainer(max_steps=24, max_epochs=-1)
+    run.fit(module, DataLoader(batches, batch_size=None))
+    assert len(compiled) == graphs
+    trainer(max_steps=24, max_epochs=-1).fit(plain, DataLoader(batches, batch_size=None))
+    assert torch.equal(weights(module), weights(plain))
+
+
+class ReplayedMemory:
+    """CUDA graphs on the CPU: all that networks have returned is gone when the next batch begins."""
+
+    def __init__(self):
+        self.returned, self.marks = [], 0
+
+    def backend(self, graph, inputs, **kwargs):
+        def run(*args):
+            outputs = graph(*args)
+            self.returned += [x.detach() for x in outputs]
+            return outputs
+
+        return run
+
+    def mark(self):
+        self.marks += 1
+        for tensor in self.returned:
+            tensor.fill_(math.nan)
+        self.returned.clear()
+
+
+@pytest.mark.filterwarnings("ignore:.*at step", "ignore:.* and not compile")
+@pytest.mark.parametrize("rule", [FakePool, lambda: Alternating(share_fake=True), lambda: Unrolling(2)])
+def test_nothing_is_kept_in_the_memory_of_cuda_graphs(dynamo, monkeypatch, rule):
+    memory = ReplayedMemory()
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", memory.mark)
+
+    class Sums(GANModule):
+        """Logs what the generator returns beside the sample, at steps that come later, too."""
+
+        def generate(self, network, n, condition, latents):
+            sample = network(latents)
+            return sample, {"first": sample[0, 0]}
+
+        def auxiliary_losses(self, player, outputs):
+            return {"first": outputs.extras["first"]} if player == "g" else {}
+
+    seen = []
+    for options in (False, {"backend": memory.backend, "mode": "reduce-overhead"}):
+        torch.manual_seed(0)
+        module = Sums(MLP([4, 16, 2]), MLP([2, 16, 1]), 4, compile=options)
+        monitor = QualityMonitor(n_samples=64, every=3)
+        callbacks = [GeneratorEMA(), SampleLogger(every=2), HealthMonitor(every=2), monitor, rule()]
+        run = trainer(callbacks=callbacks, max_steps=12, max_epochs=-1, val_check_interval=4)
+        run.fit(module, DataLoader(ragged(8), batch_size=None), DataLoader(points(4), batch_size=None))
+        pairs = module.last_step.pairs
+        samples = [module.sample(8, latents=torch.ones(8, 4) * i) for i in range(2)]
+        seen.append((weights(module), monitor.history, run.logged_metrics, [*pairs[0][1:], *samples]))
+    assert memory.marks > 12
+    assert torch.equal(seen[0][0], seen[1][0])
+    for one, other in zip(seen[0][3], seen[1][3], strict=True):
+        assert torch.equal(one, other)
+    assert seen[0][1] == seen[1][1]
+    assert seen[0][2].keys() == seen[1][2].keys()
+    for name, value in seen[0][2].items():
+        assert torch.equal(value, seen[1][2][name]), name
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"mode": "reduce-overhead"}, True),
+        ({"mode": "max-autotune"}, True),
+        ({"mode": "max-autotune-no-cudagraphs"}, False),
+        ({"options": {"triton.cudagraphs": True}}, True),
+        ({"backend": "cudagraphs"}, True),
+        ({}, False),
+    ],
+)
+def test_what_replays_cuda_graphs(options, expected):
+    assert small(compile=options).replays_graphs is expected
+
+
+def test_shards_have_no_cuda_graphs():
+    run = trainer(strategy=ModelParallelStrategy(1, 1), max_steps=1)
+    message = "^ModelParallelStrategy puts shards .* leave the mode that has them out of `compile`, or use strategy="
+    with pytest.raises(MisconfigurationException, match=message):
+        run.fit(small(compile={"mode": "reduce-overhead"}), DataLoader(points(1), batch_size=None))
 
 
 def test_networks_that_are_compiled_already_keep_their_backend(dynamo):

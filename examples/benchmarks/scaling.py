@@ -121,6 +121,7 @@ def model() -> str:
     gradients, alone, walk, buckets = 240e6, 200.0, 5.0, 10  # bytes; ms; ms; of 25 MB
     machines = [  # name, processes, bytes a second, hops of an all-reduce, seconds a hop
         ("8 GPUs in one node", 8, 200e9, 2 * 7, 5e-6),
+        ("8 nodes of 8, a tree between nodes", 64, 20e9, 2 * 3, 10e-6),
         ("64 nodes of 8, a flat ring", 512, 20e9, 2 * 511, 10e-6),
         ("64 nodes of 8, a tree between nodes", 512, 20e9, 2 * 6, 10e-6),
     ]
