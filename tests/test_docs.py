@@ -193,3 +193,5 @@ def test_nothing_is_fetched_while_the_site_is_built():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert "  font: false" in text
     assert not re.search(r"https?://", text)
+    # the offline plugin leaves its own script out, which the page would fetch, if there is one with this name
+    assert (DOCS / re.search(r"polyfills: \[(\S+iframe-worker\S+)\]", text)[1]).exists()
