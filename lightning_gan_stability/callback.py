@@ -244,7 +244,7 @@ class GANCallback(Callback):
         return False
 
     def adjust_plan(self, module: GANProtocol, plan: tuple[Player, ...]) -> tuple[Player, ...]:
-        """Who moves on a batch, of those that ``module.plan`` names."""
+        """The players that move on a batch, of those that ``module.plan`` names."""
         return plan
 
     def allows_adversarial(self, module: GANProtocol) -> bool:

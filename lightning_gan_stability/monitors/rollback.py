@@ -75,7 +75,7 @@ def _rolled_back(trainer: Trainer) -> list[GANCallback]:
 
 
 class Remedy(abc.ABC):
-    """What a rollback changes, lest the same happens again; as a class, so that a YAML file can name it.
+    """What a rollback changes so that the same does not happen again: a class, which a YAML file can name.
 
     Example:
         >>> class Clip(Remedy):
