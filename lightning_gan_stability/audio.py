@@ -37,7 +37,7 @@ class LogMelSpectrogram(nn.Module):
         f_min: lowest frequency, in Hz.
         f_max: highest frequency, in Hz; None: half the sample rate.
         base: of the logarithm.
-        floor: the smallest magnitude that is told from silence.
+        floor: magnitudes below it count as silence.
         center: mirror by n_fft / 2, which makes one frame more.
 
     Raises:
@@ -119,7 +119,7 @@ class MelDistance(nn.Module):
         f_min: lowest frequency, in Hz.
         f_max: highest frequency, in Hz; None: half the sample rate.
         base: of the logarithm.
-        floor: the smallest magnitude that is told from silence.
+        floor: magnitudes below it count as silence.
         center: as for :class:`LogMelSpectrogram`.
 
     Raises:

@@ -244,7 +244,7 @@ class GANCallback(Callback):
         return False
 
     def adjust_plan(self, module: GANProtocol, plan: tuple[Player, ...]) -> tuple[Player, ...]:
-        """Who moves on a batch, of those that ``module.plan`` names."""
+        """The players that move on a batch, of those that ``module.plan`` names."""
         return plan
 
     def allows_adversarial(self, module: GANProtocol) -> bool:
@@ -433,7 +433,7 @@ def _refuse_other_rules(regularizer: Regularizer, trainer: Trainer) -> None:
     if not rule.separate_steps:
         name, other = type(regularizer).__name__, type(rule).__name__
         raise MisconfigurationException(
-            f"{name}(separate=True) takes a step of its own, for which {other} has no room: use separate=False, or "
+            f"{name}(separate=True) takes a step of its own, which {other} does not take: use separate=False, or "
             f"remove {other}."
         )
 
@@ -491,8 +491,8 @@ class UpdateRule(GANCallback, abc.ABC):
         shared = {p for p in module.generator.parameters() if p.requires_grad} & {*module.discriminator.parameters()}
         if self.holds_gradients and shared:
             raise MisconfigurationException(
-                f"The networks share parameters, and {name} holds both players' gradients at once, for which a "
-                "parameter has no room: use Alternating, or give each network its own."
+                f"The networks share parameters, and {name} holds the gradients of both players at once, "
+                "of which a parameter can have only one: use Alternating, or give each network its own."
             )
         if self.whole_batch and self.second_order:
             _refuse_layers(name, module)

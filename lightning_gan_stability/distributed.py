@@ -114,7 +114,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 
 def own_gradients(hook: CommHook | None = None, group: dist.ProcessGroup | None = None) -> CommHook:
-    """A communication hook for DDP that sends the gradients of the player whose turn it is, and nobody else's.
+    """A communication hook for DDP that sends only the gradients of the player whose turn it is.
 
     DDP sends zeros for parameters without a gradient: the generator's turn would send as many bytes for the resting
     discriminator as it has parameters. Parameters of a player that rests do not require a gradient.

@@ -1,4 +1,4 @@
-"""What happens in a run, in a file beside its log, for whoever reads a run that is still going or was killed.
+"""What happens in a run, in a file beside its log, for reading a run that is still going or was killed.
 
 ``events.jsonl`` has an object on each line, and lines are only added: where a fit starts, of which values the courses
 tell how good a run is, what a monitor says when it begins to say so and when it ceases to, what was done to the run,

@@ -144,7 +144,9 @@ class Guard(Callback):
             )
         module.sharding.prepare()
         for network in (module.generator, module.discriminator, module):
-            parameter_dtype(network, torch.float32)  # which is known from here on, whoever is frozen for a turn
+            parameter_dtype(
+                network, torch.float32
+            )  # which is known from here on, although parameters are frozen later for a turn
         self._check_optimizers(trainer)
         self._resuming.note(trainer)
         for player in module.plan:

@@ -36,7 +36,7 @@ def check_strategy(trainer: Trainer) -> None:
 
 
 def exchange_own_gradients(trainer: Trainer) -> None:
-    """Let DDP send the gradients of the player whose turn it is alone, where no hook of the user's decides."""
+    """Let DDP send only the gradients of the player whose turn it is, unless the user has a hook of their own."""
     model = trainer.strategy.model
     if isinstance(model, DistributedDataParallel) and not has_comm_hook(model):
         model.register_comm_hook(None, own_gradients(group=model.process_group))

@@ -46,7 +46,7 @@ def calls_of(network):
     return calls
 
 
-@pytest.mark.filterwarnings("ignore:AdversarialStart.* lies behind the end of this run")
+@pytest.mark.filterwarnings("ignore:AdversarialStart.* comes after the end of this run")
 def test_the_discriminator_is_left_alone_before_the_start():
     module = norm_gan()
     calls = calls_of(module.discriminator)
@@ -106,7 +106,7 @@ def test_the_discriminator_may_train_first(first, steps):
     assert "adversarial" in module.last_step.terms["g"]
 
 
-@pytest.mark.filterwarnings("ignore:AdversarialStart.* lies behind the end of this run")
+@pytest.mark.filterwarnings("ignore:AdversarialStart.* comes after the end of this run")
 def test_while_the_discriminator_trains_first_the_generator_waits():
     module = small()
     fit(module, points(2), callbacks=[AdversarialStart(9, discriminator_first=True), Reconstruction()])
@@ -266,7 +266,7 @@ def test_rules_that_need_both(rule):
         fit(small(), points(1), callbacks=[AdversarialStart(1), rule])
 
 
-@pytest.mark.filterwarnings("ignore:AdversarialStart.* lies behind the end of this run")
+@pytest.mark.filterwarnings("ignore:AdversarialStart.* comes after the end of this run")
 def test_a_generator_whose_other_terms_are_none_has_nothing_to_learn():
     class Nothing(GANModule):
         def auxiliary_losses(self, player, outputs):
@@ -276,7 +276,7 @@ def test_a_generator_whose_other_terms_are_none_has_nothing_to_learn():
         fit(Nothing(MLP([4, 2]), MLP([2, 1]), 4), points(1), callbacks=[AdversarialStart(1)])
 
 
-BEHIND = r"AdversarialStart\(step=9\) lies behind the end of this run, which has"
+BEHIND = r"AdversarialStart\(step=9\) comes after the end of this run, which has"
 
 
 @pytest.mark.parametrize(

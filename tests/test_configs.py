@@ -122,7 +122,7 @@ def test_config_runs_and_its_checkpoint_loads(name):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.filterwarnings("ignore:AdversarialStart.* lies behind the end of this run")
+@pytest.mark.filterwarnings("ignore:AdversarialStart.* comes after the end of this run")
 @pytest.mark.parametrize("name", APPLIED)
 def test_config_of_a_recipe_runs_and_its_checkpoint_loads(name):
     """With its metrics, which a checkpoint may be chosen by."""

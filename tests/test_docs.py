@@ -151,6 +151,26 @@ def test_configs_have_the_entries_that_the_recipes_say(recipe):
         assert re.search(rf"class_path: {recipe.name}\b", (ROOT / config).read_text(encoding="utf-8"))
 
 
+def test_the_contributors_map_is_that_of_the_package():
+    """Every file and folder has a place in it, and the flow of a batch names what its files define."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    package = ROOT / "lightning_gan_stability"
+    the_map = text.split("## The package")[1].split("## One batch")[0]
+    internal = {"__init__", "__main__", "datasets", "environment", "events", "monitored", "rejection", "schedules"}
+    internal |= {"signals", "speaking"}
+    files = {path.name for path in package.glob("*.py") if path.stem not in internal}
+    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert {*re.findall(r"`(\w+\.py|\w+/)`", the_map)} == files | folders
+    rows = re.findall(
+        r"^\| .+ \| (.+?) \| (.+?) \|$", text.split("## One batch")[1].split("## How")[0], flags=re.MULTILINE
+    )
+    assert len(rows) >= 10
+    for where, names in rows[1:]:
+        code = "\n".join((package / file).read_text(encoding="utf-8") for file in re.findall(r"`([\w/]+\.py)`", where))
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^ *(?:def|class) {name}\b", code, flags=re.MULTILINE), name
+
+
 def test_what_is_in_a_checkpoint(tmp_path):
     run = trainer(max_steps=2, limit_val_batches=0)
     run.fit(small(), Ring(batch_size=8, epoch_length=4))
@@ -173,3 +193,5 @@ def test_nothing_is_fetched_while_the_site_is_built():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert "  font: false" in text
     assert not re.search(r"https?://", text)
+    # the offline plugin leaves its own script out, which the page would fetch, if there is one with this name
+    assert (DOCS / re.search(r"polyfills: \[(\S+iframe-worker\S+)\]", text)[1]).exists()

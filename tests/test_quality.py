@@ -186,7 +186,9 @@ def test_images_are_seen_by_inception_and_its_absence_is_explained(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", offline)
-    with pytest.raises(RuntimeError, match=r"Inception's weights cannot be had \(no route to host\).*weights="):
+    with pytest.raises(
+        RuntimeError, match=r"Inception's weights could not be downloaded \(no route to host\).*weights="
+    ):
         fit(digit_gan(), Digits(), QualityMonitor(**FEW))
 
 

@@ -270,7 +270,7 @@ def test_a_separate_step_on_a_part_of_the_batch():
 
 @pytest.mark.parametrize("rule", [Simultaneous(), Extragradient(), Unrolling(2)], ids=lambda r: type(r).__name__)
 def test_other_rules_have_no_room_for_separate_steps(rule):
-    sentence = rf"R1Penalty\(separate=True\) takes a step of its own, for which {type(rule).__name__} has no room"
+    sentence = rf"R1Penalty\(separate=True\) takes a step of its own, which {type(rule).__name__} does not take"
     with pytest.raises(MisconfigurationException, match=sentence):
         fit(small(), points(1), callbacks=[rule, R1Penalty(separate=True)])
 

@@ -228,7 +228,7 @@ def test_simultaneous_takes_one_generator_step_alone():
 def test_a_plan_without_both_players_once_is_refused(callback, plan):
     module = small()
     module.plan = plan
-    with pytest.raises(MisconfigurationException, match=r"says who of the plan moves, and `module.plan` is"):
+    with pytest.raises(MisconfigurationException, match=r"sets which player of the plan moves, and `module.plan` is"):
         fit(module, points(1), callbacks=[callback])
 
 
@@ -250,7 +250,9 @@ def test_the_order_of_the_players_is_that_of_the_plan(callback, expected):
 
 
 def test_two_owners_of_the_plan_are_refused():
-    with pytest.raises(MisconfigurationException, match="UpdateRatio and AdaptiveUpdateRatio both say who moves"):
+    with pytest.raises(
+        MisconfigurationException, match="UpdateRatio and AdaptiveUpdateRatio both set which player moves"
+    ):
         fit(small(), points(1), callbacks=[UpdateRatio(2), AdaptiveUpdateRatio()])
 
 

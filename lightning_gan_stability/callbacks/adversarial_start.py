@@ -160,8 +160,8 @@ class AdversarialStart(GANCallback):
         last = as_gan(pl_module).iteration + _batches_left(trainer)
         if self.start is not None and self.start >= last:
             rank_zero_warn(
-                f"AdversarialStart(step={self.start}) lies behind the end of this run, which has {last} batches: the "
-                "generator will not meet the discriminator."
+                f"AdversarialStart(step={self.start}) comes after the end of this run, which has {last} batches: the "
+                "generator will not meet the discriminator. Lower `step`, or train longer."
             )
 
     # ---------- what the module asks

@@ -1,4 +1,4 @@
-"""Who moves on which batch: callbacks that set ``plan``."""
+"""Which network steps on which batch: callbacks that set ``plan``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Rests = Literal["player", "adversarial"]
 
 
 class PlanCallback(GANCallback):
-    """A callback that says on each batch who of the plan moves, and leaves the plan as it was.
+    """A callback that sets on each batch which players of the plan move, and puts the plan back after the fit.
 
     It keeps the order of the players in the plan that it finds.
     """
@@ -36,11 +36,11 @@ class PlanCallback(GANCallback):
         name = type(self).__name__
         owners = [type(callback).__name__ for callback in callbacks_of(trainer, PlanCallback)]
         if len(owners) > 1:
-            raise MisconfigurationException(f"{' and '.join(owners)} both say who moves: remove all but one.")
+            raise MisconfigurationException(f"{' and '.join(owners)} both set which player moves: remove all but one.")
         if sorted(module.plan) != ["d", "g"]:
             raise MisconfigurationException(
-                f"{name} says who of the plan moves, and `module.plan` is {module.plan}, without both players once: "
-                f"leave it alone, or remove {name}."
+                f"{name} sets which player of the plan moves, and `module.plan` is {module.plan}, which does not have "
+                f"both players once: leave the plan as it is by default, or remove {name}."
             )
         rule = find_rule(trainer)
         if rule.joint or (self.moves_twice and rule.holds_gradients):
@@ -106,13 +106,13 @@ class UpdateRatio(PlanCallback):
         self.add_state("position", 0)  # in the cycle
 
     def plan_at(self, cycle: int, step: int) -> tuple[Player, ...]:
-        """Who moves on a batch of a cycle."""
+        """The players that move on a batch of a cycle."""
         warm = self.warm_up and (cycle < 25 or cycle % 500 == 0)
         last = step >= (100 if warm else self.d_steps) - 1
         return self.moving(PLAYERS, self.g_steps) if last else self.moving(["d"])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Say who moves."""
+        """Set the players that move."""
         as_gan(pl_module).plan = self.plan_at(self.cycle, self.position)
 
     def on_train_batch_end(
@@ -163,11 +163,11 @@ RULES: dict[Rule, tuple[Callable[[Mapping[str, float], Mapping[str, float]], flo
 
 
 def who_rests(value: float, resting: Player | None, low: float, high: float, hysteresis: float) -> Player | None:
-    """Decide who rests on the next batch.
+    """Decide which player rests on the next batch.
 
     Args:
         value: what the rule looks at.
-        resting: who rests now.
+        resting: the player that rests now.
         low: the generator rests below it.
         high: the discriminator rests above it.
         hysteresis: how far inside the band the value must be before a player that rests moves again.
@@ -266,7 +266,7 @@ class AdaptiveUpdateRatio(PlanCallback):
             refuse_without_other_terms(self, trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Say who moves; judge the batch if the discriminator will not."""
+        """Set the players that move; judge the batch if the discriminator does not move."""
         module = as_gan(pl_module)
         resting = None if self.resting == "g" and self.generator_rests == "adversarial" else self.resting
         module.plan = self.moving([player for player in PLAYERS if player != resting])
@@ -286,7 +286,7 @@ class AdaptiveUpdateRatio(PlanCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Decide who rests on the next batch."""
+        """Decide which player rests on the next batch."""
         module = as_gan(pl_module)
         pairs = self._judged or module.last_step.pairs
         if not pairs:

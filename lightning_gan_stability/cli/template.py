@@ -291,7 +291,7 @@ model:
   latent_dim: *latent_dim
   loss: Relativistic  # with R1Penalty and R2Penalty below: it settles where others circle
   augment:
-    class_path: DiffAugment  # the discriminator sees images moved and cut, lest it learns few ones by heart
+    class_path: DiffAugment  # the discriminator sees images moved and cut, so that it does not learn a few by heart
     init_args:
       policy: translation,cutout  # some ten thousand images need none: remove these four lines
   g_optimizer:

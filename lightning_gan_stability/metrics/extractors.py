@@ -110,9 +110,9 @@ class Inception(nn.Module):
                 self.network = FeatureExtractorInceptionV3("inception", [str(self.width)], path)
             except OSError as error:
                 raise RuntimeError(
-                    f"Inception's weights cannot be had ({error}). Without internet, fetch them elsewhere and set "
-                    "Inception(weights='weights-inception-2015-12-05-6726825d.pth'), or use another extractor: any "
-                    "nn.Module from samples to features."
+                    f"Inception's weights could not be downloaded ({error}). Without internet, fetch them "
+                    "elsewhere and set Inception(weights='weights-inception-2015-12-05-6726825d.pth'), or use "
+                    "another extractor: any nn.Module from samples to features."
                 ) from error
             except Exception as error:
                 raise ValueError(f"`weights` does not hold Inception's weights: {self.weights} ({error})") from error

@@ -23,7 +23,7 @@ class LogMelDistance(Metric):
         f_min: lowest frequency, in Hz.
         f_max: highest frequency, in Hz; None: half the sample rate.
         base: of the logarithm.
-        floor: the smallest magnitude that is told from silence.
+        floor: magnitudes below it count as silence.
         center: whether frames are centred.
         **kwargs: of ``torchmetrics.Metric``.
 

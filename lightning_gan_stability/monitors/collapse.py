@@ -263,7 +263,7 @@ class CollapseDetector(GANCallback):
             (trainer, module, event).
         patience: measurements in a row before a verdict.
         max_rollbacks: after so many, it only warns.
-        remedy: what a rollback changes, lest it happens again:
+        remedy: what a rollback changes, so that the same does not happen again:
             :class:`~lightning_gan_stability.monitors.rollback.ScaleLearningRate`, ``ScalePenalty``, functions of
             (trainer, module), or a list of these. Applied anew with each rollback.
         folder: where the healthy state lies, a file per process. None: in memory, and in checkpoints.

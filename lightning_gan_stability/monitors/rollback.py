@@ -87,7 +87,7 @@ def _averages(trainer: Trainer) -> list[tuple[WeightAveraging, AveragedModel]]:
 
 
 class Remedy(abc.ABC):
-    """What a rollback changes, lest the same happens again; as a class, so that a YAML file can name it.
+    """What a rollback changes so that the same does not happen again: a class, which a YAML file can name.
 
     Example:
         >>> class Clip(Remedy):

@@ -166,7 +166,7 @@ class SampleWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the folder, before samples are made."""
-        # files are in the order of batches, whoever made these
+        # files are in the order of batches, on whichever process they were made
         warnings.filterwarnings("ignore", "Couldn't infer the batch indices")
         folder = Path(self.folder or _beside(trainer))
         if trainer.global_rank:
