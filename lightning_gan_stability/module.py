@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
@@ -845,10 +846,11 @@ class GANModule(LightningModule):
                     torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
                 rule(self, batch)
         except NotFinite as error:
+            self.engine.explain(error)  # while the weights are there with which it happened
             rescued = any(callback.rescue(trainer, self) for callback in self.engine.callbacks())
             if not rescued:
-                self.engine.explain(error)
                 raise
+            logging.getLogger("lightning.pytorch").info(f"Put back after: {error}")  # of the rank that knows where
         if not step.moved:
             # one batch is one global_step, also when a rule leaves both players where they are
             progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress

@@ -1,6 +1,7 @@
 """What an error of a value that is not finite says: samples, layer and term; and that asking changes nothing."""
 
 import gc
+import logging
 import math
 import re
 from copy import deepcopy
@@ -828,12 +829,22 @@ def passes(module):
     return count
 
 
-def test_a_run_that_is_rescued_takes_nothing_again():
+def test_a_run_that_is_rescued_names_the_samples(caplog):
+    module = judge(Log(), nn.Linear(2, 1))
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        fit(module, [*marked(2, [3]), torch.ones(8, 2)], callbacks=[Rescues(1)])
+    told = [record.getMessage() for record in caplog.records if "Put back after" in record.getMessage()]
+    assert len(told) == 1
+    assert "`discriminator.0` (Log), whose inputs are finite, in real sample 3 of 8." in told[0]
+    assert module.iteration == 2
+
+
+def test_a_run_that_is_rescued_takes_a_turn_again_once():
     broken = lambda outputs: (-outputs.fake.square()).log().mean()  # noqa: E731
     module = Extra(MLP([4, 2]), MLP([2, 1]), 4, extra=broken)
     count = passes(module)
     fit(module, points(3), callbacks=[Rescues(1)])
-    assert len(count) == 3 * 5  # of D's turn: G, D, D; of G's: G, D
+    assert len(count) == 3 * 5 + 2  # of D's turn: G, D, D; of G's: G, D, and once more
     assert module.iteration == 2
 
 
