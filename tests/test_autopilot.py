@@ -42,7 +42,7 @@ from lightning_gan_stability.monitors.rollback import ScaleLearningRate
 from lightning_gan_stability.monitors.steering import LIMITS, PORTFOLIO
 from lightning_gan_stability.outcome import describe_outcome
 
-TURNS = 1 + len(PORTFOLIO) + 4 * 2 + 2 * 4  # of a race: all for one length, four for two, two for four
+TURNS = 1 + len(PORTFOLIO) + 2 * 2  # of a race: all for one length, two for two
 
 
 def adam(lr, betas=(0.5, 0.999)):
@@ -177,7 +177,7 @@ def test_a_race_tries_each_setting_from_the_same_state_and_counts_its_batches():
         assert row["gamma"] == [gamma] * 2
         assert row["iteration"] == 1
     assert len(watch.rows) == 200
-    assert module.iteration == 200 - TURNS * leg + 7 * leg
+    assert module.iteration == 200 - TURNS * leg + 3 * leg
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -236,7 +236,7 @@ def test_the_winner_goes_on_from_where_it_was():
     run(gan(), autopilot, 200, Turns())
     winner = autopilot.settings
     mine = [batch for settings, batch, ends in seen["batches"] if ends >= 0 and settings == winner]
-    assert len(mine) == 7 * 4
+    assert len(mine) == 3 * 10
     beta = winner["g_beta1"], winner["g_beta2"]
     alone = gan(g_optimizer=adam(winner["g_lr"], beta), d_optimizer=adam(winner["d_lr"], beta))
     penalties = [kind(winner[name]) for kind, name in ((R1Penalty, "r1"), (R2Penalty, "r2")) if winner[name]]
@@ -272,7 +272,7 @@ def test_it_goes_back_when_samples_go_away():
     module = gan()
     run(module, autopilot := Autopilot(every=10, fall=0.0), 1000, Break())
     race = next(action for action in autopilot.actions if "race" in action["what"])
-    assert race["step"] == 310
+    assert race["step"] == 320  # two measurements in a row
     assert "samples went away from the data" in race["why"]
     assert "back to step" in race["why"]
     assert float((module.eval().sample(200).detach().mean(0) - torch.tensor([3.0, 0.0])).norm()) < 2.0
@@ -323,7 +323,7 @@ def test_rates_of_all_groups_fall_to_zero_together():
 def test_rates_fall_in_each_turn_of_a_race():
     watch, autopilot = Watch(), Autopilot("always", search=0.5, fall=0.5)
     run(gan(), autopilot, 200, watch)
-    lengths = [4] * (1 + len(PORTFOLIO)) + [8] * 4 + [16] * 2
+    lengths = [10] * (1 + len(PORTFOLIO)) + [20] * 2
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     for start, length in zip(starts, lengths, strict=True):
         # the last batch of a turn is seen after the next one's rates are set
@@ -392,7 +392,7 @@ def test_the_penalty_of_the_user_is_steered():
     gammas = {tuple(row["gamma"]) for row in watch.rows}
     assert (0.5, 0.0) in gammas
     assert (0.1, 0.1) in gammas
-    assert (1.0, 1.0) in gammas
+    assert (0.3, 0.3) in gammas
 
 
 @pytest.mark.parametrize("penalty", [GradientPenalty(), R1Penalty(Schedule(1.0, 0.1, 100))])

@@ -40,6 +40,7 @@ from lightning_gan_stability.monitors import steering
 from lightning_gan_stability.monitors.autopilot import KEPT
 
 STEPS = 5000
+SEARCH = Autopilot().search
 LOSSES = ["NonSaturating", "Hinge", "Wasserstein", "LeastSquares"]
 CHUNK = 250  # games of a row in the file of results
 
@@ -198,7 +199,7 @@ class Pilot:
         length, legs = 2, len(candidates)
         for kept in KEPT[:-1]:
             legs, length = legs + min(kept, len(candidates)) * length, 2 * length
-        leg = max(1, round(0.2 * self.horizon / legs))
+        leg = max(1, round(SEARCH * self.horizon / legs))
         runners: list[tuple[float, State, dict[str, float]]] = [(0.0, start, settings) for settings in candidates]
         for turn, kept in enumerate(KEPT):
             ended = []
@@ -230,7 +231,7 @@ class Pilot:
         self.history.append(distance)
         past = self.history[1:]
         recent, earlier = past[-10:], past[:-10]
-        wrong = distance > 4 * before
+        wrong = distance > 4 * before and past[-2] > 4 * before
         stuck = bool(earlier) and min(recent) > 0.9 * min(earlier) and min(past) > 0
         if distance < before and (self.best is None or distance <= 4 * self.best[0]):
             self.best = (distance, self.state.copy(), self.settings)
@@ -239,7 +240,7 @@ class Pilot:
 
     def act(self, went_wrong: bool) -> bool:
         """Race again, from the best state with calmer settings if it went wrong."""
-        may_race = self.races < 3 and self.horizon - self.step > 2 * round(0.2 * self.horizon)
+        may_race = self.races < 3 and self.horizon - self.step > 2 * round(SEARCH * self.horizon)
         if not may_race and not (self.best and went_wrong and self.returns < 3):
             return False
         if self.best and went_wrong:

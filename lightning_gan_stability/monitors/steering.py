@@ -28,11 +28,10 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 # (g_lr, d_lr, beta1, beta2, gamma), found on random recipes for points in the plane: see docs/measured.md
 PORTFOLIO = (
-    (3e-3, 1e-2, 0.0, 0.9, 1.0),
-    (3e-3, 1e-2, 0.0, 0.99, 0.1),
-    (3e-3, 3e-3, 0.5, 0.9, 0.1),
+    (1e-2, 1e-2, 0.0, 0.99, 0.1),
+    (3e-3, 1e-2, 0.0, 0.99, 0.3),
+    (1e-2, 1e-2, 0.0, 0.9, 0.3),
     (1e-3, 4e-3, 0.0, 0.99, 0.1),
-    (1e-3, 1e-3, 0.5, 0.99, 0.03),
     (3e-4, 1e-3, 0.5, 0.99, 0.03),
 )
 # (g_lr and d_lr in geometric means of the user's, gamma), for optimizers that are not like Adam: one cannot know which
