@@ -124,7 +124,8 @@ def own_gradients(hook: CommHook | None = None, group: dist.ProcessGroup | None 
         group: the processes that train together; None: all.
 
     Example:
-        >>> own_gradients(torch.distributed.algorithms.ddp_comm_hooks.default_hooks.fp16_compress_hook).__name__
+        >>> from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+        >>> own_gradients(fp16_compress_hook).__name__
         'fp16_compress_hook'
     """
 

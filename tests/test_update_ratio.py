@@ -119,7 +119,8 @@ def test_a_refused_fit_leaves_the_plan():
     module = small()
     module.plan = ("d", "d", "g")
     with pytest.raises(
-        MisconfigurationException, match=r"and `module.plan` is \('d', 'd', 'g'\), without both players"
+        MisconfigurationException,
+        match=r"and `module.plan` is \('d', 'd', 'g'\), which does not have both players once",
     ):
         fit(module, points(1), callbacks=[UpdateRatio(2)])
     assert module.plan == ("d", "d", "g")
