@@ -80,9 +80,10 @@ class Autopilot(GANCallback):
     steps each; the best two go on for twice as many, and the better one stays. Rates fall at the end of each turn,
     because high ones look bad until they fall. A runner is judged by the energy distance of generated to real samples,
     2 E‖x − y‖ − E‖x − x′‖ − E‖y − y′‖, of validation data where there are any; the mean of that of the average of its
-    generator and of the generator as it is, so that who circles loses. Two rules more: who has hardly moved while others have loses to them, even if they went away from the data at first, as games
-    do that circle; and among those that are as near as can be told, within four times the distance of real data to
-    themselves, the order counts, in which settings come that are known to be good for most.
+    generator and of the generator as it is, so that who circles loses. Two rules more: who has hardly moved while
+    others have loses to them, even if they went away from the data at first, as games do that circle; and among those
+    that are as near as can be told, within four times the distance of real data to themselves, the order counts, in
+    which settings come that are known to be good for most.
 
     What is steered: learning rates of both players, each by itself; β₁ and β₂ of optimizers that have them; γ of
     :class:`~lightning_gan_stability.R1Penalty` and :class:`~lightning_gan_stability.R2Penalty`, which it brings along
@@ -93,10 +94,10 @@ class Autopilot(GANCallback):
     :class:`~lightning_gan_stability.CollapseDetector` or :class:`~lightning_gan_stability.HealthMonitor` that other
     settings may help against, a loss that is not finite, a distance that is four times its best since the last race in
     two measurements in a row, or one far from the data that has not become smaller in ten. Until then the run is the
-    same as without it, bit for bit. Then there is a race: from the beginning if little was learned, else from the best state so far with calmer
-    settings. With ``when="always"`` the run begins with a race; later it looks on in the same way. While an
-    :class:`~lightning_gan_stability.AdversarialStart` keeps the players apart, there is nothing to compare: it waits
-    until the adversarial term is there.
+    same as without it, bit for bit. Then there is a race: from the beginning if little was learned, else from the best
+    state so far with calmer settings. With ``when="always"`` the run begins with a race; later it looks on in the same
+    way. While an :class:`~lightning_gan_stability.AdversarialStart` keeps the players apart, there is nothing to
+    compare: it waits until the adversarial term is there.
 
     What is tried and thrown away are batches of the run: ``trainer.global_step`` counts them, while
     ``module.iteration`` goes back. Loggers, monitors and checkpoints that are due during a race see the runner whose
