@@ -91,7 +91,6 @@ def main() -> None:
             for name in names:
                 with context.Pool(1) as alone:
                     found[size][name].append(alone.apply(measure, [(name, *size)]))
-                    print(name, size, found[size][name][-1], file=sys.stderr, flush=True)
     titles = [f"{size}×{size}, width {width}, batch {batch}" for size, width, batch in sizes]
     print(f"\n| Run | {' | '.join(titles)} |\n|---|{'---|' * len(sizes)}")
     for name in names:
