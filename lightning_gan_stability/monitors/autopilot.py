@@ -34,7 +34,7 @@ from lightning_gan_stability.monitors.reading import (
     interleaved,
     samples_at_once,
 )
-from lightning_gan_stability.monitors.real_data import RealData, loader_to_read
+from lightning_gan_stability.monitors.real_data import RealData, loader_to_read, overfits
 from lightning_gan_stability.monitors.rollback import put_back, take
 from lightning_gan_stability.monitors.steering import LIMITS, PORTFOLIO, Settings, Steering, in_words
 from lightning_gan_stability.outcome import Action, Course, Outcome
@@ -79,11 +79,11 @@ class Autopilot(GANCallback):
     of networks and optimizers, the settings of the user and some others, known to be good for many, train for some
     steps each; the best two go on for twice as many, and the better one stays. Rates fall at the end of each turn,
     because high ones look bad until they fall. A runner is judged by the energy distance of generated to real samples,
-    2 E‖x − y‖ − E‖x − x′‖ − E‖y − y′‖, of validation data where there are any; the mean of that of the average of its
-    generator and of the generator as it is, so that who circles loses. Two rules more: who has hardly moved while
-    others have loses to them, even if they went away from the data at first, as games do that circle; and among those
-    that are as near as can be told, within four times the distance of real data to themselves, the order counts, in
-    which settings come that are known to be good for most.
+    2 E‖x − y‖ − E‖x − x′‖ − E‖y − y′‖, of validation data where there are any (without
+    ``overfit_batches``); the mean of that of the average of its generator and of the generator as it is, so that who
+    circles loses. Two rules more: who has hardly moved while others have loses to them, even if they went away from the
+    data at first, as games do that circle; and among those that are as near as can be told, within four times the
+    distance of real data to themselves, the order counts, in which settings come that are known to be good for most.
 
     What is steered: learning rates of both players, each by itself; β₁ and β₂ of optimizers that have them; γ of
     :class:`~lightning_gan_stability.R1Penalty` and :class:`~lightning_gan_stability.R2Penalty`, which it brings along
@@ -568,6 +568,7 @@ class Autopilot(GANCallback):
             return self._real
         held_out = loader_to_read(trainer, "val")
         there = not (isinstance(held_out, list) and not held_out)
+        there &= not overfits(trainer)  # or else it would steer away from what is to be learned by heart
         data = RealData(trainer, held_out if there else loader_to_read(trainer, "train"), self.n_samples)
         first = next(iter(data), None)
         if first is None:
