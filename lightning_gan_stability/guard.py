@@ -266,7 +266,7 @@ class Guard(Callback):
             if not self._reached:
                 self._refuse_other_steps(callbacks)
         for callback in callbacks:
-            callback.iteration = self.module.iteration
+            callback.iteration, callback.global_step = self.module.iteration, trainer.global_step
         step = self.module.last_step
         self._read.after_batch(trainer, pl_module, bool(step.moved) and self.module.iteration != step.iteration + 1)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]

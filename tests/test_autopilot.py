@@ -590,6 +590,34 @@ def test_an_autopilot_serves_another_module_afterwards():
         assert [action["why"] == "the run begins" for action in actions] == [True, *[False] * (len(actions) - 1)]
 
 
+def test_a_second_fit_of_its_module_goes_on_with_what_it_found():
+    """Under another Trainer, whose steps begin anew: what it tells of is of these."""
+    module, autopilot, watch = gan(), Autopilot("always"), Watch()
+    run(module, autopilot, 60)
+    found, average = autopilot.settings, module.generator_ema
+    moved = autopilot.measured["updates"]
+    run(module, autopilot, 8, watch)
+    assert autopilot.settings == found
+    assert autopilot.races == 0
+    assert autopilot.actions == []
+    steps = [step for step, _ in autopilot.history]
+    assert steps
+    assert steps == sorted(steps)
+    assert steps[-1] == 8
+    assert watch.rows[0]["lr"] == [[pytest.approx(found["d_lr"])], [pytest.approx(found["g_lr"])]]
+    assert module.generator_ema is average
+    assert autopilot.measured["updates"] == moved + 8
+
+
+def test_a_second_fit_of_a_module_that_it_left_alone_begins_with_the_rates_of_the_user():
+    module, autopilot = gan(), Autopilot()
+    run(module, autopilot, 10)
+    assert not autopilot.steers
+    module.make_optimizer["g"] = adam(3e-4)
+    run(module, autopilot, 10)
+    assert autopilot.own["g_lr"] == 3e-4
+
+
 # ---------- bad input
 
 

@@ -272,6 +272,16 @@ class Autopilot(GANCallback):
         if self._moving is not None:
             module.average_rests = False
 
+    def count_anew(self, module: GANProtocol) -> None:
+        """Go on with the settings and the average that were found; what was done and measured is of another run."""
+        if not self.steers or self.leg_ends >= 0:  # the user's own settings, or those of some runner
+            self.reset(module)
+            return
+        found = {name: getattr(self, name) for name in ("own", "settings", "shares", "steers", "measured")}
+        self.reset(module)
+        for name, value in found.items():
+            setattr(self, name, value)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read what the user has set; begin a race, or go on as before."""
         super().on_train_start(trainer, pl_module)

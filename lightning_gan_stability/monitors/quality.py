@@ -271,8 +271,6 @@ class QualityMonitor(GANCallback):
         """Look at the real data, and at the untrained generator."""
         super().on_train_start(trainer, pl_module)
         module: GANModule = pl_module  # type: ignore[assignment]
-        if trainer.global_step < self.measured_at:
-            self.reset(module)  # another fit, of a Trainer that begins to count anew
         self._started, self._spent = time.monotonic(), 0.0
         self._prepare(trainer, module)
         if self.measured_at < 0:
