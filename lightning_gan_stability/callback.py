@@ -137,6 +137,8 @@ class GANCallback(Callback):
     #: :meth:`weigh_terms` takes gradients of terms, which leaves their graphs to be run again, as compiled ones cannot:
     #: networks run uncompiled in the generator's turn.
     keeps_graphs: ClassVar[bool] = False
+    #: It tries something out, and may put back what it was tried on: an EarlyStopping counts no measurement of that.
+    tries: bool = False
     iteration: int = 0
     global_step: int = 0
     _module: object = None

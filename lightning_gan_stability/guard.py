@@ -247,7 +247,7 @@ class Guard(Callback):
             )
         self._seen = self.module.last_step
         if self._running:
-            self._read.show(trainer)
+            self._read.before_batch(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check and clip the gradient; here, because here a gradient scaler has unscaled it."""
@@ -290,7 +290,7 @@ class Guard(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let signals in at once, where one process trains: between two batches nothing is cut."""
         if self._running:
-            self._read.before_validation()
+            self._read.before_validation(trainer)
             if not is_distributed():
                 self._signals.stop()
 

@@ -606,6 +606,11 @@ class Autopilot(GANCallback):
     # ---------- small things
 
     @property
+    def tries(self) -> bool:  # type: ignore[override]
+        """Settings race against each other, and what is measured is of one of them."""
+        return self.leg_ends >= 0
+
+    @property
     def _moving(self) -> GeneratorEMA | None:
         """The average that is its own, from where it steers the run."""
         return self._ema if self.steers else None
