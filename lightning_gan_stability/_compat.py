@@ -224,6 +224,11 @@ def mode_of(loader: CombinedLoader) -> Any:
     return loader._mode
 
 
+def shares_data(trainer: Trainer) -> bool:
+    """Whether Lightning gives each process its share of a loader's samples, where there are several processes."""
+    return bool(trainer._accelerator_connector.use_distributed_sampler)
+
+
 def to_device(trainer: Trainer, batch: Any) -> Any:
     """A batch as a training step gets it: converted, moved, and through the hooks of module and data module."""
     batch = trainer.precision_plugin.convert_input(batch)

@@ -112,8 +112,13 @@ class GANCallback(Callback):
     :meth:`add_state`: checkpoints, device moves, rollbacks and the reset for another module follow from that. A
     subclass that overrides ``setup`` or ``on_train_start`` calls ``super()``.
 
+    In a second fit of the same module what is declared goes on, if the module has not trained without the callback; but
+    under a Trainer that begins to count its steps anew, without a checkpoint, monitors begin anew: in what they tell,
+    steps never go backwards.
+
     Attributes:
         iteration: the module's iteration at the end of the last batch that the callback was there for.
+        global_step: and the Trainer's.
 
     Example:
         >>> class CountBatches(GANCallback):
@@ -132,7 +137,10 @@ class GANCallback(Callback):
     #: :meth:`weigh_terms` takes gradients of terms, which leaves their graphs to be run again, as compiled ones cannot:
     #: networks run uncompiled in the generator's turn.
     keeps_graphs: ClassVar[bool] = False
+    #: It tries something out, and may put back what it was tried on: an EarlyStopping counts no measurement of that.
+    tries: bool = False
     iteration: int = 0
+    global_step: int = 0
     _module: object = None
     _loaded: bool = False
 
@@ -146,7 +154,7 @@ class GANCallback(Callback):
             default: what it is at first: numbers, strings, tensors, None, or lists and dicts of these.
             on_device: its tensors lie on the module's device; False: they stay where they are.
         """
-        if name == "iteration" or (isinstance(self, Regularizer) and hasattr(Regularizer, name)):
+        if name in ("iteration", "global_step") or (isinstance(self, Regularizer) and hasattr(Regularizer, name)):
             raise ValueError(f"`{name}` is an attribute of every callback of its kind: give the state another name.")
         if not _can_be_saved(default):
             raise ValueError(
@@ -168,6 +176,14 @@ class GANCallback(Callback):
         """Begin anew, with another module, or with one that has trained without this callback."""
         for name, (default, _) in self._states().items():
             setattr(self, name, deepcopy(default))
+
+    def count_anew(self, module: GANProtocol) -> None:
+        """Go on with the same module, under a Trainer that begins to count its steps anew.
+
+        Monitors, which remember what was at which step, begin anew.
+        """
+        if not self.rolled_back:
+            self.reset(module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint.
@@ -206,6 +222,9 @@ class GANCallback(Callback):
         goes_on = self._loaded or (self._module is module and self.iteration == module.iteration)
         if not goes_on:
             self.reset(module)
+        elif not self._loaded and trainer.global_step < self.global_step:
+            self.count_anew(module)
+        self.global_step = trainer.global_step
         self.go_on(module)
 
     def go_on(self, module: GANProtocol) -> None:

@@ -1,6 +1,7 @@
 """Tensors that are spread over processes, or meant for all of them."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
@@ -49,6 +50,9 @@ def world_size() -> int:
 def gather_rows(tensor: Tensor) -> list[Tensor]:
     """The tensor of every process, which may have different numbers of rows, in the order of ranks.
 
+    Raises:
+        ValueError: on all processes, if their rows have different numbers of values.
+
     Example:
         >>> gather_rows(torch.ones(2, 1))
         [tensor([[1.],
@@ -56,9 +60,14 @@ def gather_rows(tensor: Tensor) -> list[Tensor]:
     """
     if not is_distributed():
         return [tensor]
-    sizes = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(tensor)], device=tensor.device))
-    lengths = [int(size) for size in sizes]
+    sizes = [torch.zeros(2, dtype=torch.int64, device=tensor.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(tensor), math.prod(tensor.shape[1:])], device=tensor.device))
+    lengths, widths = zip(*(size.tolist() for size in sizes), strict=True)
+    if min(widths) < max(widths):
+        raise ValueError(
+            f"Processes put their rows together, but one process has rows of {max(widths)} values, and another of "
+            f"{min(widths)}: give all the same number, for example by padding samples and conditions to one size."
+        )
     padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
     padded[: len(tensor)] = tensor
     found = [torch.empty_like(padded) for _ in lengths]

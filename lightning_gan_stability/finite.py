@@ -237,6 +237,7 @@ class Call:
         may_enter: what has entered is finite.
         rows: of the batch, in which what it returns, or passes back, is not finite.
         dtype: of what is not finite.
+        broken: the tensors that are not finite, of those that it returned.
         given: whether the gradients that come to what it returned are finite; None: none has come.
         broken_at: when the first gradient in it, or of what has entered, was not finite.
         masked: a later layer on the way back has made finite gradients of all that came to it.
@@ -251,6 +252,7 @@ class Call:
     may_enter: bool
     rows: list[int] = field(default_factory=list)
     dtype: torch.dtype | None = None
+    broken: list[Tensor] = field(default_factory=list)
     given: bool | None = None
     broken_at: int | None = None
     masked: bool = False
@@ -336,20 +338,23 @@ class LayerWatch:
         own.register_hook(partial(self._passed_back, call))  # type: ignore[no-untyped-call]
         return own
 
-    def _after(self, name: str, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _after(self, name: str, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not self.forward:
-            return
+            return None
         call = self._open.pop()
         if is_finite(output):
             del self.suspects[call.mark :]
         elif call.may_enter and len(self.suspects) == call.mark:
             call.rows = broken_rows(output, self.n)
-            call.dtype = next(leaf.dtype for leaf in tree_leaves(output) if not _is_finite(leaf))
+            output = tree_map(_with_graph, output)
+            call.broken = [leaf for leaf in tree_leaves(output) if not _is_finite(leaf)]
+            call.dtype = call.broken[0].dtype
             self.suspects.append(call)
         if self.gradients:
             for leaf in tree_leaves(output):
                 if isinstance(leaf, Tensor) and leaf.requires_grad:
                     leaf.register_hook(partial(self._came, call))  # type: ignore[no-untyped-call]
+        return output
 
     # ---------- gradients
 
@@ -407,6 +412,29 @@ class LayerWatch:
         return "" if runs % 2 else "real" if call.number < runs // 2 else "generated"
 
 
+def _with_graph(leaf: Any) -> Any:
+    """A tensor that is not finite, with a graph that tells what is made of it; others as they are."""
+    if _is_finite(leaf) or leaf.requires_grad or not torch.is_grad_enabled():
+        return leaf
+    return leaf.detach().requires_grad_().clone()  # which may be changed in place
+
+
+def _is_read(call: Call, terms: Iterable[Tensor]) -> bool:
+    """Whether what a layer returned has come into a term, as far as graphs tell."""
+    if not all(leaf.requires_grad for leaf in call.broken):
+        return True
+    sources = {leaf.grad_fn for leaf in call.broken}
+    waiting, seen = [term.grad_fn for term in terms], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node in sources:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [other for other, _ in node.next_functions]
+    return False
+
+
 def _is_of(call: Call, network: str) -> bool:
     return call.layer.partition(".")[0] == network
 
@@ -459,6 +487,10 @@ def _in_values(
     suspects = watch.suspects
     if turn.player == "d" and is_finite(outputs.fake):  # a loss that the generator returns beside is not this player's
         suspects = [call for call in suspects if not _is_of(call, "generator")]
+    broken_terms = [term for term in terms.values() if not _is_finite(term)]
+    # samples that were made with a graph come to the discriminator without it
+    detached = "generator" if turn.player == "d" else ""
+    suspects = [call for call in suspects if _is_of(call, detached) or _is_read(call, broken_terms)]
     if suspects:
         call = suspects[0]
         rows = _in_rows([first + row for row in call.rows], total, watch.side(call, outputs))
@@ -482,7 +514,8 @@ def _in_values(
             return Finding(f"First in the gradient that {key} takes, in the backward pass of {origin}{rows}.", _ROOT)
     if not is_finite((outputs.fake, outputs.real_logits, outputs.fake_logits)):
         return None  # what has come from the data
-    return Finding(f"All layers return finite values: {key} itself is not finite.", _LOGARITHM, of_term=True)
+    layers = "All layers that come into it" if watch.suspects else "All layers"
+    return Finding(f"{layers} return finite values: {key} itself is not finite.", _LOGARITHM, of_term=True)
 
 
 def _in_gradients(

@@ -247,7 +247,7 @@ class Guard(Callback):
             )
         self._seen = self.module.last_step
         if self._running:
-            self._read.show(trainer)
+            self._read.before_batch(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check and clip the gradient; here, because here a gradient scaler has unscaled it."""
@@ -266,7 +266,7 @@ class Guard(Callback):
             if not self._reached:
                 self._refuse_other_steps(callbacks)
         for callback in callbacks:
-            callback.iteration = self.module.iteration
+            callback.iteration, callback.global_step = self.module.iteration, trainer.global_step
         step = self.module.last_step
         self._read.after_batch(trainer, pl_module, bool(step.moved) and self.module.iteration != step.iteration + 1)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -290,7 +290,7 @@ class Guard(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let signals in at once, where one process trains: between two batches nothing is cut."""
         if self._running:
-            self._read.before_validation()
+            self._read.before_validation(trainer)
             if not is_distributed():
                 self._signals.stop()
 

@@ -30,12 +30,15 @@ class Monitored:
     Lightning reads the last value under a key whenever an epoch or a validation ends, whether it was measured since or
     not. Here, an EarlyStopping checks when a value is measured, and then alone; a ModelCheckpoint that saves at other
     steps is refused; and what cannot be foreseen (a last epoch that is cut short, an exception, a rollback) is
-    saved with NaN for what was not measured of these weights, which is ranked last.
+    saved with NaN for what was not measured of these weights, which is ranked last. While a callback tries something
+    out (a race of Autopilot), no EarlyStopping checks, whatever it reads: what it would count may be put back.
     """
 
     def __init__(self) -> None:
         self._logged: dict[str, tuple[GANCallback, Cadence]] = {}
         self._stopping: dict[EarlyStopping, bool] = {}  # and the hook that each had checked in
+        self._others: dict[EarlyStopping, bool] = {}  # which check by themselves
+        self._tried = False  # this batch was somebody's try
         self._hidden: dict[str, Tensor] = {}
         self._validated = -1  # global step of the last validation
 
@@ -100,8 +103,15 @@ class Monitored:
         self.check(trainer, lengths=True)
         self._validated = -1
         measured = {key for key, (_, cadence) in self._logged.items() if cadence != "step"}
-        stopping = [stop for stop in callbacks_of(trainer, EarlyStopping) if stop.monitor in measured]
-        self._stopping = {stop: check_on_train_epoch_end(stop, False) for stop in stopping}
+        stopping = {stop: check_on_train_epoch_end(stop, False) for stop in callbacks_of(trainer, EarlyStopping)}
+        self._stopping = {stop: hook for stop, hook in stopping.items() if stop.monitor in measured}
+        self._others = {stop: hook for stop, hook in stopping.items() if stop not in self._stopping}
+        self._let_none_check(trainer, False)
+
+    def before_batch(self, trainer: Trainer) -> None:
+        """Note whether somebody tries something out; put back what was hidden."""
+        self._tried = _is_tried(trainer)
+        self.show(trainer)
 
     def after_batch(self, trainer: Trainer, module: LightningModule, rolled_back: bool) -> None:
         """Let each EarlyStopping check if its value is of this step; hide those of weights that are there no more."""
@@ -109,22 +119,28 @@ class Monitored:
         if rolled_back:
             self._hide(trainer, callbacks_of(trainer, ModelCheckpoint), rolled_back=True)
 
-    def before_validation(self) -> None:
+    def before_validation(self, trainer: Trainer) -> None:
         """Let no EarlyStopping check by itself when validation ends."""
+        self._let_none_check(trainer, True)
+
+    def _let_none_check(self, trainer: Trainer, on_train_epoch_end: bool) -> None:
+        """Send each EarlyStopping to the hook that does not come next; others only while somebody tries something."""
         for stop in self._stopping:
-            check_on_train_epoch_end(stop, True)
+            check_on_train_epoch_end(stop, on_train_epoch_end)
+        tried = self._tried or _is_tried(trainer)
+        for stop, hook in self._others.items():
+            check_on_train_epoch_end(stop, on_train_epoch_end if tried else hook)
 
     def after_validation(self, trainer: Trainer, module: LightningModule) -> None:
         """Let each EarlyStopping check if its value is of this validation; hide what files must not bear."""
         self._validated = trainer.global_step
         self._check_stopping(trainer, module, in_validation=True)
-        self.before_validation()  # its own turn may come after this
+        self.before_validation(trainer)  # its own turn may come after this
         self._hide(trainer, callbacks_of(trainer, ModelCheckpoint))
 
     def after_epoch(self, trainer: Trainer) -> None:
         """Let no EarlyStopping check by itself; hide what files must not bear."""
-        for stop in self._stopping:
-            check_on_train_epoch_end(stop, False)
+        self._let_none_check(trainer, False)
         self._hide(trainer, callbacks_of(trainer, ModelCheckpoint))
 
     def show(self, trainer: Trainer) -> None:
@@ -138,11 +154,13 @@ class Monitored:
         if failed:
             self._hide(trainer, [c for c in callbacks_of(trainer, ModelCheckpoint) if c.save_on_exception])
             self._hidden = {}
-        for stop, setting in self._stopping.items():
+        for stop, setting in (self._stopping | self._others).items():
             check_on_train_epoch_end(stop, setting)
-        self._stopping = {}
+        self._stopping, self._others = {}, {}
 
     def _check_stopping(self, trainer: Trainer, module: LightningModule, in_validation: bool) -> None:
+        if self._tried or _is_tried(trainer):  # a race may begin or end with this batch
+            return
         for stop in self._stopping:
             assert stop.monitor is not None
             _, cadence = self._logged[stop.monitor]
@@ -164,6 +182,11 @@ class Monitored:
             if not self._is_new(trainer, key) or (rolled_back and self._logged[key][1] != "step"):
                 self._hidden.setdefault(key, metrics[key])
                 metrics[key] = torch.full_like(metrics[key], math.nan)
+
+
+def _is_tried(trainer: Trainer) -> bool:
+    """Whether the weights at hand may be put back."""
+    return any(callback.tries for callback in callbacks_of(trainer, GANCallback))
 
 
 def _keys(callback: Callback) -> set[str]:

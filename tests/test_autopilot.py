@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts
@@ -588,6 +588,72 @@ def test_an_autopilot_serves_another_module_afterwards():
     assert before is not autopilot.actions
     for actions in (before, autopilot.actions):
         assert [action["why"] == "the run begins" for action in actions] == [True, *[False] * (len(actions) - 1)]
+
+
+def test_a_second_fit_of_its_module_goes_on_with_what_it_found():
+    """Under another Trainer, whose steps begin anew: what it tells of is of these."""
+    module, autopilot, watch = gan(), Autopilot("always"), Watch()
+    run(module, autopilot, 60)
+    found, average = autopilot.settings, module.generator_ema
+    moved = autopilot.measured["updates"]
+    run(module, autopilot, 8, watch)
+    assert autopilot.settings == found
+    assert autopilot.races == 0
+    assert autopilot.actions == []
+    steps = [step for step, _ in autopilot.history]
+    assert steps
+    assert steps == sorted(steps)
+    assert steps[-1] == 8
+    assert watch.rows[0]["lr"] == [[pytest.approx(found["d_lr"])], [pytest.approx(found["g_lr"])]]
+    assert module.generator_ema is average
+    assert autopilot.measured["updates"] == moved + 8
+
+
+def test_a_second_fit_of_a_module_that_it_left_alone_begins_with_the_rates_of_the_user():
+    module, autopilot = gan(), Autopilot()
+    run(module, autopilot, 10)
+    assert not autopilot.steers
+    module.make_optimizer["g"] = adam(3e-4)
+    run(module, autopilot, 10)
+    assert autopilot.own["g_lr"] == 3e-4
+
+
+class Validated(GANModule):
+    """Logs a score of its own in validation, which never gets better."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("score", torch.tensor(1.0))
+
+
+class Counts(Callback):
+    """How many measurements an EarlyStopping has waited, after each epoch, and whether settings raced."""
+
+    def __init__(self, autopilot, stop):
+        self.autopilot, self.stop, self.rows = autopilot, stop, []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.rows.append((self.autopilot.leg_ends >= 0, self.stop.wait_count, float(self.stop.best_score)))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("key", ["quality/fid", "score", "score after epochs"])
+def test_early_stopping_does_not_count_what_is_measured_in_a_race(key):
+    """Those weights are put back; when the race is over, it counts every measurement again."""
+    autopilot = Autopilot("always", search=0.5, fall=0.0, average=False)
+    stop = EarlyStopping(key.split()[0], patience=10**6, min_delta=1e9, check_on_train_epoch_end=" " in key or None)
+    counts, monitor = Counts(autopilot, stop), QualityMonitor(metrics=["fid"], n_samples=50, every=2)
+    torch.manual_seed(0)
+    module = Validated(MLP([4, 16, 2]), MLP([2, 16, 1]), 4, g_optimizer=adam(1e-3), d_optimizer=adam(1e-3))
+    data = DataLoader(points(2, 32), batch_size=None)
+    callbacks = [autopilot, monitor, stop, counts]
+    trainer(max_epochs=60, callbacks=callbacks, num_sanity_val_steps=0).fit(module, data, data)
+    races = [row for row in counts.rows if row[0]]
+    assert len(races) > 20
+    assert {row[1:] for row in races} == {(0, math.inf)}
+    calm = counts.rows[len(races) :]
+    assert len(calm) > 20
+    # the first one is the best, and before it there was none
+    assert [row[1] for row in calm] == [0, *range(len(calm) - 1)]
 
 
 # ---------- bad input

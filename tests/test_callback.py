@@ -12,10 +12,21 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
+from torch.utils.data import DataLoader
 from toys import fit, points, public_callbacks, small, trainer
 
 import lightning_gan_stability
-from lightning_gan_stability import Alternating, GANCallback, R1Penalty, Regularizer, Schedule, UpdateRule
+from lightning_gan_stability import (
+    Alternating,
+    CollapseDetector,
+    GANCallback,
+    HealthMonitor,
+    QualityMonitor,
+    R1Penalty,
+    Regularizer,
+    Schedule,
+    UpdateRule,
+)
 from lightning_gan_stability.callback import check_once, refuse_after_weight_averaging
 from lightning_gan_stability.monitors.rollback import put_back, take
 
@@ -36,6 +47,12 @@ class Stateful(GANCallback):
         self.mean += 1
         self.kept.append(torch.zeros(1))
         self.last = "g"
+
+
+class Monitor(Stateful):
+    """Remembers what was, whatever is put back."""
+
+    rolled_back = False
 
 
 class Stateless(GANCallback):
@@ -182,12 +199,12 @@ def test_checkpoints_hold_the_states_that_there_are():
 # ---------- the beginning of a fit
 
 
-def begin(callback, gan, loaded=None):
+def begin(callback, gan, loaded=None, global_step=0):
     """What the Trainer does before the first batch."""
     callback.setup(None, small(), "fit")
     if loaded is not None:
         callback.load_state_dict(loaded)
-    callback.on_train_start(None, gan)
+    callback.on_train_start(SimpleNamespace(global_step=global_step), gan)
 
 
 def test_a_first_fit_begins_with_defaults():
@@ -204,6 +221,24 @@ def test_a_second_fit_of_the_same_module_goes_on():
     callback.iteration = gan.iteration = 1
     begin(callback, gan)
     assert plain(callback.state_dict()) == CHANGED
+
+
+@pytest.mark.parametrize(("global_step", "kept"), [(2, CHANGED), (0, DEFAULT)])
+def test_what_a_monitor_remembers_is_of_one_count_of_steps(global_step, kept):
+    """A second Trainer begins to count anew, and steps of two of them in one history would not be told apart."""
+    callback, monitor, gan = Stateful(), Monitor(), module()
+    for each in (callback, monitor):
+        begin(each, gan)
+        each.change()
+        each.global_step, each.iteration = 2, 2
+    gan.iteration = 2
+    for each in (callback, monitor):
+        begin(each, gan, global_step=global_step)
+    assert plain(callback.state_dict()) == CHANGED
+    assert plain(monitor.state_dict()) == kept
+    # a checkpoint brings the steps of its own run
+    begin(monitor, gan, loaded=callback.state_dict(), global_step=global_step)
+    assert plain(monitor.state_dict()) == CHANGED
 
 
 def test_a_module_that_has_trained_without_the_callback_is_another_one():
@@ -274,12 +309,6 @@ def test_other_modules_are_refused(callback):
 # ---------- rollbacks
 
 
-class Monitor(Stateful):
-    """Remembers what was, whatever is put back."""
-
-    rolled_back = False
-
-
 def run_of(*callbacks):
     """A Trainer as far as rollbacks look at it."""
     return SimpleNamespace(callbacks=[Callback(), *callbacks], optimizers=[], lr_scheduler_configs=[])
@@ -317,6 +346,35 @@ def test_monitors_are_not_rolled_back():
         "SampleLogger",
         "TableMonitor",
     }
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_monitor_tells_of_steps_that_go_backwards():
+    """In three fits of one module, of which the last two are of one Trainer, and then of another module."""
+    quality = QualityMonitor(nn.Identity(), ["fid", "coverage", "diversity"], n_samples=50, every=2)
+    detector, health = CollapseDetector(patience=1), HealthMonitor(every=2, patience=1)
+    monitors = [quality, detector, health]
+    gan, other = small(), small()
+    with torch.no_grad():
+        for each in (gan, other):
+            each.generator.layers[-1].weight.mul_(0)  # which collapses
+
+    def records():
+        return [[row["step"] for row in rows] for rows in (quality.history, detector.events, health.verdicts)]
+
+    data = points(6, 20)
+    run = fit(gan, data, callbacks=monitors)
+    first = records()
+    assert first[0] == [0, 2, 4, 6]
+    assert first[1]
+    run = fit(gan, data, callbacks=monitors)
+    assert records()[0] == [0, 2, 4, 6]
+    run.fit_loop.max_epochs = 2
+    run.fit(gan, DataLoader(data, batch_size=None))
+    assert records()[0] == [0, 2, 4, 6, 8, 10, 12]
+    assert all(steps == sorted(steps) for steps in records())
+    fit(other, data, callbacks=monitors)
+    assert records() == first
 
 
 # ---------- what does nothing by itself

@@ -53,6 +53,7 @@ from lightning_gan_stability._compat import (
     save_triggers,
     saves_by_time,
     scheduler_parts,
+    shares_data,
     to_device,
     trainer_of,
     unscales_itself,
@@ -93,6 +94,7 @@ RELIES_ON = {
     "unscales_itself": {"_step_supports_amp_scaling"},
     "has_comm_hook": {"_comm_hooks"},
     "saves_by_time": {"_train_time_interval"},
+    "shares_data": {"_accelerator_connector"},
     "save_triggers": {"_every_n_train_steps", "_should_save_on_train_epoch_end"},
     "check_on_train_epoch_end": {"_check_on_train_epoch_end"},
     "averaged_model": {"_average_model"},
@@ -728,6 +730,12 @@ def test_loader_of_gives_the_object_itself():
 
 def test_loader_of_a_trainer_that_has_not_run():
     assert loader_of(trainer(), "train") == loader_of(trainer(), "val") == []
+
+
+@pytest.mark.parametrize(("options", "shared"), [({}, True), ({"use_distributed_sampler": False}, False)])
+def test_shares_data_unless_told_otherwise(options, shared):
+    """`_AcceleratorConnector.use_distributed_sampler`, which `_DataConnector` asks."""
+    assert shares_data(trainer(**options)) == shared
 
 
 @pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle", "sequential"])

@@ -8,8 +8,14 @@ import pytest
 import torch
 from scipy.stats import fisher_exact, kstest, permutation_test
 from sklearn.neighbors import KNeighborsClassifier
+from torch import distributed as dist
+from torch import multiprocessing as mp
 
+from lightning_gan_stability.distributed import gather_rows
 from lightning_gan_stability.metrics import class_report, condition_dependence
+from lightning_gan_stability.metrics.statistics import Seen
+from lightning_gan_stability.monitors.reading import Reading
+from lightning_gan_stability.outputs import Unpacked
 
 
 def samples(*shape, seed=0):
@@ -307,3 +313,27 @@ def test_bad_classes(change, text):
     given = {"real": samples(10, 2), "real_labels": labels, "fake": samples(10, 2), "fake_labels": labels}
     with pytest.raises(ValueError, match=text):
         class_report(**given | change)
+
+
+# ---------- several processes
+
+
+def _different_widths(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    with pytest.raises(ValueError, match="one process has rows of 3 values, and another of 2"):
+        gather_rows(torch.zeros(4, 2 + rank))
+    reading = Reading([Unpacked(torch.zeros(4, 2), torch.zeros(4, 2 + rank))], torch.zeros(4, 2), describe=described_of)
+    assert len([*reading.read()]) == 1
+    reading.see(Seen(torch.zeros(8, 2), torch.zeros(8, 0)))
+    assert reading.told is None
+    dist.destroy_process_group()
+
+
+def described_of(part):
+    return part.condition
+
+
+@pytest.mark.timeout(150)
+def test_processes_whose_conditions_have_other_widths_do_not_compare_them(tmp_path):
+    """As conditions of several sizes in one process do not; what must be gathered is refused in a sentence."""
+    mp.spawn(_different_widths, args=(str(tmp_path),), nprocs=2)

@@ -256,6 +256,45 @@ def test_what_breaks_between_layers_is_the_layer_around_them():
     assert "of `discriminator.0` (Between), whose inputs are finite, in real sample 0 of 8." in found
 
 
+class Aside(nn.Module):
+    """Judges by one layer, after another of which nothing comes into what it returns."""
+
+    def __init__(self, judge):
+        super().__init__()
+        self.aside, self.judge, self.last = Log(), judge, nn.Linear(2, 1)
+
+    def forward(self, x):
+        self.unread = self.aside(x - 2)
+        return self.last(self.judge(x))
+
+
+def test_a_layer_that_no_loss_reads_is_not_blamed_for_another():
+    found = error_of(judge(Aside(Root())), marked(2, [2]))
+    assert "First in the forward pass of `discriminator.0.judge` (Root), whose inputs are finite, in real" in found
+
+
+@pytest.mark.filterwarnings("ignore:`discriminate` returned two tensors")
+def test_a_layer_that_no_loss_reads_is_not_blamed_for_a_term():
+    class Features(GANModule):
+        def discriminate(self, network, sample, condition):
+            return network.judge(sample), network.aside(sample - 9)
+
+    torch.manual_seed(0)
+    layers = nn.ModuleDict({"judge": nn.Linear(2, 1), "aside": nn.Sequential(nn.Linear(2, 2), Log())})
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.judge, self.aside = layers["judge"], layers["aside"]
+
+    class Broken(Extra, Features):
+        pass
+
+    module = Broken(Positive(), Both(), 4, extra=lambda outputs: (-outputs.fake.square()).log().mean())
+    found = error_of(module, points(1))
+    assert "All layers that come into it return finite values: `g/extra` itself is not finite." in found
+
+
 class Attend(nn.Module):
     """Has a layer that returns -∞, of which softmax leaves nothing."""
 

@@ -14,6 +14,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -23,7 +24,15 @@ from torch.utils.data import (
 )
 from toys import ignoring, small, trainer, weights
 
-from lightning_gan_stability import MLP, GANModule, HealthMonitor, PairedTranslation, QualityMonitor
+from lightning_gan_stability import (
+    MLP,
+    Autopilot,
+    GANModule,
+    HealthMonitor,
+    MemorizationMonitor,
+    PairedTranslation,
+    QualityMonitor,
+)
 from lightning_gan_stability.monitors.real_data import from_start, rebatched
 
 N = 64
@@ -346,6 +355,125 @@ def test_a_perfect_generator_of_a_half_is_perfect():
     sampler = WeightedRandomSampler([0.999] * 500 + [0.001] * 500, 1000)
     trainer(callbacks=[monitor], max_steps=1).fit(module, DataLoader(y, 50, sampler=sampler))
     assert monitor.values["fid"] < 0.1
+
+
+# ---------- a run that sees a part of its data
+
+
+class Sees(QualityMonitor):
+    """Keeps the real samples that it has read, whose features they are."""
+
+    def __init__(self):
+        super().__init__(nn.Identity(), ["fid"], n_samples=50, n_real="all", every=1000)
+
+    def on_train_end(self, trainer, pl_module):
+        with ignoring():
+            self.real = self.measure(trainer, pl_module).real
+
+
+class InOrder(IterableDataset):
+    """Gives its samples in order."""
+
+    def __iter__(self):
+        return iter(rows())
+
+
+def on_two_processes(loader):
+    """What Lightning makes of a loader for the first of two processes that share the data."""
+    return DataLoader(loader.dataset, loader.batch_size, sampler=DistributedSampler(loader.dataset, 2, 0, False))
+
+
+def as_set(samples):
+    return {tuple(row) for row in samples.tolist()}
+
+
+LIMITED = {
+    "overfit, in order": (lambda: DataLoader(Points(), 8), {"overfit_batches": 3}),
+    "overfit, shuffled": (lambda: DataLoader(Points(), 8, shuffle=True), {"overfit_batches": 3}),
+    "overfit, a share": (lambda: DataLoader(Points(), 8, shuffle=True), {"overfit_batches": 0.45}),
+    "overfit, a subset": (
+        lambda: DataLoader(Points(), 8, sampler=SubsetRandomSampler(range(40, N))),
+        {"overfit_batches": 3},
+    ),
+    "overfit, other batches": (
+        lambda: DataLoader(Points(), batch_sampler=[[*range(i, i + 8)] for i in range(0, N, 8)]),
+        {"overfit_batches": 3},
+    ),
+    "overfit, batches": (lambda: DataLoader([*rows().split(8)], batch_size=None, shuffle=True), {"overfit_batches": 3}),
+    "overfit, an iterable": (lambda: DataLoader(InOrder(), 8), {"overfit_batches": 3}),
+    "overfit, two": (
+        lambda: {"x": DataLoader(Points(), 8, shuffle=True), "y": DataLoader(Points(8), 2)},
+        {"overfit_batches": 3},
+    ),
+    "a limit, in order": (lambda: DataLoader(Points(), 8), {"limit_train_batches": 3}),
+    "a limit, a share": (lambda: DataLoader(Points(), 8), {"limit_train_batches": 0.45}),
+    "a limit, a list of rows": (lambda: DataLoader(Points(), 8, sampler=[*range(N)]), {"limit_train_batches": 3}),
+    "a limit, a list of batches": (
+        lambda: DataLoader(Points(), batch_sampler=[[*range(i, i + 8)] for i in range(0, N, 8)]),
+        {"limit_train_batches": 3},
+    ),
+    "a limit, one process of two": (lambda: on_two_processes(DataLoader(Points(), 8)), {"limit_train_batches": 3}),
+    "a limit, shuffled": (lambda: DataLoader(Points(), 8, shuffle=True), {"limit_train_batches": 3}),
+    "a limit, shuffled in batches": (
+        lambda: DataLoader(Points(), batch_sampler=BatchSampler(RandomSampler(Points()), 8, False)),
+        {"limit_train_batches": 3},
+    ),
+    "one batch to try the code": (lambda: DataLoader(Points(), 8), {"fast_dev_run": 1}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit", "ignore:.*fast_dev_run")
+@pytest.mark.parametrize("kind", LIMITED)
+def test_monitors_read_what_a_run_of_few_batches_trains_on(kind):
+    """That is what its training steps were given, unless other rows come in other epochs."""
+    loader, limit = LIMITED[kind]
+    monitor = Sees()
+    options = {"max_epochs": 3, "limit_train_batches": 1.0, "limit_val_batches": 1.0} | limit
+    module = run(loader(), monitor, **options)
+    trained = as_set(torch.cat(module.trained))
+    if "process" in kind:
+        assert trained < as_set(monitor.real) == as_set(rows()[:48])
+    elif kind.startswith(("a limit, shuffled", "one batch")):
+        assert as_set(monitor.real) == as_set(rows())
+    else:
+        assert len(trained) == 24
+        assert as_set(monitor.real) == trained
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit", "ignore:MemorizationMonitor has")
+def test_other_monitors_read_what_a_run_overfits():
+    """Autopilot steers towards what is to be learned, although there are data held out."""
+
+    class Shows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def forward(self, x):
+            self.seen.append(x.clone())
+            return x
+
+    pilot, judge = Autopilot(extractor=Shows(), n_samples=50), MemorizationMonitor(Shows(), n_samples=50, pairs=0)
+    x, held_out = rows(400), 5 + rows(100, seed=1)
+    train = DataLoader(TensorDataset(x), 20, shuffle=True)
+
+    class First(GANModule):
+        def unpack(self, batch):
+            return batch[0], None
+
+    module = First(MLP([4, 16, 2]), MLP([2, 16, 1]), latent_dim=4)
+    with ignoring():
+        trainer(callbacks=[pilot, judge], overfit_batches=2, max_steps=1).fit(
+            module, train, DataLoader(TensorDataset(held_out), 50)
+        )
+    for monitor, allowed in ((pilot, x[:40]), (judge, torch.cat([x[:40], held_out]))):
+        read = as_set(torch.cat(monitor.extractor.seen)) & as_set(torch.cat([x, held_out]))
+        assert read == as_set(allowed)
+
+
+def test_too_few_samples_for_a_monitor_are_explained_by_the_limit():
+    with pytest.raises(MisconfigurationException, match="the loader has 16 within the limits of the Trainer: give at"):
+        run(DataLoader(Points(), 8), Sees(), limit_train_batches=2)
 
 
 # ---------- sizes, pairs, memory

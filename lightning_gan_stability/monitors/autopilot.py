@@ -34,7 +34,7 @@ from lightning_gan_stability.monitors.reading import (
     interleaved,
     samples_at_once,
 )
-from lightning_gan_stability.monitors.real_data import RealData, loader_to_read
+from lightning_gan_stability.monitors.real_data import RealData, loader_to_read, overfits
 from lightning_gan_stability.monitors.rollback import put_back, take
 from lightning_gan_stability.monitors.steering import LIMITS, PORTFOLIO, Settings, Steering, in_words
 from lightning_gan_stability.outcome import Action, Course, Outcome
@@ -79,11 +79,11 @@ class Autopilot(GANCallback):
     of networks and optimizers, the settings of the user and some others, known to be good for many, train for some
     steps each; the best two go on for twice as many, and the better one stays. Rates fall at the end of each turn,
     because high ones look bad until they fall. A runner is judged by the energy distance of generated to real samples,
-    2 E‖x − y‖ − E‖x − x′‖ − E‖y − y′‖, of validation data where there are any; the mean of that of the average of its
-    generator and of the generator as it is, so that who circles loses. Two rules more: who has hardly moved while
-    others have loses to them, even if they went away from the data at first, as games do that circle; and among those
-    that are as near as can be told, within four times the distance of real data to themselves, the order counts, in
-    which settings come that are known to be good for most.
+    2 E‖x − y‖ − E‖x − x′‖ − E‖y − y′‖, of validation data where there are any (without
+    ``overfit_batches``); the mean of that of the average of its generator and of the generator as it is, so that who
+    circles loses. Two rules more: who has hardly moved while others have loses to them, even if they went away from the
+    data at first, as games do that circle; and among those that are as near as can be told, within four times the
+    distance of real data to themselves, the order counts, in which settings come that are known to be good for most.
 
     What is steered: learning rates of both players, each by itself; β₁ and β₂ of optimizers that have them; γ of
     :class:`~lightning_gan_stability.R1Penalty` and :class:`~lightning_gan_stability.R2Penalty`, which it brings along
@@ -271,6 +271,16 @@ class Autopilot(GANCallback):
             )
         if self._moving is not None:
             module.average_rests = False
+
+    def count_anew(self, module: GANProtocol) -> None:
+        """Go on with the settings and the average that were found; what was done and measured is of another run."""
+        if not self.steers or self.leg_ends >= 0:  # the user's own settings, or those of some runner
+            self.reset(module)
+            return
+        found = {name: getattr(self, name) for name in ("own", "settings", "shares", "steers", "measured")}
+        self.reset(module)
+        for name, value in found.items():
+            setattr(self, name, value)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read what the user has set; begin a race, or go on as before."""
@@ -568,6 +578,7 @@ class Autopilot(GANCallback):
             return self._real
         held_out = loader_to_read(trainer, "val")
         there = not (isinstance(held_out, list) and not held_out)
+        there &= not overfits(trainer)  # or else it would steer away from what is to be learned by heart
         data = RealData(trainer, held_out if there else loader_to_read(trainer, "train"), self.n_samples)
         first = next(iter(data), None)
         if first is None:
@@ -593,6 +604,11 @@ class Autopilot(GANCallback):
         return interleaved(torch.cat([features_of(self.extractor, samples) for samples in parts]))
 
     # ---------- small things
+
+    @property
+    def tries(self) -> bool:  # type: ignore[override]
+        """Settings race against each other, and what is measured is of one of them."""
+        return self.leg_ends >= 0
 
     @property
     def _moving(self) -> GeneratorEMA | None:

@@ -180,8 +180,6 @@ class MemorizationMonitor(GANCallback):
         """Look at training and held-out data."""
         super().on_train_start(trainer, pl_module)
         self._look, self._drawn_at, self._drawn_to = None, -1, []
-        if trainer.global_step < self.measured_at:
-            self.measured_at = -1  # of another fit, of a Trainer that begins to count anew
         with isolate_rng():
             self._prepare(trainer, pl_module)  # type: ignore[arg-type]
         trainer.callback_metrics.update(self._named())

@@ -190,8 +190,9 @@ class QualityMonitor(GANCallback):
         n_real: real samples at most, or ``"all"``, as published FIDs have it. None: ``n_samples``.
         every: steps between measurements.
         split: real samples of the ``"train"`` or the (first) ``"val"`` loader. FID is mostly against training data.
-            They are read as the run reads them: its sampler says which there are, and how often; a data set whose
-            samples depend on how often it was read is moved by that. ``trainer.validate``
+            They are read as the run reads them: its sampler says which there are, and how often, and with
+            ``overfit_batches`` the first batches are all; a data set whose samples depend on how often it was read is
+            moved by that. ``trainer.validate``
             measures against the same split, or against validation data where it knows no training data;
             ``trainer.test`` against test data.
         truncation: ψ of the generated samples; see :meth:`GANModule.sample`.
@@ -270,8 +271,6 @@ class QualityMonitor(GANCallback):
         """Look at the real data, and at the untrained generator."""
         super().on_train_start(trainer, pl_module)
         module: GANModule = pl_module  # type: ignore[assignment]
-        if trainer.global_step < self.measured_at:
-            self.reset(module)  # another fit, of a Trainer that begins to count anew
         self._started, self._spent = time.monotonic(), 0.0
         self._prepare(trainer, module)
         if self.measured_at < 0:
@@ -435,9 +434,11 @@ class QualityMonitor(GANCallback):
         self._real = self._features(data, first, self.cache)
         self._confirming: Reading | None = None
         if (n := len(self._real.seen.features)) < LEAST:
+            limited = self._seen_split == "train" and trainer.limit_train_batches != 1.0
+            within = " within the limits of the Trainer" if limited else ""
             raise MisconfigurationException(
-                f"QualityMonitor(split='{self.split}') compares with real samples, and the loader has {n}: give at "
-                f"least {LEAST}, better thousands, or remove QualityMonitor."
+                f"QualityMonitor(split='{self.split}') compares with real samples, and the loader has {n}{within}: "
+                f"give at least {LEAST}, better thousands, or remove QualityMonitor."
             )
         if not bool(self._real.seen.features.isfinite().all()):
             raise ValueError("QualityMonitor: the real samples have features that are not finite.")

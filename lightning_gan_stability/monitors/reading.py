@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_gan_stability._checks import describe
 from lightning_gan_stability._compat import original_module
-from lightning_gan_stability.distributed import any_rank, gather_rows
+from lightning_gan_stability.distributed import gather_objects, gather_rows
 from lightning_gan_stability.layers import evaluation, hears_condition
 from lightning_gan_stability.metrics.extractors import Inception
 from lightning_gan_stability.metrics.statistics import Seen
@@ -176,7 +176,8 @@ class Reading:
     def see(self, seen: Seen) -> None:
         """Take the features of all ranks."""
         self.seen, self.n = seen, len(seen.features)
-        (several,) = any_rank([len({rows.shape[1:] for rows in self._described}) != 1], seen.features.device)
+        sizes = gather_objects({tuple(rows.shape[1:]) for rows in self._described})
+        several = not all(sizes) or len(set.union(*sizes)) > 1
         # conditions of several sizes do not compare, nor do they where generated samples do not stand beside theirs
         told = None if several else _woven(gather_rows(torch.cat(self._described)))
         if told is not None and bool(told.isfinite().all()):

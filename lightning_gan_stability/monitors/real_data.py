@@ -29,7 +29,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from lightning_gan_stability._compat import loader_of, mode_of, to_device
+from lightning_gan_stability._compat import loader_of, mode_of, shares_data, to_device
 from lightning_gan_stability.data.streams import Stream
 from lightning_gan_stability.noise import generator, seed_of
 from lightning_gan_stability.outputs import Unpacked, batch_size, shapes, take_rows, tree_leaves, tree_map
@@ -77,9 +77,13 @@ class RealData:
 
 
 def loader_to_read(trainer: Trainer, split: Split) -> Any:
-    """The loader of a split: of several validation loaders the first; an empty list if there is none."""
+    """The loader of a split: of several validation loaders the first; an empty list if there is none.
+
+    Of training data that the Trainer cuts short in the same way in every epoch, by ``overfit_batches``, or by
+    ``limit_train_batches`` where the order of samples stands, it gives what the run trains on.
+    """
     loader = loader_of(trainer, split)
-    return _first_of(loader) if split == "val" else loader
+    return _first_of(loader) if split == "val" else _trained_on(trainer, loader)
 
 
 def loader_of_stage(trainer: Trainer, split: Split) -> tuple[Any, str]:
@@ -108,6 +112,83 @@ def _first_of(loader: Any) -> Any:
     while isinstance(loader, Mapping | list | tuple) and len(loader):
         loader = next(iter(loader.values() if isinstance(loader, Mapping) else loader))
     return loader
+
+
+# ---------- a run that trains on a part of its data
+
+
+@dataclass
+class _First:
+    """A loader of which a run sees the first batches."""
+
+    loader: Any
+    batches: int
+
+
+def _trained_on(trainer: Trainer, loader: Any) -> Any:
+    """What a run trains on in every epoch, or the whole loader where other samples come in other epochs."""
+    limit = trainer.limit_train_batches
+    whole = limit == 0 or (isinstance(limit, float) and limit == 1.0)
+    if whole or trainer.fast_dev_run:  # type: ignore[attr-defined]  # which tries the code of a whole run
+        return loader
+    if isinstance(loader, Stream):
+        return loader  # an epoch begins where the last one ended
+    if isinstance(loader, CombinedLoader):
+        return CombinedLoader(tree_map(partial(_trained_on, trainer), loader.iterables), mode_of(loader))
+    several = isinstance(loader, Mapping) or type(loader) in (list, tuple)
+    if several and any(map(_is_loader, tree_leaves(loader))):
+        return tree_map(partial(_trained_on, trainer), loader)
+    if _is_loader(loader) and not isinstance(loader.dataset, IterableDataset):
+        return _first_rows(trainer, loader)
+    # others may go through other samples in each epoch, unless they are to be learned by heart
+    return _First(loader, _limited(trainer, loader)) if overfits(trainer) else loader
+
+
+def _first_rows(trainer: Trainer, loader: Any) -> Any:
+    """A loader of the rows that all ranks together train on, if they are the same in every epoch."""
+    by_heart, batched = overfits(trainer), loader.batch_sampler
+    world = trainer.world_size if shares_data(trainer) else 1
+    if batched is not None and type(batched) is not BatchSampler:
+        if not by_heart and type(batched) not in (list, tuple):
+            return loader
+        n = _limited(trainer, loader) * world
+        batches, _ = _indices(batched, loader.dataset, n)
+        return _like(loader, loader.dataset, loader.num_workers, {"batch_sampler": batches[:n]})
+    sampler = loader.sampler if batched is None else batched.sampler
+    # Lightning puts a sequential one in the place of any other sampler, but not within batch samplers
+    replaced = by_heart and type(loader.sampler) is not SequentialSampler
+    if replaced or type(sampler) is SequentialSampler:
+        order: Any = range(len(loader.dataset))
+    elif type(sampler) is DistributedSampler and not sampler.shuffle:
+        order, world = range(len(loader.dataset)), sampler.num_replicas
+    elif type(sampler) in (list, tuple, range):
+        order = sampler
+    else:
+        return loader
+    size = 1 if batched is None else batched.batch_size
+    each = math.ceil(len(order) / world) / size  # batches of a rank
+    n = _limited(trainer, math.floor(each) if batched is not None and batched.drop_last else math.ceil(each))
+    rows = order[: n * size * world]
+    how = {"sampler": rows, "batch_size": None if batched is None else size}
+    return _like(loader, loader.dataset, loader.num_workers, how)
+
+
+def overfits(trainer: Trainer) -> bool:
+    """Whether a run is to learn some batches by heart: ``Trainer(overfit_batches=...)``.
+
+    Example:
+        >>> overfits(Trainer(overfit_batches=1))
+        True
+    """
+    return bool(trainer.overfit_batches)  # type: ignore[attr-defined]
+
+
+def _limited(trainer: Trainer, of: Any) -> int:
+    """How many batches an epoch has, of a number of them or of a loader."""
+    limit = trainer.limit_train_batches
+    if isinstance(limit, int):
+        return limit
+    return int((of if isinstance(of, int) else len(of)) * limit)
 
 
 def rebatched(parts: Iterable[Any], size: int) -> Iterator[Any]:
@@ -146,6 +227,9 @@ def from_start(loader: Any, n: int | None, rank: int, world: int) -> Generator[A
     """
     if isinstance(loader, Stream):
         return (loader.batch(position) for position in range(len(loader)))
+    if isinstance(loader, _First):
+        batches = from_start(loader.loader, n, rank, world)
+        return (batch for _, batch in zip(range(loader.batches), batches, strict=False))
     if isinstance(loader, CombinedLoader):
         return _of_several(loader, n, rank, world)
     several = isinstance(loader, Mapping) or type(loader) in (list, tuple)

@@ -124,6 +124,9 @@ class SampleLogger(GANCallback):
         super().on_train_start(trainer, pl_module)
         self._structure, self._drawn_to = None, []
 
+    def count_anew(self, module: GANProtocol) -> None:
+        """Show the same rows as before: pictures are named by the module's iteration."""
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Choose rows from the first batches; before the first one refuse what cannot be drawn."""
         module: GANModule = pl_module  # type: ignore[assignment]
