@@ -476,7 +476,7 @@ class UpdateRule(GANCallback, abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, module: GANProtocol, batch: Any) -> None:
-        """Move the players on one batch."""
+        """Train the players on one batch."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a gradient scaler, a plan, shared parameters or micro-batches where they would be wrong."""
@@ -602,7 +602,7 @@ class Alternating(UpdateRule):
             check_once(self, module)
 
     def __call__(self, module: GANProtocol, batch: Any) -> None:
-        """Move the players on one batch."""
+        """Train the players on one batch."""
         batches = self._batches(module, batch)
         shared = module.compute_samples("g" if "g" in module.plan else "d", batch) if self.share_fake else None
         for player in module.plan:

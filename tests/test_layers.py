@@ -409,7 +409,7 @@ def test_a_fit_says_what_an_incomplete_batch_needs():
     def judge():
         return nn.Sequential(nn.Unflatten(1, (2, 1, 1)), MinibatchStdDev(4), nn.Flatten(), nn.Linear(3, 1))
 
-    with pytest.raises(ValueError, match=r"MinibatchStdDev compares 4 samples .*drop_last=True in the loader"):
+    with pytest.raises(ValueError, match=r"MinibatchStdDev has groups of 4 samples, .*drop_last=True in the loader"):
         fit(GANModule(MLP([4, 2]), judge(), 4), points(1, 6))
     run = trainer(num_sanity_val_steps=0)
     run.fit(GANModule(MLP([4, 2]), judge(), 4), DataLoader(points(1, 8), None), DataLoader(points(1, 6), None))

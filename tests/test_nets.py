@@ -511,7 +511,7 @@ def test_projection_is_an_inner_product_with_the_features(kind):
     [(MLP, "network"), *((k, "generator") for k in GENERATORS), *((k, "discriminator") for k in DISCRIMINATORS)],
 )
 def test_missing_labels_are_refused(kind, name):
-    with pytest.raises(ValueError, match=f"^`labels` are needed: this {name} was made for 3 classes.$"):
+    with pytest.raises(ValueError, match=f"^`labels` are needed: this {name} has 3 classes.$"):
         small(kind, 3)(inputs(kind))
 
 

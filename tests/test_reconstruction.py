@@ -185,7 +185,10 @@ def test_extras_reach_a_distance_in_full_precision():
     ],
 )
 def test_a_term_without_gradient(make, name, weight):
-    with pytest.raises(ValueError, match=f"Reconstruction '{name}' has no gradient: it compares nothing"):
+    with pytest.raises(
+        ValueError,
+        match=f"Reconstruction '{name}' has no gradient: let `sample` name something that the generator computes",
+    ):
         fit(small(), points(1), callbacks=[make(weight)])
 
 

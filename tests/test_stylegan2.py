@@ -267,7 +267,7 @@ def test_truncation_that_cannot_be_is_refused():
         module.sample(3, truncation=0.5)
     with pytest.raises(ValueError, match=r"^`truncation` must be a finite number, got 'half'.$"):
         module.sample(3, truncation="half")
-    with pytest.raises(ValueError, match="the average of w, which has not moved"):
+    with pytest.raises(ValueError, match="the average of w, which has never been updated"):
         make().eval().sample(condition=torch.zeros(3, dtype=torch.long), truncation=0.5)
 
 

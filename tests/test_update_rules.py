@@ -440,7 +440,7 @@ def test_extragradient_takes_micro_batches():
 )
 def test_competitive_refuses_other_games_by_name(loss):
     module = small(loss=loss, d_optimizer=sgd(0.1), g_optimizer=sgd(0.1))
-    expected = rf"solves zero-sum games, and {type(loss).__name__} is none: use Minimax, Wasserstein or"
+    expected = rf"solves zero-sum games, and {type(loss).__name__} is not one: use Minimax, Wasserstein or"
     with pytest.raises(MisconfigurationException, match=expected):
         fit(module, points(1), callbacks=[CompetitiveGradientDescent()])
 
