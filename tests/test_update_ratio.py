@@ -120,7 +120,7 @@ def test_a_refused_fit_leaves_the_plan():
     module.plan = ("d", "d", "g")
     with pytest.raises(
         MisconfigurationException,
-        match=r"and `module.plan` is \('d', 'd', 'g'\), which does not contain both players exactly once",
+        match=r"but `module.plan` is \('d', 'd', 'g'\), which does not contain both players exactly once",
     ):
         fit(module, points(1), callbacks=[UpdateRatio(2)])
     assert module.plan == ("d", "d", "g")
