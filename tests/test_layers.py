@@ -399,7 +399,9 @@ def test_deviations_in_half_precision(dtype, scale):
 @pytest.mark.parametrize(("n", "group"), [(6, 3), (9, 3), (7, 1), (10, 2)])
 def test_an_incomplete_batch_is_refused_in_training_and_judged_in_smaller_groups_in_validation(n, group):
     layer, x = MinibatchStdDev(4), torch.randn(n, 2, 3, 3, dtype=torch.float64)
-    with pytest.raises(ValueError, match=rf"^MinibatchStdDev has groups of 4 samples, .* a batch of {n}: .*drop_last=True"):
+    with pytest.raises(
+        ValueError, match=rf"^MinibatchStdDev has groups of 4 samples, .* a batch of {n}: .*drop_last=True"
+    ):
         layer(x)
     expected = deviations(x.numpy(), group, 1)
     np.testing.assert_allclose(layer.eval()(x)[:, 2:, 0, 0].numpy(), expected, rtol=1e-12)

@@ -438,7 +438,9 @@ def test_style_generator_refuses_other_shapes_and_an_average_that_never_moved():
         network(torch.randn(2, 5))
     network = style()
     network.truncation = 0.5
-    with pytest.raises(ValueError, match=r"^`truncation` interpolates with the average of w, which has never been updated: call"):
+    with pytest.raises(
+        ValueError, match=r"^`truncation` interpolates with the average of w, which has never been updated: call"
+    ):
         network(torch.randn(2, 5, dtype=torch.float64))
 
 

@@ -213,7 +213,7 @@ class Turns(Callback):
 @pytest.mark.parametrize("rule", [Extragradient, ConsensusOptimization, CompetitiveGradientDescent])
 def test_a_plan_that_changes_in_the_run_is_refused(rule):
     module = gan(sgd(0.1), Minimax())
-    with pytest.raises(MisconfigurationException, match=r"moves both players on every batch, but the plan is \('d',\)"):
+    with pytest.raises(MisconfigurationException, match=r"steps both players on every batch, but the plan is \('d',\)"):
         fit(module, batches(2), callbacks=[rule(), Turns()])
     assert module.iteration == 1
 
@@ -409,7 +409,7 @@ def test_a_plan_that_does_not_move_both_once_is_refused(rule, plan):
     module = zero_sum()
     module.plan = plan
     with pytest.raises(
-        MisconfigurationException, match=rf"^{rule.__name__} moves both players on every batch, but the"
+        MisconfigurationException, match=rf"^{rule.__name__} steps both players on every batch, but the"
     ):
         fit(module, points(1), callbacks=[rule()])
     module.plan = ("g", "d")
