@@ -115,9 +115,7 @@ class MinibatchStdDev(nn.Module):
         while n % group:
             group -= 1
         if c % self.channels:
-            raise ValueError(
-                f"`channels` of MinibatchStdDev must divide the {c} channels of its input, got {self.channels}."
-            )
+            raise ValueError(f"`channels` of MinibatchStdDev must divide the {c} of its input, got {self.channels}.")
         precise = x.to(torch.promote_types(x.dtype, torch.float32))  # 10⁻⁸ is lost in half precision
         groups = precise.reshape(group, -1, self.channels, c // self.channels, height, width)
         variances = (groups - groups.mean(0)).square().mean(0)  # 20 times as fast as `var` on CPUs

@@ -404,8 +404,8 @@ class GANModule(LightningModule):
         if reject is not None:
             if latents is not None or truncation != 1:
                 raise ValueError(
-                    "`reject` draws the latents itself, and its odds do not hold for truncated samples: remove `latents` "
-                    "and `truncation`, or `reject`."
+                    "`reject` draws the latents itself, and its odds do not hold for truncated samples: remove "
+                    "`latents` and `truncation`, or `reject`."
                 )
             return check_type("reject", reject, Rejection).sample(self, n, condition)
         if self.latent_dim is None:

@@ -132,7 +132,7 @@ def test_what_cannot_share():
         Alternating(real_batches="other")
     with pytest.raises(ValueError, match=r"^`share_fake` must be"):
         Alternating(share_fake=1)
-    with pytest.raises(MisconfigurationException, match=r"share_fake=True.* which accumulate=2 would take apart"):
+    with pytest.raises(MisconfigurationException, match=r"share_fake=True.* which accumulate=2 would split"):
         fit(small(accumulate=2), points(1), callbacks=[Alternating(share_fake=True)])
     module = small()
     module.discriminator.shared = module.generator.layers[0]
@@ -140,7 +140,7 @@ def test_what_cannot_share():
         fit(module, points(1), callbacks=[Alternating(share_fake=True)])
     module = small()
     module.plan = ("d", "d", "g")
-    with pytest.raises(MisconfigurationException, match="Alternating moves every player once, but the plan is"):
+    with pytest.raises(MisconfigurationException, match="Alternating steps every player once, but the plan is"):
         fit(module, points(1), callbacks=[Alternating(share_fake=True)])
 
 
