@@ -345,7 +345,7 @@ def test_a_separate_path_length_asks_no_discriminator():
 
 def test_path_length_by_something_that_is_not_there():
     with pytest.raises(
-        ValueError, match=r"differentiates by `extras\['v'\]`, but `generate` returned a NoneType there"
+        ValueError, match=r"differentiates with respect to `extras\['v'\]`, but `generate` returned a NoneType there"
     ):
         fit(mapped(), points(1, dtype=torch.float64), callbacks=[PathLengthPenalty(every=1, latents="v")])
 
@@ -369,5 +369,5 @@ def test_path_length_by_what_a_source_becomes():
     fit(module, points(1, dtype=torch.float64), callbacks=[PathLengthPenalty(1.0, every=1, latents="w")])
     expected = (2 * noise[0]).norm(dim=1).square().mean()
     torch.testing.assert_close(module.last_step.values["g/path_length"], expected, rtol=0, atol=1e-13)
-    with pytest.raises(MisconfigurationException, match="PathLengthPenalty asks how samples depend on latents"):
+    with pytest.raises(MisconfigurationException, match="PathLengthPenalty measures how samples depend on latents"):
         fit(module, points(1, dtype=torch.float64), callbacks=[PathLengthPenalty()])

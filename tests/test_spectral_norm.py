@@ -251,7 +251,7 @@ def saved(callbacks):
 
 def test_resuming_a_run_that_was_not_normalized_is_an_error():
     sentence = (
-        "The module has spectral norm on `discriminator.layers.0`, but the checkpoint was trained without: remove"
+        "The module has spectral norm on `discriminator.layers.0`, but the checkpoint was trained without it: remove"
     )
     with pytest.raises(ValueError, match=sentence):
         fit(small(), points(6), callbacks=[SpectralNorm()], ckpt_path=saved([]), max_epochs=2)
