@@ -1,4 +1,4 @@
-"""The tables of the documentation as data, which tests hold to the package, and how a page shows them."""
+"""The tables of the documentation as data, which tests compare with the package, and their rendering."""
 
 import inspect
 import math
@@ -34,11 +34,11 @@ class Paper(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """One row: what is implemented, under one name or several, and what holds it.
+    """One row: a method under one or several names, its papers, its formula and its tests.
 
     Args:
         names: public names of the package, or of its metrics.
-        papers: where it is from; the docstring names them too.
+        papers: the papers that define it; the docstring names them too.
         formula: the formula, and the convention where papers and codes differ.
         tests: ``file::test`` of those that compare it with something outside the code.
         instead_of_none: arguments with the default None for which an instance has a value, the one to be shown.
@@ -111,7 +111,7 @@ METHODS: dict[str, list[Method]] = {
             ["BoundaryEquilibrium"],
             [Paper("1703.10717")],
             "L_D = 𝓛(x) − k 𝓛(G(z)), L_G = 𝓛(G(z)), k ← clip(k + λ (γ 𝓛(x) − 𝓛(G(z))), 0, 1); 𝓛 is the mean "
-            "absolute error of a reconstruction, by one discriminator; k moves after the step of D",
+            "absolute error of a reconstruction, by one discriminator; k is updated after the step of D",
             ["test_losses.py::test_began_k_has_its_closed_form"],
         ),
         Method(
@@ -290,8 +290,7 @@ METHODS: dict[str, list[Method]] = {
         Method(
             ["TableSynthesis"],
             [Paper("1907.00503"), Paper("1712.04086", "packs")],
-            "L_D = E_f l − E_r l, L_G = −E_f l + cross entropy of the category that was asked for; Gumbel-softmax at "
-            "0.2",
+            "L_D = E_f l − E_r l, L_G = −E_f l + cross entropy of the requested category; Gumbel-softmax at 0.2",
             ["test_recipes.py::test_recipe_equals_its_reference"],
         ),
         Method(
@@ -322,7 +321,7 @@ METHODS: dict[str, list[Method]] = {
         Method(
             ["Alternating"],
             [Paper("1406.2661")],
-            "each player of `module.plan` in turn, D first; the rule of a run that names none; factor 1: it circles; "
+            "each player of `module.plan` in turn, D first; the default rule; factor 1: it rotates; "
             "`share_fake`: samples are made once, before either steps",
             ["test_xy.py::test_alternating_cycles", "test_sharing.py::test_shared_samples_by_hand"],
         ),
@@ -398,7 +397,7 @@ METHODS: dict[str, list[Method]] = {
         Method(
             ["AdaptiveUpdateRatio"],
             [Paper("2008.12463", '`"loss_change"`')],
-            'above `high` D rests, below `low` G rests; the `rule` compares `"accuracy"`, `"loss_change"` (log r_g '
+            'above `high` D pauses, below `low` G pauses; the `rule` compares `"accuracy"`, `"loss_change"` (log r_g '
             '/ r_d), `"logit_gap"` (E l(x) − E l(G(z))) or `"gradient_norm"`; each rule has its own `low`, `high` '
             "and `hysteresis`, here those of accuracy",
             [
@@ -411,7 +410,7 @@ METHODS: dict[str, list[Method]] = {
         Method(
             ["AdversarialStart"],
             [Paper("2012.09841"), Paper("1910.11480")],
-            "before the start D is neither run nor stepped; G's adversarial terms rise over `ramp` batches; or when "
+            "before the start D neither runs nor steps; G's adversarial terms rise over `ramp` batches; or when "
             "the mean of `monitor` over `window` batches has not improved for `patience` of them",
             [
                 "test_adversarial_start.py::test_across_the_start_by_hand",
@@ -439,8 +438,8 @@ METHODS: dict[str, list[Method]] = {
         Method(
             ["FakePool"],
             [Paper("1612.07828"), Paper("1703.10593", "the rule")],
-            "once `size` samples are kept, D sees one of them with `probability`, and the new one takes its place; "
-            "otherwise it sees the new one, which is not kept",
+            "once `size` samples are stored, D sees one of them with `probability`, and the new one replaces it; "
+            "otherwise D sees the new one, which is not stored",
             ["test_fake_pool.py::test_the_rule", "test_recipes.py::test_recipe_equals_its_reference"],
         ),
     ],
@@ -480,7 +479,7 @@ METHODS: dict[str, list[Method]] = {
         Method(
             ["AugmentationSchedule"],
             [Paper("2501.05441")],
-            "the probability of an `AugmentPipe` as a `Schedule` says it",
+            "the probability of an `AugmentPipe` follows a `Schedule`",
             ["test_augment.py::test_augmentation_schedule"],
         ),
         Method(
@@ -498,7 +497,7 @@ METHODS: dict[str, list[Method]] = {
         Method(
             ["OptimizerSchedule"],
             [Paper("2501.05441")],
-            "numbers of parameter groups as a `Schedule` says them, set before every batch",
+            "numbers of parameter groups follow a `Schedule`, set before every batch",
             ["test_schedules.py::test_optimizers_step_with_the_numbers_of_their_batch"],
         ),
     ],
@@ -797,8 +796,8 @@ METHODS: dict[str, list[Method]] = {
         Method(
             ["Autopilot"],
             [Paper("1603.06560", "successive halving"), Paper("1711.09846"), Paper("1711.10337")],
-            "settings race from one state, the best 4, 2 and 1 go on for twice the steps each; judged by the energy "
-            "distance of the average and of the generator to held-out samples; rates fall at the end",
+            "settings are compared from one state; the best 4, 2 and 1 continue for twice the steps each; judged by "
+            "the energy distance of the average and of the generator to held-out samples; rates fall at the end",
             [
                 "test_autopilot.py::test_a_race_tries_each_setting_from_the_same_state_and_counts_its_batches",
                 "test_autopilot.py::test_the_winner_goes_on_from_where_it_was",
@@ -938,9 +937,10 @@ class Recipe:
     Args:
         symptom: how it goes wrong.
         name: the class to add.
-        arguments: its arguments as an entry of ``trainer.callbacks``; None: it is none, or has no entry here.
-        configs: files that have it.
-        text: what the cell says around the entry or the name.
+        arguments: its arguments as an entry of ``trainer.callbacks``; None: it is not a callback, or the table has no
+            entry.
+        configs: config files that use it.
+        text: text of the cell, with a placeholder for the entry or the name.
     """
 
     symptom: str
@@ -959,7 +959,7 @@ class Recipe:
 
 
 RECIPES = [
-    Recipe("Losses swing, players circle", "R1Penalty", {"gamma": 1.0}, ["configs/digits.yaml"]),
+    Recipe("Losses oscillate", "R1Penalty", {"gamma": 1.0}, ["configs/digits.yaml"]),
     Recipe(
         "D explodes on generated samples",
         "R2Penalty",
@@ -1000,8 +1000,8 @@ RECIPES = [
     Recipe("Penalties cost too much", "R1Penalty", {"gamma": 1.0, "every": 16}),
     Recipe("Second derivatives are not available", "ApproximateR1Penalty", {"weight": 100.0, "sigma": 0.01}),
     Recipe("D is behind", "UpdateRatio", {"d_steps": 5}, ["configs/wgan.yaml"]),
-    Recipe("Now one player is ahead, now the other", "AdaptiveUpdateRatio", {"rule": "accuracy"}),
-    Recipe("The game itself diverges", "Extragradient", {}, ["configs/extragradient.yaml"]),
+    Recipe("The players take turns in being ahead", "AdaptiveUpdateRatio", {"rule": "accuracy"}),
+    Recipe("Training diverges because of the game's dynamics", "Extragradient", {}, ["configs/extragradient.yaml"]),
     Recipe(
         "The same, by a pull towards stationary points",
         "ConsensusOptimization",
@@ -1018,9 +1018,9 @@ RECIPES = [
         "no callback: `augment` is {}; or `ConsistencyPenalty`, `AdaptiveAugmentation`: [guide](image_gans.md)",
     ),
     Recipe("Samples look like training data", "MemorizationMonitor", None, [], "{}, with held-out data"),
-    Recipe("The latents do not matter", "ModeSeeking", {"weight": 1.0}),
-    Recipe("Reconstruction breaks when D joins", "AdversarialStart", None, [], "{}: [guide](reconstruction.md)"),
-    Recipe("The adversarial loss drowns the others", "AdaptiveAdversarialWeight", None, [], "{} or `LossBalancer`"),
+    Recipe("The latents have no influence", "ModeSeeking", {"weight": 1.0}),
+    Recipe("Reconstruction gets worse when D starts", "AdversarialStart", None, [], "{}: [guide](reconstruction.md)"),
+    Recipe("The adversarial loss dominates the others", "AdaptiveAdversarialWeight", None, [], "{} or `LossBalancer`"),
     Recipe("The run collapsed overnight", "CollapseDetector", None, ["configs/ring_collapse.yaml"], "{}, below"),
 ]
 
@@ -1052,7 +1052,7 @@ def gamma_rows() -> list[list[str]]:
 
 
 def scheduled(value: float | dict[str, float]) -> str:
-    """A number, or where a schedule begins and ends."""
+    """A number, or the first and last value of a schedule."""
     return f"{value['start']:g} to {value['end']:g}" if isinstance(value, dict) else f"{value:g}"
 
 
@@ -1091,8 +1091,8 @@ CHECKPOINT = [
     Part([("hyper_parameters",)], "the plain arguments of the module", "Lightning"),
     Part(
         [("callbacks",)],
-        "running means, slow weights, cycles, a found start, a pool of samples, measurements, events, the healthy "
-        "state to roll back to",
+        "running means, slow weights, cycles, the start found at a plateau, a pool of samples, measurements, events, "
+        "the healthy state to roll back to",
         "each callback",
     ),
     Part([("loops",)], "epoch, batch, `global_step`", "Lightning"),
@@ -1126,7 +1126,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown.
 
     Raises:
-        ValueError: if a cell would be taken apart.
+        ValueError: if a cell contains a separator or a line break.
     """
     lines = [head, ["---"] * len(head), *rows]
     for cell in (cell for line in lines for cell in line):

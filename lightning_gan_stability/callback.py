@@ -1,4 +1,4 @@
-"""What a callback of this package is: regularizers and update rules, and what all of them share."""
+"""Base classes of the package's callbacks: GANCallback, Regularizer and UpdateRule."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound=Callback)
 
 RealBatches = Literal["same", "split"]
-#: When a value is new: after so many steps of ``trainer.global_step``, in every validation, or on every step.
+#: When a value is updated: every so many steps of ``trainer.global_step``, in every validation, or on every step.
 Cadence: TypeAlias = int | Literal["validation", "step"]
 
 
 def as_gan(pl_module: LightningModule) -> GANProtocol:
-    """The module of a hook, which :meth:`GANCallback.setup` has seen to be a GANModule."""
+    """The module of a hook as a GANModule, which :meth:`GANCallback.setup` has checked."""
     return cast("GANProtocol", pl_module)
 
 
@@ -62,41 +62,41 @@ def callbacks_of(trainer: Trainer, kind: type[C]) -> list[C]:
 
 
 def find_rule(trainer: Trainer) -> UpdateRule:
-    """A run's update rule: the one that it names, or `Alternating`.
+    """The update rule among a run's callbacks, or `Alternating`.
 
     Raises:
-        MisconfigurationException: if it names several.
+        MisconfigurationException: if there are several.
     """
     rules = callbacks_of(trainer, UpdateRule)  # type: ignore[type-abstract]
     if len(rules) > 1:
         names = " and ".join(type(rule).__name__ for rule in rules)
-        raise MisconfigurationException(f"{names} are update rules, and a run has one: remove all but one.")
+        raise MisconfigurationException(f"{names} are update rules, but a run has only one: remove all but one.")
     return rules[0] if rules else _ALTERNATING
 
 
 def gradient_scaler(trainer: Trainer) -> Any:
-    """What scales the gradients of a run in float16, or None."""
+    """The gradient scaler of a run in float16, or None."""
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def refuse_after_weight_averaging(callback: Callback, trainer: Trainer) -> None:
-    """Refuse Lightning's average of a whole module before a callback that adds to the module: it would lack that."""
+    """Refuse Lightning's ``WeightAveraging`` before a callback that adds to the module, which its copy would lack."""
     callbacks = callbacks_of(trainer, Callback)
     before = callbacks[: callbacks.index(callback)]
     averaging = next((c for c in before if isinstance(c, WeightAveraging)), None)
     if averaging is not None:
         name, other = type(callback).__name__, type(averaging).__name__
         raise MisconfigurationException(
-            f"{other} copies the module before {name} adds to it, and the two would not fit: put {name} before {other} "
-            "in the list of callbacks."
+            f"{other} copies the module before {name} adds to it, so its copy would not match: put {name} before "
+            f"{other} in the list of callbacks."
         )
 
 
 class _DeclaredState:
-    """The method ``state_dict`` of a callback: what it has declared.
+    """The method ``state_dict`` of a callback, which returns the declared state.
 
-    Lightning tells by an overridden method which callbacks have a state, and wants a key of its own for each. There may
-    be several of one class that declare nothing, and these have Lightning's own method.
+    Lightning detects callbacks with a state by an overridden ``state_dict`` and requires a unique key for each of them.
+    A run may have several callbacks of one class that declare no state; these keep Lightning's own method.
     """
 
     def __get__(self, callback: GANCallback | None, kind: type) -> Callable[[], dict[str, Any]]:
@@ -108,17 +108,17 @@ class _DeclaredState:
 class GANCallback(Callback):
     """A callback that acts on a GANModule.
 
-    It refuses other modules, on which it would do nothing. What it remembers from batch to batch is declared by
-    :meth:`add_state`: checkpoints, device moves, rollbacks and the reset for another module follow from that. A
-    subclass that overrides ``setup`` or ``on_train_start`` calls ``super()``.
+    It raises an error with other modules. State that it keeps from batch to batch is declared by :meth:`add_state`,
+    which takes care of checkpoints, device moves, rollbacks and the reset for another module. A subclass that overrides
+    ``setup`` or ``on_train_start`` calls ``super()``.
 
-    In a second fit of the same module what is declared goes on, if the module has not trained without the callback; but
-    under a Trainer that begins to count its steps anew, without a checkpoint, monitors begin anew: in what they tell,
-    steps never go backwards.
+    In a second fit of the same module, declared state is kept if the module has not trained without the callback.
+    Monitors reset theirs under a new Trainer, which counts its steps from zero unless it resumes from a checkpoint: steps
+    in their records never go backwards.
 
     Attributes:
-        iteration: the module's iteration at the end of the last batch that the callback was there for.
-        global_step: and the Trainer's.
+        iteration: the module's iteration at the end of the last batch on which the callback was in use.
+        global_step: the Trainer's global step at that time.
 
     Example:
         >>> class CountBatches(GANCallback):
@@ -130,14 +130,14 @@ class GANCallback(Callback):
         {'batches': 0}
     """
 
-    #: A rollback puts its state back too. Monitors set it to False: they remember what was, whatever is put back.
+    #: A rollback also restores its state. Monitors set it to False, because they keep their record.
     rolled_back: ClassVar[bool] = True
-    #: It may put right, in :meth:`rescue`, a step whose loss or gradient is not finite.
+    #: It may recover, in :meth:`rescue`, from a step whose loss or gradient is not finite.
     rescues: bool = False
-    #: :meth:`weigh_terms` takes gradients of terms, which leaves their graphs to be run again, as compiled ones cannot:
-    #: networks run uncompiled in the generator's turn.
+    #: :meth:`weigh_terms` takes gradients of terms and keeps their graphs, which compiled networks do not allow:
+    #: networks run uncompiled in the generator's step.
     keeps_graphs: ClassVar[bool] = False
-    #: It tries something out, and may put back what it was tried on: an EarlyStopping counts no measurement of that.
+    #: It is trying settings out and may discard the weights: EarlyStopping does not count measurements of that time.
     tries: bool = False
     iteration: int = 0
     global_step: int = 0
@@ -150,9 +150,9 @@ class GANCallback(Callback):
         """Declare an attribute that belongs to a run, as ``torchmetrics.Metric.add_state`` does.
 
         Args:
-            name: of the attribute.
-            default: what it is at first: numbers, strings, tensors, None, or lists and dicts of these.
-            on_device: its tensors lie on the module's device; False: they stay where they are.
+            name: name of the attribute.
+            default: initial value: a number, a string, a tensor, None, or lists and dicts of these.
+            on_device: move its tensors to the module's device; False: do not move them.
         """
         if name in ("iteration", "global_step") or (isinstance(self, Regularizer) and hasattr(Regularizer, name)):
             raise ValueError(f"`{name}` is an attribute of every callback of its kind: give the state another name.")
@@ -173,7 +173,7 @@ class GANCallback(Callback):
         return self.__dict__.setdefault("_declared", {})  # type: ignore[no-any-return]  # without a call of `__init__`
 
     def reset(self, module: GANProtocol) -> None:
-        """Begin anew, with another module, or with one that has trained without this callback."""
+        """Reset the state, for another module or one that has trained without this callback."""
         for name, (default, _) in self._states().items():
             setattr(self, name, deepcopy(default))
 
@@ -186,28 +186,28 @@ class GANCallback(Callback):
             self.reset(module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
+        """Load the state from a checkpoint.
 
         Raises:
-            ValueError: if it lacks what was declared.
+            ValueError: if it lacks a declared attribute.
         """
         missing = [name for name in self._states() if name not in state_dict]
         if missing:
             raise ValueError(
-                f"The checkpoint holds a {type(self).__name__} without {', '.join(missing)}: it is another."
+                f"The checkpoint has a {type(self).__name__} without {', '.join(missing)}: its class has changed."
             )
         for name in self._states():
             setattr(self, name, state_dict[name])
         self._loaded = True
 
-    # ---------- what the Trainer calls
+    # ---------- called by the Trainer
 
     def companions(self, trainer: Trainer, module: GANProtocol) -> Sequence[Callback]:
-        """Callbacks that it brings into a run, of classes that the run does not have yet; asked before `setup`."""
+        """Callbacks to add to the run if it has none of their classes yet; called before `setup`."""
         return ()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a module that is no GANModule."""
+        """Refuse a module that is not a GANModule."""
         self._loaded = False  # a checkpoint is read after this
         if not hasattr(pl_module, "compute_gradients"):
             name = type(self).__name__
@@ -217,7 +217,7 @@ class GANCallback(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew if the state belongs to another module; bring it to the module's device."""
+        """Reset the state if it belongs to another module; move it to the module's device."""
         module = as_gan(pl_module)
         goes_on = self._loaded or (self._module is module and self.iteration == module.iteration)
         if not goes_on:
@@ -228,71 +228,73 @@ class GANCallback(Callback):
         self.go_on(module)
 
     def go_on(self, module: GANProtocol) -> None:
-        """Take the state that is there as that of a module, on its device."""
+        """Use the present state for a module, on its device."""
         self._module, self._loaded, self.iteration = module, False, module.iteration
         for name, (_, on_device) in self._states().items():
             if on_device:
                 setattr(self, name, move_data_to_device(getattr(self, name), module.device))
 
-    # ---------- what the module asks
+    # ---------- called by the module
 
     def logged(self, trainer: Trainer) -> Mapping[str, Cadence]:
-        """The keys of its values in ``trainer.callback_metrics``, and when these are new.
+        """The keys of its values in ``trainer.callback_metrics``, and when they are updated.
 
-        ``EarlyStopping`` counts a value under such a key once, and ``ModelCheckpoint`` saves it with the weights of its
-        own step; a run in which that cannot be is refused.
+        ``EarlyStopping`` counts each value under such a key once, and ``ModelCheckpoint`` saves it with the weights of
+        its own step. A run in which this is impossible is refused.
 
         Args:
-            trainer: of the run, which may be about to begin.
+            trainer: the run's Trainer; the run may not have started yet.
 
         Returns:
-            By key ``"validation"``, ``"step"`` (Lightning may read it at any time), or how many steps lie between two
-            measurements, which are at multiples of that.
+            For each key ``"validation"``, ``"step"`` (Lightning may read it at any time), or the number of steps
+            between two measurements, which take place at multiples of it.
         """
         return {}
 
     def outcome(self, trainer: Trainer) -> Outcome:
-        """What it knows of the run, which has ended or been stopped, for the table that is printed then.
+        """Its findings on a run that has ended or been stopped, for the table that is then printed.
 
-        Asked on the first rank alone: it must not communicate.
+        It is called on the first rank only and must not communicate.
         """
         return Outcome()
 
     def rescue(self, trainer: Trainer, module: GANProtocol) -> bool:
-        """Put the module back to where it was good; say whether that was done. Called on all ranks, or on none."""
+        """Restore the module to an earlier good state; return whether that was done. Called on all ranks or on none."""
         return False
 
     def adjust_plan(self, module: GANProtocol, plan: tuple[Player, ...]) -> tuple[Player, ...]:
-        """The players that move on a batch, of those that ``module.plan`` names."""
+        """The players that step on a batch, chosen from ``module.plan``."""
         return plan
 
     def allows_adversarial(self, module: GANProtocol) -> bool:
-        """Whether the generator's loss has its adversarial terms on a batch; one callback that says no is enough."""
+        """Whether the generator's loss has its adversarial terms on a batch; any callback can leave them out."""
         return True
 
     def change_samples(self, module: GANProtocol, player: Player, outputs: GANOutputs) -> GANOutputs:
-        """What a player sees, before the discriminator has judged it; in a training step alone.
+        """Change a player's samples before the discriminator judges them; called in training steps only.
 
-        Outputs with other generated samples than those of the latents have ``latents=None``: under autocast, samples
-        are made again from the latents that are there.
+        If you replace generated samples, set ``latents=None``: under autocast, samples are regenerated from the
+        latents.
 
         Args:
-            module: whose samples.
-            player: whose turn it is.
+            module: the GAN.
+            player: the player that is about to step.
             outputs: samples without logits.
         """
         return outputs
 
     def augment(self, module: GANProtocol, sample: Sample, condition: Condition) -> tuple[Sample, Condition]:
-        """What the discriminator sees of real and of generated samples, after ``module.augment``; in a step alone.
+        """Augment real and generated samples after ``module.augment``; called in training steps only.
 
-        Draw what each sample needs with :func:`~lightning_gan_stability.noise.batch_rand`, so that many processes are
-        one.
+        Draw random numbers with :func:`~lightning_gan_stability.noise.batch_rand`, so that several processes draw the
+        same ones as a single process.
 
         Args:
-            module: whose samples.
-            sample: (n, ...), with a graph in the generator's turn, and where a penalty differentiates by it.
-            condition: what the discriminator is told; return it as it is unless samples are moved in their images.
+            module: the GAN.
+            sample: (n, ...), with a graph in the generator's step, and where a penalty differentiates with respect to
+                it.
+            condition: the discriminator's condition; return it unchanged unless images in it must move with the
+                samples.
         """
         return sample, condition
 
@@ -302,11 +304,11 @@ class GANCallback(Callback):
         """Factors for the terms of a player's loss, before its backward pass; those of several callbacks multiply.
 
         Args:
-            module: whose loss.
-            player: whose turn it is.
-            outputs: what the player sees.
+            module: the GAN.
+            player: the player that is about to step.
+            outputs: samples and logits of the player's step.
             terms: the terms by their names, with graphs: ``"adversarial"`` without ``adversarial_weight``, what
-                ``auxiliary_losses`` returns, and penalties with their weight and, if they are lazy, times ``every``.
+                ``auxiliary_losses`` returns, and penalties with their weight, multiplied by ``every``.
 
         Returns:
             Factors of some of the terms.
@@ -314,29 +316,29 @@ class GANCallback(Callback):
         return {}
 
     def watch_terms(self, module: GANProtocol, player: Player, outputs: GANOutputs, terms: Terms) -> None:
-        """A look at what a player's loss is the sum of, before its backward pass: each term times all its factors.
+        """Observe the terms of a player's loss before its backward pass, each multiplied by all its factors.
 
-        With :meth:`GANModule.gradients_of` it tells what each term asks of samples or parameters, where
-        ``module.reruns_graphs`` says that graphs may run more than once. It is called for each micro-batch, and as
-        often as an update rule evaluates the loss.
+        If ``module.reruns_graphs``, :meth:`GANModule.gradients_of` returns the gradients of a term with respect to
+        samples or parameters. The method is called for each micro-batch, and each time an update rule evaluates the
+        loss.
 
         Args:
-            module: whose loss.
-            player: whose turn it is.
-            outputs: what the player sees.
-            terms: the weighed terms by their names, with graphs; leave them as they are.
+            module: the GAN.
+            player: the player that is about to step.
+            outputs: samples and logits of the player's step.
+            terms: the weighted terms by their names, with graphs; do not change them.
         """
 
     def constrain(self, module: GANProtocol, player: Player, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        """What a player's parameters become after a step of its optimizer, by differentiable operations.
+        """Constrain a player's parameters after a step of its optimizer, with differentiable operations.
 
         Args:
-            module: whose player.
-            player: who has stepped.
-            parameters: its trainable parameters, or what an update rule has in their place.
+            module: the GAN.
+            player: the player that has stepped.
+            parameters: its trainable parameters, or the tensors that an update rule uses instead.
 
         Returns:
-            As many tensors; the same ones if there is nothing to do.
+            The same number of tensors; the same tensors if there is nothing to do.
         """
         return parameters
 
@@ -353,16 +355,16 @@ def _can_be_saved(value: object) -> bool:
 class Regularizer(GANCallback, abc.ABC):
     """Adds ``weight · penalty`` to one player's loss every ``every``-th step, times ``every``.
 
-    A lazy penalty joins the main step and is scaled by ``every``, so that its mean over steps does not depend on
-    ``every``. Steps are the batches on which its player moves, whatever ``module.plan`` says of the others. Subclasses
-    implement :meth:`penalty`.
+    A lazy penalty is added in the player's own step and multiplied by ``every``, so its mean over steps does not depend
+    on ``every``. Steps count the batches on which its player steps. Subclasses implement :meth:`penalty`.
 
     Args:
         weight: coefficient of the penalty, not negative; a number, or a :class:`~lightning_gan_stability.Schedule` over
             the steps of its player.
-        every: the penalty is due on every so many steps of its player, the first one included.
-        separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2;
-            :func:`~lightning_gan_stability.optim.lazy_correction` has the rates that belong to that.
+        every: n: compute the penalty on every n-th step of its player only, starting with the first, and multiply it by
+            n.
+        separate: take an optimizer step for this penalty alone, after the player's own, as in StyleGAN2;
+            :func:`~lightning_gan_stability.optim.lazy_correction` gives the matching learning rate and betas.
 
     Raises:
         ValueError: if an argument has a bad value.
@@ -380,28 +382,28 @@ class Regularizer(GANCallback, abc.ABC):
     weight: Scheduled = 1.0
     every: int = 1
     separate: bool = False
-    #: It is never due meanwhile; a callback may set it between batches.
+    #: While True the penalty is not computed; a callback may set it between batches.
     rests: bool = False
-    #: The penalty takes one n-th of the batch: of itself, or in a separate step, whose batch is made smaller for it.
+    #: n: the penalty uses one n-th of the batch. A separate step gets a batch of that size.
     shrink: int = 1
-    #: What must require grad before the forward pass because the penalty differentiates by it: ``"real"``, ``"fake"``,
-    #: ``"latents"``. Such a forward pass runs in full precision and uncompiled: second derivatives need both.
+    #: The tensors that the penalty differentiates with respect to: ``"real"``, ``"fake"``, ``"latents"``. They require
+    #: grad before the forward pass, which then runs in full precision and uncompiled, as second derivatives need.
     differentiates: ClassVar[tuple[str, ...]] = ("real", "fake", "latents")
-    #: In the generator's turn the penalty needs the logits or features of real samples. It is a part of the adversarial
-    #: game: it rests while the generator's adversarial loss does.
+    #: In the generator's step the penalty needs the logits or features of real samples. It counts as an adversarial
+    #: term and is left out together with the generator's adversarial loss.
     needs_real: ClassVar[bool] = False
-    #: The samples whose logits or features the penalty reads; a separate step makes and judges no others.
+    #: The samples whose logits or features the penalty reads; a separate step computes no others.
     reads: ClassVar[tuple[str, ...]] = ("real", "fake")
-    #: The penalty compares real samples with generated ones one by one: both are augmented by the same draws.
+    #: The penalty compares real and generated samples one by one: augmentations draw the same random numbers for both.
     same_augmentation: ClassVar[bool] = False
-    #: Validation logs the term too.
+    #: Validation also logs the term.
     validated: ClassVar[bool] = False
-    #: The penalty takes each sample's own gradient from a batch, which BatchNorm in train mode makes impossible.
+    #: The penalty needs the gradient of each single sample, which BatchNorm in train mode makes impossible.
     per_sample: ClassVar[bool] = False
-    #: The penalty is differentiated twice, which compiled networks cannot be: they run uncompiled meanwhile.
+    #: The penalty needs second derivatives, which compiled networks do not have: they run uncompiled for it.
     second_order: ClassVar[bool] = True
-    #: The penalty compares samples or logits with others that it makes itself: under mixed precision it gets outputs in
-    #: full precision, for which samples are made from their latents again, if they have any, and all are judged again.
+    #: The penalty compares samples or logits with others that it computes itself. Under mixed precision it gets outputs
+    #: in full precision: samples are regenerated from their latents, if there are any, and all are judged again.
     compares: ClassVar[bool] = False
 
     def __init__(self, weight: Scheduled | None = None, every: int | None = None, separate: bool = False) -> None:
@@ -411,7 +413,7 @@ class Regularizer(GANCallback, abc.ABC):
         self.separate = check_bool("separate", separate)
 
     def rows_of(self, n: int) -> int:
-        """How many of a batch's samples the penalty takes, at least one."""
+        """The number of a batch's samples that the penalty uses, at least one."""
         return max(n // self.shrink, 1)
 
     def weight_at(self, step: int) -> float:
@@ -422,22 +424,22 @@ class Regularizer(GANCallback, abc.ABC):
     def name(self) -> str:
         """The key ``<player>/<name>`` in the log: the class name in snake case, without "penalty".
 
-        :meth:`GANModule.term_name` has the key in a run with several of one name.
+        :meth:`GANModule.term_name` returns the key in a run with several penalties of one name.
         """
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower().removesuffix("penalty").strip("_")
 
     @abc.abstractmethod
     def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
-        """The penalty of what the player sees, without weight: one value per sample, or a scalar."""
+        """The penalty without its weight: one value per sample, or a scalar."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what the penalty cannot be right with."""
+        """Refuse settings with which the penalty would be wrong."""
         if self.player not in PLAYERS:
             name = type(self).__name__
             raise MisconfigurationException(f"`player` of {name} must be 'd' or 'g', got {self.player!r}.")
         if not is_term_name(self.name):
             raise MisconfigurationException(
-                f"The name {self.name!r} of {type(self).__name__} is one that the log has for something else: rename "
+                f"The name {self.name!r} of {type(self).__name__} is used for another value in the log: rename "
                 "it, by the property `name`."
             )
         if self.separate:
@@ -468,7 +470,7 @@ def _refuse_batch_norm(regularizer: Regularizer, network: str, module: nn.Module
 
 
 class UpdateRule(GANCallback, abc.ABC):
-    """How the players move on one batch; at most one in a run.
+    """Defines how the players step on one batch; a run has at most one.
 
     Subclasses implement ``__call__``, most of them from ``module.compute_gradients(player, batch)`` and
     ``module.apply_gradients(player)``.
@@ -481,12 +483,12 @@ class UpdateRule(GANCallback, abc.ABC):
         ...             module.apply_gradients(player)
     """
 
-    #: Both players' gradients are taken before either steps. A gradient scaler changes its scale at each step, so the
-    #: second player's gradient would be unscaled by the wrong number: refused.
+    #: Both players' gradients are computed before either steps. It is refused with a gradient scaler, which changes its
+    #: scale at each step, so that the second player's gradient would be unscaled by the wrong number.
     holds_gradients: bool = False
-    #: Every batch moves both players, once each.
+    #: Both players step exactly once on every batch.
     joint: ClassVar[bool] = False
-    #: Gradients are taken inside of the step, for which the graph of the whole batch is needed at once.
+    #: The step differentiates gradients, which needs the graph of the full batch at once.
     whole_batch: ClassVar[bool] = False
     #: These gradients are differentiated again.
     second_order: bool = True
@@ -495,10 +497,10 @@ class UpdateRule(GANCallback, abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, module: GANProtocol, batch: Any) -> None:
-        """Move the players on one batch."""
+        """Train the players on one batch."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a gradient scaler, a plan, shared parameters or micro-batches where they would be wrong."""
+        """Refuse gradient scalers, plans, shared parameters and micro-batches with which the rule would be wrong."""
         module = as_gan(pl_module)
         name = type(self).__name__
         self.check_plan(module)
@@ -527,12 +529,12 @@ class UpdateRule(GANCallback, abc.ABC):
             )
 
     def check_plan(self, module: GANProtocol) -> None:
-        """Refuse a plan that the rule does not follow; before the fit and before every batch, for plans may change."""
+        """Refuse a plan that the rule does not support; called before the fit and before every batch."""
         if self.joint and sorted(module.plan) != ["d", "g"]:
             name = type(self).__name__
             raise MisconfigurationException(
-                f"{name} moves both players on every batch, but the plan is {module.plan}: remove {name} or what sets "
-                "`module.plan`."
+                f"{name} steps both players on every batch, but the plan is {module.plan}: remove {name} or the "
+                "callback that sets `module.plan`."
             )
 
 
@@ -557,33 +559,33 @@ def _refuse_layers(rule: str, module: GANProtocol) -> None:
 
 
 def check_once(rule: UpdateRule, module: GANProtocol) -> None:
-    """Refuse a plan in which a player stands twice, under a rule whose players move at the same time."""
+    """Refuse a plan that contains a player twice, for a rule whose players step at the same time."""
     if len(set(module.plan)) < len(module.plan):
         name = type(rule).__name__
         raise MisconfigurationException(
-            f"{name} moves every player once, but the plan is {module.plan}: remove {name} or the callback that sets "
+            f"{name} steps every player once, but the plan is {module.plan}: remove {name} or the callback that sets "
             "the plan."
         )
 
 
 class Alternating(UpdateRule):
-    """Each player of the plan in turn: takes its gradient, then steps; the next one sees the result. The default.
+    """Steps the players of the plan one after the other, each on the result of the step before. The default.
 
     "Generative Adversarial Networks", https://arxiv.org/abs/1406.2661, Algorithm 1. Costs one forward and backward pass
     for each entry of ``module.plan``.
 
     Args:
-        share_fake: the generator makes its samples once for both players, before either steps, as vocoders, codecs,
-            pix2pix and super-resolution do; the discriminator sees them without their graph. It saves a forward pass of
-            the generator; its BatchNorm moves once on a batch instead of twice.
-        real_batches: ``"same"``: both players see the whole batch; ``"split"``: the discriminator sees its first half
-            and the generator the second, as in R3GAN, whose players see different real samples. Of an odd number of
-            samples (or packs) the discriminator has one more.
+        share_fake: generate the samples once for both players, before either steps, as in vocoders, codecs, pix2pix and
+            super-resolution; the discriminator gets them detached. This saves a forward pass of the generator, and its
+            BatchNorm is updated once per batch instead of twice.
+        real_batches: ``"same"``: both players use the full batch; ``"split"``: the discriminator uses its first half
+            and the generator the second, as in R3GAN, so that the players see different real samples. With an odd
+            number of samples (or packs) the discriminator gets one more.
 
     Raises:
         ValueError: if an argument has a bad value, or both are set, because shared samples belong to one batch.
         MisconfigurationException: for ``share_fake`` with ``accumulate``, with networks that share parameters, or with
-            a plan in which a player stands twice.
+            a plan that contains a player twice.
 
     Example:
         >>> Alternating(share_fake=True).share_fake
@@ -597,16 +599,16 @@ class Alternating(UpdateRule):
         self.share_fake = check_bool("share_fake", share_fake)
         self.real_batches: RealBatches = check_choice("real_batches", real_batches, get_args(RealBatches))
         if share_fake and real_batches != "same":
-            raise ValueError("`share_fake` makes samples for one batch, and real_batches='split' has two: drop one.")
+            raise ValueError("`share_fake` makes samples for one batch, and real_batches='split' has two: remove one.")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what needs samples for each player alone."""
+        """Refuse settings that need separate samples for each player."""
         super().on_fit_start(trainer, pl_module)
         module = as_gan(pl_module)
         if self.share_fake and module.accumulate > 1:
             raise MisconfigurationException(
-                f"Alternating(share_fake=True) keeps the samples of a whole batch, which accumulate="
-                f"{module.accumulate} would take apart: drop one of them."
+                f"Alternating(share_fake=True) keeps the samples of the full batch, which accumulate="
+                f"{module.accumulate} would split: remove one of them."
             )
         if self.share_fake and {*module.generator.parameters()} & {*module.discriminator.parameters()}:
             raise MisconfigurationException(
@@ -615,13 +617,13 @@ class Alternating(UpdateRule):
             )
 
     def check_plan(self, module: GANProtocol) -> None:
-        """With ``share_fake``, refuse a plan in which a player stands twice."""
+        """With ``share_fake``, refuse a plan that contains a player twice."""
         super().check_plan(module)
         if self.share_fake:
             check_once(self, module)
 
     def __call__(self, module: GANProtocol, batch: Any) -> None:
-        """Move the players on one batch."""
+        """Train the players on one batch."""
         batches = self._batches(module, batch)
         shared = module.compute_samples("g" if "g" in module.plan else "d", batch) if self.share_fake else None
         for player in module.plan:

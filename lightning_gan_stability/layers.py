@@ -1,4 +1,4 @@
-"""What networks are built with and looked at by: packs of samples, weights as matrices, copies, spectral norm."""
+"""Layers for discriminators, and tools for networks: copies, modes, weights as matrices, spectral norm."""
 
 import functools
 import inspect
@@ -25,30 +25,30 @@ from lightning_gan_stability.outputs import Condition, Logits, Sample, batch_siz
 
 M = TypeVar("M", bound=nn.Module)
 
-# a parametrization's entry in a state dict that tells of spectral norm, or of its factor
+# the entries of a state dict that belong to spectral norm, or to its factor
 _ENTRY = re.compile(
     r"(?P<list>((?P<layer>.+)\.)?parametrizations\.(?P<name>\w+))\.(?P<index>\d+)\.(?P<entry>_u|_extra_state)"
 )
 
 
 class Packed(nn.Module):
-    """A discriminator that sees m samples at once, all real or all generated, and gives them one logit.
+    """Wraps a discriminator so that it sees m samples at once, all real or all fake, and returns one logit for them.
 
     l(x₁, ..., x_m) = D([x₁, ..., x_m]), concatenated along the first axis of a sample (features or channels), in the
-    order of the batch; of a tree of tensors leaf by leaf, and of a condition as of the samples. A pack of samples of
-    one mode gives a collapsed generator away. "PacGAN: The power of two samples in generative adversarial networks",
-    https://arxiv.org/abs/1712.04086. Everything else stays as it is: a pack counts as one sample in losses and gradient
-    penalties (norms are over all its values, interpolates have one α for it), and the samples of a batch or micro-batch
-    that fill no pack are left out of the step. Costs what the discriminator costs on n / m samples with m times the
-    inputs.
+    order of the batch. Trees of tensors are packed leaf by leaf, and conditions like samples. A collapsed generator is
+    easy to detect, because its packs contain samples of one mode only. "PacGAN: The power of two samples in generative
+    adversarial networks", https://arxiv.org/abs/1712.04086. A pack counts as one sample in losses and gradient
+    penalties: norms are over all its values, and interpolates use one α for it. Samples at the end of a batch or
+    micro-batch that do not fill a pack are left out of the step. Costs as much as the discriminator on n / m samples
+    with m times the inputs.
 
     Args:
-        discriminator: takes m times the features or channels of a sample, and of a condition if there is one.
-        m: samples in a pack.
+        discriminator: a network for m times the features or channels of a sample, and of a condition if there is one.
+        m: number of samples in a pack.
 
     Raises:
-        ValueError: if ``m`` is not a positive integer, ``discriminator`` no module, or if a batch has less than m
-            samples.
+        ValueError: if ``m`` is not a positive integer, if ``discriminator`` is not a module, or if a batch has fewer
+            than m samples.
 
     Example:
         >>> packed = Packed(nn.Linear(2 * 3, 1), m=2)
@@ -63,7 +63,7 @@ class Packed(nn.Module):
         self.takes, self.needs = condition_parameter(discriminator)
 
     def forward(self, samples: Sample, condition: Condition = None) -> Logits:
-        """Return one logit for each m samples, without the rest."""
+        """Return one logit for each pack of m samples."""
         m, n = self.packing, batch_size(samples)
         if n < m:
             raise ValueError(f"a pack has {m} samples, but there are {n}.")
@@ -76,23 +76,23 @@ class Packed(nn.Module):
 
 
 class MinibatchStdDev(nn.Module):
-    """Shows a discriminator how much the samples of a batch differ, as further channels behind those of each sample.
+    """Appends channels with the standard deviation over a group of samples, which lets a discriminator detect collapse.
 
-    Groups are strided: of N samples in groups of G, sample i is with i + N / G, i + 2 N / G, ... Each of the further
-    channels is one number for a group, the mean of σ = √(Var + 10⁻⁸) over the pixels and over its share of the C
-    channels, with the variance over the group, divided by G. It stands in front of the last convolution. "Progressive
-    Growing of GANs", https://arxiv.org/abs/1710.10196; groups and ε as in StyleGAN2, https://arxiv.org/abs/1912.04958.
+    Groups are strided: of N samples in groups of G, sample i is grouped with i + N / G, i + 2 N / G, ... Each added
+    channel is constant: the mean of σ = √(Var + 10⁻⁸) over the pixels and over its share of the C channels. The
+    variance is over the group and divides by G. Place the layer before the last convolution. "Progressive Growing of
+    GANs", https://arxiv.org/abs/1710.10196; groups and ε as in StyleGAN2, https://arxiv.org/abs/1912.04958.
 
-    (N, C, height, width) to (N, C + channels, height, width). Fewer samples than G are one group. A larger batch that G
-    does not divide is refused in train mode; in eval mode groups have the largest size up to G that divides it, down to
-    1, of which σ is 10⁻⁴. Each process and each micro-batch compares its own samples.
+    The shape (N, C, height, width) becomes (N, C + channels, height, width). Fewer samples than G form one group. In
+    train mode, a larger batch that G does not divide raises an error. In eval mode the group size is then the largest
+    divisor of N up to G; with 1, σ is 10⁻⁴. Each process and each micro-batch uses its own samples.
 
     Args:
         group_size: G, 4 in StyleGAN2 (32 for CIFAR-10).
-        channels: Number of further channels, a divisor of C.
+        channels: Number of added channels, a divisor of C.
 
     Raises:
-        ValueError: If an argument is no positive integer, or does not divide what it must.
+        ValueError: If an argument is not a positive integer, or does not divide the batch or the channels.
 
     Example:
         >>> MinibatchStdDev()(torch.ones(8, 16, 4, 4)).shape
@@ -104,21 +104,21 @@ class MinibatchStdDev(nn.Module):
         self.group_size, self.channels = check_integer("group_size", group_size), check_integer("channels", channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the input with the deviations behind its channels."""
+        """Return the input with the deviations appended to its channels."""
         n, c, height, width = x.shape
         group = min(self.group_size, n)
         if n % group and self.training:
             raise ValueError(
-                f"MinibatchStdDev compares {group} samples with each other, which does not divide a batch of {n}: "
-                "choose `group_size` and the batch size so that it does, and drop_last=True in the loader."
+                f"MinibatchStdDev has groups of {group} samples, which does not divide a batch of {n}: choose "
+                "`group_size` and the batch size so that it does, and set drop_last=True in the loader."
             )
         while n % group:
             group -= 1
         if c % self.channels:
             raise ValueError(f"`channels` of MinibatchStdDev must divide the {c} of its input, got {self.channels}.")
-        precise = x.to(torch.promote_types(x.dtype, torch.float32))  # 10⁻⁸ is nothing in half precision
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))  # 10⁻⁸ is lost in half precision
         groups = precise.reshape(group, -1, self.channels, c // self.channels, height, width)
-        variances = (groups - groups.mean(0)).square().mean(0)  # on CPUs a twentieth of the time of `var`
+        variances = (groups - groups.mean(0)).square().mean(0)  # 20 times as fast as `var` on CPUs
         deviations = (variances + 1e-8).sqrt().mean((2, 3, 4))
         deviations = deviations.to(x.dtype).repeat(group, 1)[..., None, None]
         return torch.cat([x, deviations.expand(-1, -1, height, width)], 1)
@@ -126,7 +126,7 @@ class MinibatchStdDev(nn.Module):
 
 @contextmanager
 def truncated(network: nn.Module, truncation: float) -> Iterator[None]:
-    """Samples with the truncation ψ, of a generator with a part that has an attribute ``truncation``.
+    """Set the truncation ψ inside the context, in every part of a generator with an attribute ``truncation``.
 
     Raises:
         ValueError: If there is no such part.
@@ -141,8 +141,8 @@ def truncated(network: nn.Module, truncation: float) -> Iterator[None]:
     parts: list[Any] = [part for part in network.modules() if hasattr(part, "truncation")]
     if not parts:
         raise ValueError(
-            f"`truncation` needs a generator with an attribute `truncation`, such as StyleGenerator, and "
-            f"{type(network).__name__} has none: leave it at 1."
+            f"`truncation` needs a generator with an attribute `truncation`, such as StyleGenerator, but "
+            f"{type(network).__name__} has none: keep `truncation` at 1."
         )
     before = [part.truncation for part in parts]
     for part in parts:
@@ -155,7 +155,7 @@ def truncated(network: nn.Module, truncation: float) -> Iterator[None]:
 
 
 def hears_condition(network: nn.Module) -> bool:
-    """Whether a network makes something of a condition: it takes one, and was not made for ``num_classes=None``.
+    """Whether a network uses a condition: it takes one, and was not built with ``num_classes=None``.
 
     Example:
         >>> from lightning_gan_stability.nets import MLP
@@ -167,7 +167,7 @@ def hears_condition(network: nn.Module) -> bool:
 
 
 def number_of_classes(network: nn.Module) -> int | None:
-    """How many classes a network knows: the attribute ``num_classes`` of a part, or the length of an embedding.
+    """The number of classes of a network: the attribute ``num_classes`` of a part, or the length of an embedding.
 
     Example:
         >>> from lightning_gan_stability.nets import MLP
@@ -183,8 +183,8 @@ def number_of_classes(network: nn.Module) -> int | None:
 def condition_parameter(network: nn.Module) -> tuple[bool, bool]:
     """Whether a network takes a condition, and whether it needs one.
 
-    It takes one if its ``forward`` has a second positional parameter without a default, or with the default None, and
-    needs it in the first case. A network that takes none can be trained on data that have labels.
+    It takes one if its ``forward`` has a second positional parameter without a default or with the default None. It
+    needs one if there is no default. A network that takes none can be trained on data with labels.
 
     Example:
         >>> condition_parameter(nn.Linear(1, 1)), condition_parameter(nn.Bilinear(1, 1, 1))
@@ -202,18 +202,18 @@ def _condition_parameter(network: type[nn.Module]) -> tuple[bool, bool]:
 
 
 class HasParameters(Protocol):
-    """A module, or what stands for one."""
+    """A module, or an object with the parameters of one."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Its parameters."""
 
 
 def parameter_dtype(module: HasParameters, default: torch.dtype) -> torch.dtype:
-    """The type that a network computes in: that of its first trainable real parameter.
+    """The dtype that a network computes in: that of its first trainable real parameter.
 
-    While nothing in it trains, it is the one that was found when something did, or else the widest type of its real
-    parameters; without any, the default. Frozen parts may be in half precision, and complex weights say nothing about
-    inputs.
+    While all parameters are frozen, it is the dtype found when one was trainable, or else the widest dtype of the real
+    parameters. Without any it is the default. Frozen parts may be in half precision, and the dtype of inputs does not
+    follow from complex weights.
 
     Example:
         >>> frozen = nn.Linear(1, 1).half().requires_grad_(False)
@@ -228,7 +228,7 @@ def parameter_dtype(module: HasParameters, default: torch.dtype) -> torch.dtype:
                 return p.dtype
             found.add(p.dtype)
     if _DTYPES.get(module) in found:
-        return _DTYPES[module]  # the other player's turn freezes it
+        return _DTYPES[module]  # it is frozen during the other player's step
     return functools.reduce(torch.promote_types, found) if found else default
 
 
@@ -236,7 +236,7 @@ _DTYPES: WeakKeyDictionary[HasParameters, torch.dtype] = WeakKeyDictionary()
 
 
 class _DetachNonLeaf(TorchFunctionMode):
-    """Lets `deepcopy` copy tensors that are part of a graph, which torch refuses, without their graph."""
+    """Makes `deepcopy` copy tensors that are part of a graph without their graph; torch refuses to copy them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:
@@ -248,8 +248,8 @@ class _DetachNonLeaf(TorchFunctionMode):
 def copy_network(network: M) -> M:
     """A copy of a network, none of whose parameters requires grad.
 
-    Networks keep tensors that are part of a graph: ``torch.nn.utils.weight_norm`` the weight that it computes before
-    each forward pass, others an activation of the last one. They are copied without it.
+    Some networks store tensors that are part of a graph. ``torch.nn.utils.weight_norm`` stores the weight that it
+    computes before each forward pass, others an activation of the last one. These are copied without the graph.
 
     Example:
         >>> import warnings
@@ -264,7 +264,7 @@ def copy_network(network: M) -> M:
 
 
 def clone(tensor: Tensor) -> Tensor:
-    """A copy with memory of its own: XLA lets a clone share it until a step in place deletes it for both.
+    """A copy with its own memory; on XLA a plain clone shares memory until an in-place step deletes it for both.
 
     Example:
         >>> x = torch.ones(1)
@@ -277,7 +277,7 @@ def clone(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def evaluation(*modules: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards every submodule is in the mode that it was in.
+    """Run in eval mode without gradients; afterwards every submodule has its previous mode.
 
     Example:
         >>> net = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
@@ -310,10 +310,10 @@ def has_batch_norm(layer: nn.Module) -> bool:
 
 
 def matrices(network: nn.Module) -> list[Tensor]:
-    """Weights of two or more dimensions, outputs first, as they are before a normalization; none of embeddings.
+    """Weights of two or more dimensions, outputs first, before normalization, except those of embeddings.
 
     Raises:
-        ValueError: if a layer has the older weight norm, which keeps no weight.
+        ValueError: if a layer has the older weight norm, which does not store a weight.
 
     Example:
         >>> [tuple(weight.shape) for weight in matrices(nn.Sequential(nn.Linear(3, 5), nn.ConvTranspose2d(2, 4, 1)))]
@@ -330,13 +330,13 @@ def matrices(network: nn.Module) -> list[Tensor]:
                 "torch.nn.utils.parametrizations.weight_norm."
             )
         if "weight" in getattr(layer, "parametrizations", {}):
-            # weight norm has no single weight before it, but length and direction
+            # weight norm stores length and direction instead of a weight
             before = getattr(layer.parametrizations.weight, "original", None)  # type: ignore[union-attr]
             weight = layer.weight if before is None else before  # type: ignore[assignment]
         if weight is None or weight.dim() < 2 or isinstance(layer, nn.Embedding | nn.EmbeddingBag) or weight in seen:
             continue
         if isinstance(weight, nn.Parameter):
-            seen.add(weight)  # which two layers may share
+            seen.add(weight)  # two layers may share a weight
         if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):  # (in, out / groups, ...)
             found.append(torch.cat([part.transpose(0, 1) for part in weight.chunk(layer.groups)]))
         else:
@@ -356,7 +356,7 @@ def has_spectral_norm(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def follow_spectrum(module: nn.Module) -> None:
-    """Let every spectral norm in a module catch up with its weight, by its power iterations, whatever its mode.
+    """Run the power iterations of every spectral norm in a module once, whatever its mode.
 
     Example:
         >>> layer = parametrizations.spectral_norm(nn.Linear(2, 2), n_power_iterations=50).eval()
@@ -377,9 +377,9 @@ def follow_spectrum(module: nn.Module) -> None:
 
 
 class SpectralScale(nn.Module):
-    """What torch's spectral norm cannot keep: a factor for the normalized weight, and its own number of iterations.
+    """A factor for a spectrally normalized weight, which torch's spectral norm does not have.
 
-    Both are in the state dict, as one tensor, so that a checkpoint holds all that the parametrization needs.
+    The state dict stores it together with the number of power iterations, which torch does not save either.
 
     Example:
         >>> SpectralScale(0.5, 1)(torch.ones(2)), SpectralScale(0.5, 1).get_extra_state()
@@ -395,15 +395,15 @@ class SpectralScale(nn.Module):
         return weight * self.factor
 
     def get_extra_state(self) -> Tensor:
-        """Factor and iterations; no buffer, which would be rounded when a module is cast."""
+        """Factor and iterations, not in a buffer, which would be rounded when the module is cast."""
         return torch.tensor([self.factor, self.n_power_iterations], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Keep the own numbers: what made this parametrization took them from the state or from the user."""
+        """Ignore the state: the numbers were set when this parametrization was created."""
 
 
 def normalize_spectrum(layer: nn.Module, name: str, factor: float = 1.0, n_power_iterations: int = 1) -> None:
-    """Register torch's spectral norm on one weight of a layer; the global random state stays as it is.
+    """Register torch's spectral norm on one weight of a layer, without changing the global random state.
 
     Example:
         >>> layer = nn.Linear(1, 8)
@@ -439,13 +439,12 @@ def rescale_spectrum(layer: nn.Module, name: str, factor: float, n_power_iterati
 
 
 def restore_parametrizations(module: nn.Module, state: MutableMapping[str, Any]) -> None:
-    """Register spectral norm wherever a state dict has it and the module does not.
+    """Register spectral norm on each weight that has it in a state dict but not in the module.
 
-    A callback may have added it before the training that made the state dict. Where both have it, the module's factor
-    holds.
+    A callback may have added it in the run that saved the state dict. Where both have it, the module's factor is kept.
 
     Raises:
-        ValueError: if the module has it and the state dict does not.
+        ValueError: if a weight has it in the module but not in the state dict.
 
     Example:
         >>> trained, fresh = nn.Linear(2, 2), nn.Linear(2, 2)
@@ -472,8 +471,8 @@ def restore_parametrizations(module: nn.Module, state: MutableMapping[str, Any])
         match = _ENTRY.fullmatch(key)
         if match and match["entry"] == "_u" and key not in state:
             raise ValueError(
-                f"The module has spectral norm on `{match['layer']}`, but the checkpoint was trained without: remove "
-                "SpectralNorm, or start a new run."
+                f"The module has spectral norm on `{match['layer']}`, but the checkpoint was trained without it: "
+                "remove SpectralNorm, or start a new run."
             )
         state.setdefault(key, value)
     for key in [key for key in state.keys() - own.keys() if (m := _ENTRY.fullmatch(key)) and m["entry"] != "_u"]:

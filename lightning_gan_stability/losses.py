@@ -1,11 +1,12 @@
 """Adversarial losses: what the discriminator and the generator minimize, as functions of logits.
 
 A logit l is what the discriminator returns, before any sigmoid; σ(l) = 1/(1 + e⁻ˡ) and sp(l) = log(1 + eˡ). E_r and E_f
-are means over real and fake samples. Every method returns one value per logit and leaves the mean to the caller; the
-discriminator's real and fake parts are added index by index. Logits in float16 and bfloat16 are computed in float32.
+are means over real and fake samples. Every method returns one value per logit, and the caller takes the mean; the
+discriminator's real and fake parts are added index by index. Losses of float16 and bfloat16 logits are computed in
+float32.
 
-With several discriminators a loss is asked for each of them alone, and what it says is summed: the convention of
-HiFi-GAN, DAC and pix2pixHD. ``reduction="mean"`` takes the mean, as SPADE and EnCodec do.
+With several discriminators the loss of each is computed separately and the losses are summed, as in HiFi-GAN, DAC and
+pix2pixHD. ``reduction="mean"`` averages them, as in SPADE and EnCodec.
 """
 
 import abc
@@ -34,25 +35,25 @@ Kind = Literal["kl", "reverse_kl", "pearson", "neyman", "squared_hellinger", "je
 
 
 class AdversarialLoss(nn.Module, abc.ABC):
-    """What each player minimizes: to add a loss, write the two methods and set the attributes that apply.
+    """Base class of adversarial losses. To add a loss, write the two methods and set the attributes that apply.
 
-    Logits are (n,) or (n, patches), real and fake ones of the same shape, else ``ValueError``; so are the values.
+    Logits are (n,) or (n, patches). Real and fake logits must have the same shape, which is also that of the values.
 
     Args:
-        reduction: what is done with the losses of several discriminators: ``"sum"`` or ``"mean"``.
+        reduction: how the losses of several discriminators are combined: ``"sum"`` or ``"mean"``.
 
     Attributes:
-        needs_real: the generator's loss needs the real logits too.
-        couples_batch: values depend on the whole batch, so that micro-batches would change the loss.
+        needs_real: the generator's loss also needs the real logits.
+        couples_batch: each value depends on all samples of the batch, so micro-batches would change the loss.
         zero_sum: L_D + L_G does not depend on the generator.
         log_ratio: at the optimum a logit is log p/q of the densities of real and generated samples, up to a constant.
         judges_reconstructions: logits are the reconstruction errors of an auto-encoder.
-        threshold: the logit that is neither real nor fake, which :meth:`accuracy` counts by. None, the default: a logit
-            means something only beside another one, and pairs of real and fake logits are compared.
+        threshold: the logit that separates real from fake samples, used by :meth:`accuracy`. None, the default: only
+            differences of logits have a meaning, and accuracy compares pairs of real and fake logits.
         direction: 1.0: a higher logit looks more real; −1.0: a lower one does.
 
     Raises:
-        ValueError: if ``reduction`` is none of these.
+        ValueError: if ``reduction`` has another value, or if the shapes of logits differ.
 
     Example:
         >>> class Linear(AdversarialLoss):
@@ -86,7 +87,7 @@ class AdversarialLoss(nn.Module, abc.ABC):
         """Return the values whose mean the generator minimizes; only a loss with ``needs_real`` reads real logits."""
 
     def accuracy(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-        """Return the share of logits that the discriminator judges right, a scalar in [0, 1]."""
+        """Return the share of logits that the discriminator classifies correctly, a scalar in [0, 1]."""
         real, fake = (self.direction * logits for logits in _pair(real_logits, fake_logits))
         if self.threshold is None:
             return (real > fake).float().mean()
@@ -95,10 +96,11 @@ class AdversarialLoss(nn.Module, abc.ABC):
 
 
 class Minimax(AdversarialLoss):
-    """The original game: the discriminator's cross-entropy, and the generator minimizes its negative.
+    """The original minimax loss: the discriminator minimizes the cross-entropy, the generator its negative.
 
     L_D = E_r sp(−l) + E_f sp(l) and L_G = −E_f sp(l). "Generative Adversarial Nets", https://arxiv.org/abs/1406.2661.
-    No ½: 2 log 2 where D cannot tell, log 4 − 2 JS(p, q) at its optimum l = log p/q. L_G's gradient dies as D wins.
+    There is no factor ½: L_D is 2 log 2 for a constant D, and log 4 − 2 JS(p, q) at its optimum l = log p/q. The
+    gradient of L_G vanishes as D gets better.
 
     Example:
         >>> Minimax().discriminator(torch.zeros(2), torch.zeros(2))
@@ -118,17 +120,18 @@ class Minimax(AdversarialLoss):
 
 
 class NonSaturating(AdversarialLoss):
-    """The original game with a generator that maximizes log σ(l), whose gradient lives on while the discriminator wins.
+    """The original loss with a generator that maximizes log σ(l), whose gradient does not vanish as D gets better.
 
     L_D = E_r [α sp(−l) + (1 − α) sp(l)] + E_f sp(l) and L_G = E_f sp(−l). "Generative Adversarial Nets",
     https://arxiv.org/abs/1406.2661; α < 1 is the one-sided label smoothing of "Improved Techniques for Training GANs",
-    https://arxiv.org/abs/1606.03498: the optimum is σ(l) = α p/(p + q). The label of fake samples stays 0. No ½.
+    https://arxiv.org/abs/1606.03498: the optimum is σ(l) = α p/(p + q). The label of fake samples stays 0. There is no
+    factor ½.
 
     Args:
-        real_label: α in (0, 1], what the discriminator should say to real samples.
+        real_label: α in (0, 1], the discriminator's target for real samples.
 
     Raises:
-        ValueError: ``real_label`` is not in (0, 1].
+        ValueError: if ``real_label`` is not in (0, 1].
 
     Example:
         >>> NonSaturating().generator(torch.tensor([-100.0, 0.0]))
@@ -153,18 +156,18 @@ class NonSaturating(AdversarialLoss):
 
 
 class LeastSquares(AdversarialLoss):
-    """Squared distances of the logits from a label for each player's aim (LSGAN).
+    """Squared distances of the logits from labels (LSGAN).
 
     L_D = ½ E_r (l − b)² + ½ E_f (l − a)² and L_G = ½ E_f (l − c)². "Least Squares Generative Adversarial Networks",
-    https://arxiv.org/abs/1611.04076, with its ½; L_D is least at l = (b p + a q)/(p + q).
+    https://arxiv.org/abs/1611.04076, with its ½. L_D is smallest at l = (b p + a q)/(p + q).
 
     Args:
         a: the discriminator's label of fake samples.
         b: the discriminator's label of real samples.
-        c: what the generator wants its samples to be taken for.
+        c: the generator's label of its samples.
 
     Raises:
-        ValueError: a label is not a finite number, or ``a`` equals ``b``.
+        ValueError: if a label is not a finite number, or ``a`` equals ``b``.
 
     Example:
         >>> LeastSquares().discriminator(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]))
@@ -189,10 +192,11 @@ class LeastSquares(AdversarialLoss):
 
 
 class Wasserstein(AdversarialLoss):
-    """The difference of the mean logits: minus the Wasserstein-1 distance, if the discriminator is 1-Lipschitz.
+    """The difference of the mean logits: minus the Wasserstein-1 distance for an optimal 1-Lipschitz discriminator.
 
-    L_D = E_f l − E_r l and L_G = −E_f l. "Wasserstein GAN", https://arxiv.org/abs/1701.07875. Needs a constraint on the
-    discriminator (weight clipping, a gradient penalty, spectral normalization). Accuracy counts pairs in order.
+    L_D = E_f l − E_r l and L_G = −E_f l. "Wasserstein GAN", https://arxiv.org/abs/1701.07875. It needs a constraint on
+    the discriminator: weight clipping, a gradient penalty or spectral normalization. Accuracy is the share of pairs in
+    which the real logit is higher.
 
     Example:
         >>> Wasserstein().discriminator(torch.tensor([3.0]), torch.tensor([1.0]))
@@ -210,10 +214,10 @@ class Wasserstein(AdversarialLoss):
 
 
 class Hinge(AdversarialLoss):
-    """Margins for the discriminator, which learns nothing from samples beyond ±1; a linear loss for the generator.
+    """A hinge loss for the discriminator, without gradient from logits beyond ±1; a linear loss for the generator.
 
-    L_D = E_r max(0, 1 − l) + E_f max(0, 1 + l) and L_G = −E_f l. "Geometric GAN", https://arxiv.org/abs/1705.02894. No
-    ½: L_D is 2 where the discriminator cannot tell, and 2 (1 − TV(p, q)) at its optimum.
+    L_D = E_r max(0, 1 − l) + E_f max(0, 1 + l) and L_G = −E_f l. "Geometric GAN", https://arxiv.org/abs/1705.02894.
+    There is no factor ½: L_D is 2 for logits of 0, and 2 (1 − TV(p, q)) at its optimum.
 
     Example:
         >>> Hinge().discriminator(torch.tensor([0.5, 3.0]), torch.tensor([0.5, -3.0]))
@@ -231,23 +235,25 @@ class Hinge(AdversarialLoss):
 
 
 class BoundaryEquilibrium(Float32Buffers, AdversarialLoss):
-    """An auto-encoder discriminator rebuilds real samples well and fake ones badly, balanced by a weight k (BEGAN).
+    """The loss of an auto-encoder discriminator, which reconstructs real samples well and fake ones badly (BEGAN).
 
     L_D = 𝓛(x) − k 𝓛(G(z)) and L_G = 𝓛(G(z)), with k ← clip(k + λ (γ 𝓛(x) − 𝓛(G(z))), 0, 1) after every step of D.
     "BEGAN: Boundary Equilibrium Generative Adversarial Networks", https://arxiv.org/abs/1703.10717. "Logits" are the
-    reconstruction errors 𝓛; the smaller one is judged real. Like BatchNorm's statistics, ``k`` and ``convergence`` move
-    only in train mode: in :meth:`discriminator`, after its values, by means over the batch and all ranks.
+    reconstruction errors 𝓛; a smaller one looks more real. Like BatchNorm's statistics, ``k`` and ``convergence`` are
+    updated only in train mode: :meth:`discriminator` updates them after computing its values, with means over the batch
+    and all ranks.
 
     Args:
-        gamma: γ in [0, 1], the diversity ratio E 𝓛(G(z)) / E 𝓛(x) to settle at; lower: sharper, less diverse samples.
+        gamma: γ in [0, 1], the diversity ratio E 𝓛(G(z)) / E 𝓛(x) to settle at. A lower one gives sharper, less diverse
+            samples.
         lambda_k: λ > 0, the step size of ``k``.
 
     Attributes:
-        k: 0-dim buffer in [0, 1], at first 0.
-        convergence: 0-dim buffer, the paper's measure M = 𝓛(x) + |γ 𝓛(x) − 𝓛(G(z))| at the last move, at first 0.
+        k: 0-dim buffer in [0, 1], initially 0.
+        convergence: 0-dim buffer, the paper's measure M = 𝓛(x) + |γ 𝓛(x) − 𝓛(G(z))| at the last update, initially 0.
 
     Raises:
-        ValueError: ``gamma`` is not in [0, 1], or ``lambda_k`` is not positive and finite.
+        ValueError: if ``gamma`` is not in [0, 1], or ``lambda_k`` is not positive and finite.
 
     Example:
         >>> loss = BoundaryEquilibrium(gamma=0.5, lambda_k=0.1)
@@ -263,16 +269,16 @@ class BoundaryEquilibrium(Float32Buffers, AdversarialLoss):
         check_share("gamma", gamma)
         check_number("lambda_k", lambda_k, positive=True)
         self.gamma, self.lambda_k = gamma, lambda_k
-        # float32 whatever the module is cast to: bfloat16 would swallow steps of 1e-3
+        # float32 whatever the module is cast to: in bfloat16 steps of 1e-3 would be lost to rounding
         self.k = nn.Buffer(torch.zeros((), dtype=torch.float32))
         self.convergence = nn.Buffer(torch.zeros((), dtype=torch.float32))
 
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         real, fake = _pair(real_logits, fake_logits)
-        values = real - self.k.clone() * fake  # a copy: autograd needs this k after the buffer has moved
+        values = real - self.k.clone() * fake  # a copy: autograd needs this value of k after the buffer is updated
         if self.training:
-            # GANModule holds its loss in eval mode while it takes gradients and calls it once in train mode after D's
-            # step with all logits of the batch: micro-batches and repeated evaluations move k only once
+            # GANModule keeps its loss in eval mode while it computes gradients. After D's step it calls it once in
+            # train mode with all logits of the batch, so micro-batches and repeated evaluations update k only once
             self._move(real, fake)
         return values
 
@@ -288,11 +294,12 @@ class BoundaryEquilibrium(Float32Buffers, AdversarialLoss):
 
 
 class Relativistic(AdversarialLoss):
-    """Each real sample should look more real than its fake partner (RpGAN, RSGAN), and the reverse for the generator.
+    """The relativistic pairing loss (RpGAN, RSGAN): each real sample should have a higher logit than its fake partner.
 
     L_D = E sp(−(l_r − l_f)) and L_G = E sp(l_r − l_f) over pairs by index. "The relativistic discriminator: a key
     element missing from standard GAN", https://arxiv.org/abs/1807.00734; also in "The GAN is dead; long live the GAN! A
-    Modern GAN Baseline", https://arxiv.org/abs/2501.05441. L_D is log 2 where D cannot tell. Accuracy counts pairs.
+    Modern GAN Baseline", https://arxiv.org/abs/2501.05441. L_D is log 2 for a constant D. Accuracy is the share of
+    pairs in which the real logit is higher.
 
     Example:
         >>> Relativistic().discriminator(torch.tensor([100.0, 7.0]), torch.tensor([200.0, 7.0]))
@@ -311,11 +318,11 @@ class Relativistic(AdversarialLoss):
 
 
 class RelativisticAverage(AdversarialLoss):
-    """Real samples should look more real than the average fake one, and fake ones less than the average real (RaSGAN).
+    """The relativistic average loss (RaSGAN): each logit is compared with the mean logit of the other kind.
 
     L_D = ½ [E_r sp(−(l − m_f)) + E_f sp(l − m_r)] and L_G the same with real and fake exchanged, where m_r and m_f are
     the mean logits (of all patches and ranks), through which the gradient flows. "The relativistic discriminator: a key
-    element missing from standard GAN", https://arxiv.org/abs/1807.00734. With this ½, L_D is log 2 where D cannot tell.
+    element missing from standard GAN", https://arxiv.org/abs/1807.00734. With this ½, L_D is log 2 for a constant D.
 
     Example:
         >>> RelativisticAverage().discriminator(torch.tensor([7.0, 7.0]), torch.tensor([7.0, 7.0]))
@@ -339,18 +346,18 @@ class FDivergence(AdversarialLoss):
 
     L_D = −E_r g(v) + E_f f∗(g(v)) and L_G = −E_f f∗(g(v)), or −E_f g(v) without ``saturating``; v is the logit, f∗ the
     convex conjugate of f and g the paper's output activation. "f-GAN: Training Generative Neural Samplers using
-    Variational Divergence Minimization", https://arxiv.org/abs/1606.00709. At its optimum L_D is −D_f(p‖q), with f(u)
-    = u log u for "kl", −log u for "reverse_kl", (u − 1)² for "pearson", (1 − u)²/u for "neyman", (√u − 1)² for
+    Variational Divergence Minimization", https://arxiv.org/abs/1606.00709. At its optimum L_D is −D_f(p‖q), with f(u) =
+    u log u for "kl", −log u for "reverse_kl", (u − 1)² for "pearson", (1 − u)²/u for "neyman", (√u − 1)² for
     "squared_hellinger", u log u − (1 + u) log((1 + u)/2) for "jensen_shannon" (twice the usual JS), u log u − (1 + u)
-    log(1 + u) for "gan" and ½ |u − 1| for "total_variation". Above the exponent 40 an exponential goes on as its
-    tangent, so that values and gradients are finite in float32; a gradient may still be too large for float16.
+    log(1 + u) for "gan" and ½ |u − 1| for "total_variation". Above the exponent 40 each exponential is continued by its
+    tangent, which keeps values and gradients finite in float32. A gradient may still overflow in float16.
 
     Args:
         kind: the divergence.
-        saturating: whether the generator minimizes the bound itself; False: the paper's heuristic.
+        saturating: the generator minimizes the bound itself; False: the paper's heuristic.
 
     Raises:
-        ValueError: ``kind`` is none of these, or ``saturating`` is not a bool.
+        ValueError: if ``kind`` has another value, or ``saturating`` is not a bool.
 
     Example:
         >>> FDivergence("kl").discriminator(torch.ones(2), torch.ones(2))
@@ -393,15 +400,17 @@ def _need(real_logits: Tensor | None, loss: AdversarialLoss) -> Tensor:
 
 
 def _softplus(x: Tensor) -> Tensor:
-    return F.softplus(x, threshold=40.0)  # from there on it is x; torch's own 20 is 2e-9 off, too much for float64
+    return F.softplus(
+        x, threshold=40.0
+    )  # above 40 softplus(x) = x in float64; torch's default of 20 has an error of 2e-9
 
 
 def _exp(x: Tensor, end: float = 40.0) -> Tensor:
-    # from `end` on the tangent: its slope, and even the square of that in Adam, fits float32
+    # above `end` the tangent, so that the slope, and its square in Adam, fit into float32
     return x.clamp(max=end).exp() * (1 + (x - end).relu())
 
 
-# g(v), and f*(g(v)) as one expression, because the two steps one by one would overflow or cancel
+# g(v), and f*(g(v)) as one expression, because computing f* of g(v) would overflow or cancel
 _F_DIVERGENCES: dict[Kind, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "kl": (lambda v: v, lambda v: _exp(v - 1)),
     "reverse_kl": (lambda v: -_exp(-v), lambda v: v - 1),
@@ -418,9 +427,9 @@ _F_DIVERGENCES: dict[Kind, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], 
 
 
 def loss_recipe(loss: AdversarialLoss) -> dict[str, Any]:
-    """The class and the arguments of a loss that keeps its arguments as attributes, as plain data for a checkpoint.
+    """The class and the arguments of a loss as plain data for a checkpoint, read from its attributes.
 
-    Arguments are None if the loss does not keep all of them: then it cannot be made again.
+    Arguments are None if some of them are not attributes of the loss. Then the loss cannot be rebuilt.
 
     Example:
         >>> loss_recipe(NonSaturating(real_label=0.9))
@@ -433,7 +442,7 @@ def loss_recipe(loss: AdversarialLoss) -> dict[str, Any]:
 
 
 def loss_from_recipe(recipe: Mapping[str, Any]) -> AdversarialLoss:
-    """Make the loss of a recipe again, from the subclasses of :class:`AdversarialLoss` that were imported.
+    """Rebuild the loss of a recipe; its class must have been imported.
 
     Raises:
         ValueError: if no such class has been imported, or the arguments do not suffice.
@@ -447,7 +456,7 @@ def loss_from_recipe(recipe: Mapping[str, Any]) -> AdversarialLoss:
         return next(kind for kind in kinds if kind.__qualname__ == recipe["name"])(**recipe["arguments"])
     except (StopIteration, TypeError) as error:
         raise ValueError(
-            f"The checkpoint was made with {recipe['name']}, which cannot be made again from the arguments "
+            f"The checkpoint was made with {recipe['name']}, which cannot be rebuilt from the arguments "
             f"{recipe['arguments']}: import the class, or pass an instance."
         ) from error
 

@@ -1,4 +1,4 @@
-"""The base module of every GAN here: two networks, what users override, and what callbacks and rules ask for."""
+"""GANModule: two networks, the methods that users override, and those that callbacks and update rules call."""
 
 from __future__ import annotations
 
@@ -87,13 +87,13 @@ LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 class GANModule(LightningModule):
     """A generator and a discriminator that train against each other, by manual optimization.
 
-    One batch is one GAN step: every player of ``plan`` takes its gradient and steps, and ``iteration`` and the
-    Trainer's ``global_step`` both rise by one, so ``max_steps`` and ``every_n_train_steps`` count batches. Callbacks
-    change how: a :class:`~lightning_gan_stability.callback.Regularizer` adds to a player's loss, one
-    :class:`~lightning_gan_stability.callback.UpdateRule` replaces the order of gradients and steps.
+    One batch is one GAN step: each player of ``plan`` computes its gradient and steps. ``iteration`` and the Trainer's
+    ``global_step`` both increase by one, so ``max_steps`` and ``every_n_train_steps`` count batches. A
+    :class:`~lightning_gan_stability.callback.Regularizer` adds a penalty to a player's loss, and an
+    :class:`~lightning_gan_stability.callback.UpdateRule` changes how gradients and steps follow each other.
 
-    A subclass overrides :meth:`unpack`, :meth:`generate`, :meth:`discriminate`, :meth:`auxiliary_losses` and
-    :meth:`adversarial_weight`, and any hook of Lightning without ``super()``, but for ``configure_callbacks``. Samples,
+    A subclass may override :meth:`unpack`, :meth:`generate`, :meth:`discriminate`, :meth:`auxiliary_losses` and
+    :meth:`adversarial_weight`, and any hook of Lightning; only ``configure_callbacks`` must call ``super()``. Samples,
     conditions and logits are tensors or trees (dicts, lists, named tuples) of tensors with the batch first; logits in a
     dict or a list are those of several discriminators.
 
@@ -105,39 +105,39 @@ class GANModule(LightningModule):
             condition. It may return ``(samples, extras)``. A ``ModuleDict`` of networks needs an overridden
             :meth:`generate`.
         discriminator: maps samples (n, ...) to logits: (n,), (n, 1), or (n, patches...), or to ``(logits, features)``.
-            Conditions as for the generator. A ``ModuleDict`` or ``ModuleList``: several discriminators, each of which
-            judges every sample.
-        latent_dim: length of the standard normal vector that a sample is made from; None: the generator takes none.
+            It gets conditions like the generator. A ``ModuleDict`` or ``ModuleList`` holds several discriminators, each
+            of which judges every sample.
+        latent_dim: length of the standard normal latent vector of a sample; None: the generator takes no latents.
         loss: None: :class:`~lightning_gan_stability.losses.NonSaturating`.
-        g_optimizer: makes the generator's optimizer from its parameters. None: Adam(lr=2e-4, betas=(0.5, 0.999)),
-            fused where the device has that.
+        g_optimizer: function from the generator's parameters to its optimizer. None: Adam(lr=2e-4, betas=(0.5, 0.999)),
+            fused where the device supports it.
         d_optimizer: the same for the discriminator.
-        g_scheduler: makes a learning rate scheduler from the generator's optimizer.
+        g_scheduler: function from the generator's optimizer to a learning rate scheduler.
         d_scheduler: the same for the discriminator.
         scheduler_interval: ``"step"``: a scheduler steps after each step of its player; ``"epoch"``: after each epoch.
         clip_norm: largest L2 norm of a player's gradient, clipped separately for each player; a number for both, or
             ``{"d": 10.0, "g": 1000.0}``. None: no limit.
         accumulate: micro-batches per update: less memory, the same gradient (unless a network has BatchNorm).
-        plan: the players that move on each batch, in order; ``("g", "d")``: the generator first.
-        augment: what every sample goes through before the discriminator, in training alone. Like networks it is not
-            kept in checkpoints of Python runs: give it again when a run goes on.
+        plan: the players that step on each batch, in order; ``("g", "d")``: the generator first.
+        augment: module applied to every sample before the discriminator, in training only. Like networks it is not
+            stored in checkpoints of Python runs: pass it again to resume a run.
         noise_seed: seed of the module's own noise, together with the process's rank and the iteration.
         compile: compile both networks in place when a fit begins; True, or a dict of arguments of ``torch.compile``.
-            Plain steps run compiled; penalties and rules with second derivatives, which compiled graphs do not have,
-            run in eager. Steps have graphs for the sizes of their batches, which an incomplete last one doubles;
-            ``{"dynamic": True}`` has one for all, for samples of changing lengths too. ``{"mode":
-            "reduce-overhead"}`` replays CUDA graphs, in whose memory the next batch overwrites what the last one left.
+            Plain steps run compiled. Penalties and rules with second derivatives, which compiled graphs do not have,
+            run in eager mode. There are graphs for each batch size, so an incomplete last batch doubles their number.
+            ``{"dynamic": True}`` compiles one graph for all sizes, also for samples of varying length. ``{"mode":
+            "reduce-overhead"}`` replays CUDA graphs, whose outputs are overwritten by the next batch.
 
     Attributes:
         iteration: batches trained on so far.
-        steps: batches on which each player has moved, ``{"d": ..., "g": ...}``.
-        turn: the player whose main pass through the networks is under way in a training step, ``"d"`` or ``"g"``; None
-            elsewhere: in validation, and in steps that penalties take for themselves. A pass for both players at once,
-            as with ``share_fake``, is ``"g"``.
+        steps: number of batches on which each player has stepped, ``{"d": ..., "g": ...}``.
+        turn: the player whose forward pass is running in a training step, ``"d"`` or ``"g"``; None elsewhere: in
+            validation, and in separate steps of penalties. A pass for both players at once, as with ``share_fake``, is
+            ``"g"``.
         last_step: a :class:`~lightning_gan_stability.outputs.StepRecord` of the last batch: logits, terms, norms.
         noise: the module's own random numbers, a :class:`~lightning_gan_stability.noise.Noise`.
         generator_ema: the average of the generator's weights that ``GeneratorEMA`` keeps, or None.
-        adversarial: whether the generator's loss has its adversarial term; callbacks may set it between batches.
+        adversarial: whether the generator's loss includes its adversarial term; callbacks may set it between batches.
 
     Raises:
         ValueError: if an argument has a bad value.
@@ -191,7 +191,7 @@ class GANModule(LightningModule):
         self.discriminator = discriminator
         self.generator_ema: nn.Module | None
         self.register_module("generator_ema", None)
-        self.average_rests = False  # there is an average that no callback moves
+        self.average_rests = False  # there is an average that no callback updates
         self.loss: AdversarialLoss = check_type("loss", NonSaturating() if loss is None else loss, AdversarialLoss)
         self.augment: nn.Module = check_type("augment", nn.Identity() if augment is None else augment, nn.Module)
         self.iteration = 0
@@ -208,7 +208,7 @@ class GANModule(LightningModule):
 
     @property
     def plan(self) -> tuple[Player, ...]:
-        """The players that move on one batch, in order; callbacks may set it between batches."""
+        """The players that step on one batch, in order; callbacks may set it between batches."""
         return self._plan
 
     @plan.setter
@@ -228,12 +228,12 @@ class GANModule(LightningModule):
 
     @property
     def turn(self) -> Player | None:
-        """The player whose main pass through the networks is under way in a training step."""
+        """The player whose forward pass is running in a training step."""
         return self.engine.turn
 
     @property
     def moved(self) -> frozenset[Player]:
-        """The players that stepped on the last batch, or so far on the batch at hand."""
+        """The players that stepped on the last batch, or so far on the current one."""
         return frozenset(self.last_step.moved)
 
     @property
@@ -243,24 +243,24 @@ class GANModule(LightningModule):
 
     @property
     def packing(self) -> int:
-        """How many samples the discriminator judges together."""
+        """The number of samples that the discriminator judges together."""
         discriminator = original_module(self.discriminator)
         return discriminator.packing if isinstance(discriminator, Packed) else 1
 
     @property
     def reruns_graphs(self) -> bool:
-        """Whether :meth:`gradients_of` may take gradients of the generator's terms: compiled graphs run once.
+        """Whether :meth:`gradients_of` may compute gradients of the generator's terms; compiled graphs allow only one.
 
-        Networks that are compiled run so unless a callback has ``keeps_graphs``.
+        Compiled networks run compiled unless a callback has ``keeps_graphs``.
         """
         return self.engine.reruns_graphs
 
     # ---------- override these
 
     def unpack(self, batch: Any) -> tuple[Sample, Condition]:
-        """Take a batch apart into real samples (n, ...) and a condition or None; override it for batches of your own.
+        """Split a batch into real samples (n, ...) and a condition or None; override it for other batches.
 
-        It knows a tensor, ``(x,)``, ``(x, condition)`` and ``{"image": x, "label": condition}`` (label optional).
+        It accepts a tensor, ``(x,)``, ``(x, condition)`` and ``{"image": x, "label": condition}`` (label optional).
 
         Raises:
             ValueError: if the batch has another form.
@@ -280,17 +280,17 @@ class GANModule(LightningModule):
     def generate(
         self, network: nn.Module, n: int, condition: Condition, latents: Tensor | None
     ) -> Sample | tuple[Sample, Extras]:
-        """Let a generator make samples.
+        """Generate samples.
 
         Args:
-            network: the generator, its average, or the generator while other weights are in place: use it instead of
+            network: the generator, its average, or the generator with temporary weights; use it instead of
                 ``self.generator``.
             n: number of samples.
-            condition: what the batch gave as condition, or what :meth:`draw_condition` made of it; or None.
+            condition: the condition of the batch, or the result of :meth:`draw_condition`; or None.
             latents: (n, latent_dim); None for a generator without latents.
 
         Returns:
-            (n, ...) samples, or ``(samples, extras)`` with a dict of whatever losses need besides.
+            (n, ...) samples, or ``(samples, extras)`` with a dict of further values that losses need.
         """
         if latents is not None:
             return call_network(network, latents, condition)
@@ -301,17 +301,16 @@ class GANModule(LightningModule):
     def discriminate(
         self, network: nn.Module, sample: Sample, condition: Condition
     ) -> Logits | tuple[Logits, Features]:
-        """Let a discriminator judge samples that are augmented already.
+        """Compute the logits of samples, which are already augmented.
 
         Args:
-            network: the discriminator, perhaps while other weights are in place: use it instead of
-                ``self.discriminator``.
+            network: the discriminator, perhaps with temporary weights; use it instead of ``self.discriminator``.
             sample: (n, ...).
-            condition: what the batch gave as condition, or None.
+            condition: the condition of the batch, or None.
 
         Returns:
             Logits (n,) or (n, patches...), (n / m,) for packs of m samples, or a dict or list of them for several
-            discriminators; or ``(logits, features)`` with whatever losses compare of real and fake samples.
+            discriminators; or ``(logits, features)`` with features of real and fake samples that losses compare.
         """
         if isinstance(network, nn.ModuleDict):
             return logits_and_features({name: call_network(part, sample, condition) for name, part in network.items()})
@@ -320,29 +319,29 @@ class GANModule(LightningModule):
         return call_network(network, sample, condition)
 
     def draw_condition(self, n: int, condition: Condition) -> Condition:
-        """The condition that samples are generated and judged with in training and validation: that of the batch.
+        """The condition of generated samples in training and validation; by default that of the batch.
 
-        StyleGAN2 draws labels of its own each time that samples are made. From the module's noise such labels are the
-        same in a resumed run; here from the labels of a data set::
+        StyleGAN2 draws new labels each time that it generates samples. Drawn from the module's noise, such labels are
+        the same in a resumed run. To draw them from the labels of a data set::
 
             def draw_condition(self, n, condition):
                 return self.labels[(self.noise.rand(n, dtype=torch.float64) * len(self.labels)).long()]
 
         Args:
             n: number of samples.
-            condition: what the batch gave as condition, or None.
+            condition: the condition of the batch, or None.
 
         Returns:
-            (n, ...), or None; ``outputs.fake_condition`` from then on.
+            (n, ...), or None; it becomes ``outputs.fake_condition``.
         """
         return condition
 
     def auxiliary_losses(self, player: Player, outputs: GANOutputs) -> Terms:
-        """Further terms of a player's loss, added to it as they are and logged as ``<player>/<name>``.
+        """Additional terms of a player's loss, added without a weight and logged as ``<player>/<name>``.
 
         Args:
             player: ``"d"`` or ``"g"``.
-            outputs: what the player sees of a (micro-)batch.
+            outputs: samples and logits of a (micro-)batch.
 
         Returns:
             Scalar tensors by name.
@@ -354,7 +353,7 @@ class GANModule(LightningModule):
 
         Args:
             player: ``"d"`` or ``"g"``.
-            outputs: what the player sees of a (micro-)batch.
+            outputs: samples and logits of a (micro-)batch.
         """
         return 1.0
 
@@ -374,20 +373,20 @@ class GANModule(LightningModule):
             n: number of samples; None: as many as there are latents or conditions.
             condition: (n, ...), for a generator that takes one.
             latents: (n, latent_dim); None: drawn from the module's own noise.
-            truncation: ψ of StyleGAN, w̄ + ψ (w − w̄): less than 1 for better samples with less variety. It is set as the
-                attribute ``truncation`` of the generator, or of parts of it, for these samples; see
+            truncation: ψ of StyleGAN, w̄ + ψ (w − w̄): values below 1 give better samples with less variety. For this
+                call it sets the attribute ``truncation`` of the generator or of its parts; see
                 :class:`~lightning_gan_stability.StyleGenerator`.
-            reject: chooses among more samples by the discriminator, so that they are nearer to the data:
+            reject: selects samples with the discriminator, so that their distribution is closer to that of the data:
                 :class:`~lightning_gan_stability.DiscriminatorRejection` or
-                :class:`~lightning_gan_stability.MetropolisHastings`. None: every sample is taken.
+                :class:`~lightning_gan_stability.MetropolisHastings`. None: no selection.
 
         Returns:
             (n, ...) samples.
 
         Raises:
-            ValueError: if latents or condition do not fit ``n`` and ``latent_dim``, or say not how many samples to
-                draw; if no part of the generator has an attribute ``truncation``; or if ``reject`` is given with
-                latents or truncation, which leave it nothing to choose from.
+            ValueError: if latents or condition do not match ``n`` and ``latent_dim``, or if all three are missing; if
+                no part of the generator has an attribute ``truncation``; or if ``reject`` is combined with latents or
+                truncation.
 
         Example:
             >>> from lightning_gan_stability import MLP
@@ -405,13 +404,13 @@ class GANModule(LightningModule):
         if reject is not None:
             if latents is not None or truncation != 1:
                 raise ValueError(
-                    "`reject` chooses among samples of latents that it draws, and knows the odds of no truncated ones: "
-                    "leave out `latents` and `truncation`, or `reject`."
+                    "`reject` draws the latents itself, and its odds do not hold for truncated samples: remove "
+                    "`latents` and `truncation`, or `reject`."
                 )
             return check_type("reject", reject, Rejection).sample(self, n, condition)
         if self.latent_dim is None:
             if latents is not None:
-                raise ValueError("`latents` are of no use: the generator takes none (`latent_dim` is None).")
+                raise ValueError("`latents` must be None: the generator takes none (`latent_dim` is None).")
         elif latents is None:
             latents = self.draw_latents(n)
         else:

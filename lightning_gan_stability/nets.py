@@ -1,8 +1,8 @@
 """Generators and discriminators: MLP, DCGAN, ResNet and an auto-encoder, the networks of R3GAN, and a style generator.
 
-Any `torch.nn.Module` can be trained; these only spare the writing. All are twice differentiable, as gradient penalties
-need. `AutoEncoder` and `StyleGenerator` apart, each becomes class-conditional by `num_classes` and then needs labels,
-int64 in [0, num_classes). Without classes labels are not looked at: a labelled batch hands its labels to every network.
+Any `torch.nn.Module` can be trained; these are ready-made ones. All are twice differentiable, as gradient penalties
+need. With `num_classes` each of them, except `AutoEncoder` and `StyleGenerator`, is class-conditional and needs labels,
+int64 in [0, num_classes). Without it they ignore labels, which a labelled batch passes to every network.
 """
 
 import math
@@ -61,12 +61,12 @@ def _are_positive(values: object, at_least: int) -> bool:
 
 def _need(labels: Tensor | None, num_classes: int, network: str) -> Tensor:
     if labels is None:
-        raise ValueError(f"`labels` are needed: this {network} was made for {num_classes} classes.")
+        raise ValueError(f"`labels` are needed: this {network} has {num_classes} classes.")
     return labels
 
 
 def _widths(size: int, width: int, limit: int = 32) -> list[int]:
-    """Return the channels at size, size / 2, ..., 4: each twice the one before, up to `limit` · width."""
+    """Return the channels at size, size / 2, ..., 4, which double each time up to `limit` · width."""
     return [width * min(2**i, limit) for i in range((size // 4).bit_length())]
 
 
@@ -83,7 +83,7 @@ class MLP(nn.Module):
 
     h₀ = [s x, e_y], hᵢ = a(Wᵢ hᵢ₋₁ + bᵢ), f(x, y) = o(W_L h_(L−1) + b_L).
 
-    Input (n, ...), flattened to (n, sizes[0]), and labels (n,) to (n, sizes[-1]) or (n, *output_shape).
+    Maps input (n, ...), flattened to (n, sizes[0]), and labels (n,) to (n, sizes[-1]) or (n, *output_shape).
 
     Args:
         sizes: Lengths of the input (without the label), of each hidden layer and of the output.
@@ -142,7 +142,7 @@ class MLP(nn.Module):
 
 
 class _Generator(nn.Module):
-    """Latents and an embedding of the class, as long as they are unless told otherwise, and at first N(0, 1) too."""
+    """Concatenates latents and a class embedding, which has their length by default and starts as N(0, 1)."""
 
     layers: nn.Sequential
 
@@ -164,7 +164,7 @@ class _Generator(nn.Module):
 
 
 class _Discriminator(nn.Module):
-    """Logit w·h(x) + b + <e(y), h(x)> of features h, which `layers` make; without classes, without the last term.
+    """Logit w·h(x) + b + <e(y), h(x)> of the features h of `layers`; without classes the last term is missing.
 
     "cGANs with Projection Discriminator", https://arxiv.org/abs/1802.05637. Both w and e start as N(0, 1 / features).
     """
@@ -192,16 +192,16 @@ class DCGANGenerator(_Generator):
     """Generator of DCGAN: transposed 4x4 convolutions and ReLU, from a 4x4 base to the full size, then tanh.
 
     "Unsupervised Representation Learning with Deep Convolutional Generative Adversarial Networks",
-    https://arxiv.org/abs/1511.06434. With batch normalization, weights start as N(0, 0.02²) and no layer has a bias;
-    without, all have one and weights start as N(0, 2 / fan-in), because 0.02 would let the signal die.
-    Latents (n, latent_dim) and labels (n,) to images (n, channels, size, size) in [-1, 1].
+    https://arxiv.org/abs/1511.06434. With batch normalization, weights start as N(0, 0.02²) and no layer has a bias.
+    Without it, all layers have one and weights start as N(0, 2 / fan-in), because with 0.02 the signal would vanish.
+    Maps latents (n, latent_dim) and labels (n,) to images (n, channels, size, size) in [-1, 1].
 
     Args:
         latent_dim: Length of a latent vector.
         channels: Channels of an image.
         size: Height and width in pixels: 8, 16, 32, 64, 128 or 256.
         width: Channels of the last hidden layer; they double towards the base.
-        batch_norm: Whether hidden layers are batch-normalized.
+        batch_norm: Normalize hidden layers with BatchNorm.
         num_classes: Number of classes; their learned embedding is concatenated to the latents. None: no classes.
 
     Raises:
@@ -238,15 +238,15 @@ class DCGANGenerator(_Generator):
 class DCGANDiscriminator(_Discriminator):
     """Discriminator of DCGAN: 4x4 convolutions of stride 2 and LeakyReLU(0.2) down to 4x4, then one logit.
 
-    https://arxiv.org/abs/1511.06434, with biases and first weights as in `DCGANGenerator`. Conditional by projection,
-    w·h + b + <e(y), h> of the 4x4 features h, https://arxiv.org/abs/1802.05637.
-    Images (n, channels, size, size) and labels (n,) to logits (n,).
+    https://arxiv.org/abs/1511.06434, with biases and initial weights as in `DCGANGenerator`. Class-conditional by
+    projection, w·h + b + <e(y), h> of the 4x4 features h, https://arxiv.org/abs/1802.05637. Maps images (n, channels,
+    size, size) and labels (n,) to logits (n,).
 
     Args:
         channels: Channels of an image.
         size: Height and width in pixels: 8, 16, 32, 64, 128 or 256.
         width: Channels of the first hidden layer; they double towards the logit.
-        batch_norm: Whether hidden layers but the first are batch-normalized; then gradients mix the samples.
+        batch_norm: Normalize hidden layers except the first with BatchNorm; then gradients mix the samples.
         num_classes: Number of classes of the projection; None: no classes.
 
     Raises:
@@ -286,11 +286,11 @@ def _convolution(
 
 
 class ResidualBlock(nn.Module):
-    """Block without normalization, x + W3 a(W2 a(W1 x)), that starts as the identity, with W3 = 0.
+    """Residual block without normalization, x + W3 a(W2 a(W1 x)), which starts as the identity, with W3 = 0.
 
     "Fixup Initialization", https://arxiv.org/abs/1901.09321: W1 and W2 start with He's gain times depth^(-1/4), where
-    depth is the number of such blocks in the network. Input and output are (n, channels, height, width); inside there
-    are expansion · channels, of which the 3x3 convolution W2 mixes those of a group.
+    depth is the number of such blocks in the network. Input and output are (n, channels, height, width). Inside there
+    are expansion · channels, and the 3x3 convolution W2 is grouped.
     """
 
     def __init__(self, channels: int, depth: int, expansion: int = 1, groups: int = 1) -> None:
@@ -310,12 +310,12 @@ class ResidualBlock(nn.Module):
 
 
 class ResNetGenerator(_Generator):
-    """Residual generator without normalization, in the manner of R3GAN.
+    """Residual generator without normalization, similar to R3GAN.
 
-    A linear layer to 4x4; per resolution a residual block; in between 1x1 convolutions and bilinear upsampling; at the
-    end a 1x1 convolution and no tanh: trained on images in [-1, 1], outputs are roughly in [-1, 1]. "The GAN is dead;
-    long live the GAN! A Modern GAN Baseline", https://arxiv.org/abs/2501.05441; without its groups and 4x4 basis.
-    Latents (n, latent_dim) and labels (n,) to images (n, channels, size, size).
+    A linear layer to 4x4, one residual block per resolution with 1x1 convolutions and bilinear upsampling in between,
+    and a 1x1 convolution at the end. There is no tanh; after training on images in [-1, 1], outputs are roughly in [-1,
+    1]. "The GAN is dead; long live the GAN! A Modern GAN Baseline", https://arxiv.org/abs/2501.05441, without its
+    groups and 4x4 basis. Maps latents (n, latent_dim) and labels (n,) to images (n, channels, size, size).
 
     Args:
         latent_dim: Length of a latent vector.
@@ -347,11 +347,11 @@ class ResNetGenerator(_Generator):
 
 
 class ResNetDiscriminator(_Discriminator):
-    """Residual discriminator without normalization, in the manner of R3GAN: the mirror of `ResNetGenerator`.
+    """Residual discriminator without normalization, similar to R3GAN: the mirror image of `ResNetGenerator`.
 
-    Bilinear downsampling by one half is the mean of 2x2 pixels; a depthwise 4x4 convolution makes the features h.
-    https://arxiv.org/abs/2501.05441; conditional by projection: w·h + b + <e(y), h>, https://arxiv.org/abs/1802.05637.
-    Images (n, channels, size, size) and labels (n,) to logits (n,).
+    Bilinear downsampling to one half is the mean of 2x2 pixels. A depthwise 4x4 convolution computes the features h.
+    https://arxiv.org/abs/2501.05441. Class-conditional by projection, w·h + b + <e(y), h>,
+    https://arxiv.org/abs/1802.05637. Maps images (n, channels, size, size) and labels (n,) to logits (n,).
 
     Args:
         channels: Channels of an image.
@@ -379,14 +379,14 @@ class ResNetDiscriminator(_Discriminator):
 
 
 class _Resample(nn.Module):
-    """Twice or half the size by the filter [1, 3, 3, 1] along each axis, with zeros around the image."""
+    """Doubles or halves the size with the filter [1, 3, 3, 1] along each axis and zero padding."""
 
     kernel: Tensor
 
     def __init__(self, up: bool) -> None:
         super().__init__()
         self.up = up
-        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / (4.0 if up else 8.0)  # between new pixels there are zeros
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / (4.0 if up else 8.0)  # upsampling inserts zeros between pixels
         self.register_buffer("kernel", taps.outer(taps).reshape(1, 1, 4, 4), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -396,7 +396,7 @@ class _Resample(nn.Module):
 
 
 class _Basis(nn.Module):
-    """Learned 4x4 maps, one for each channel, times a linear function of the input."""
+    """Learned 4x4 maps, one per channel, scaled by a linear function of the input."""
 
     def __init__(self, inside: int, outside: int) -> None:
         super().__init__()
@@ -409,7 +409,7 @@ class _Basis(nn.Module):
 
 
 def _per_stage(name: str, value: object, stages: int) -> list[int]:
-    """An integer for each stage, from one for all of them or a sequence."""
+    """An integer for each stage, given as one integer for all or as a sequence."""
     values = [value] * stages if is_integer(value) else value
     valid = _are_positive(values, 1) and len(values) == stages  # type: ignore[arg-type]
     check(valid, name, f"a positive integer, or {stages} of them, one for each of `widths`", value)
@@ -417,8 +417,8 @@ def _per_stage(name: str, value: object, stages: int) -> list[int]:
 
 
 def _r3gan_stages(widths: Sequence[int], blocks: object, groups: object, expansion: int) -> list[list[nn.Module]]:
-    """The residual blocks of each stage, from 4x4 on."""
-    check(_are_positive(widths, 1), "widths", "one or more positive integers, from 4x4 on", widths)
+    """The residual blocks of each stage, 4x4 first."""
+    check(_are_positive(widths, 1), "widths", "one or more positive integers, 4x4 first", widths)
     _check(expansion=expansion)
     numbers = _per_stage("blocks", blocks, len(widths))
     default = [_divisor(expansion * width, expansion * width // 16) for width in widths]
@@ -435,32 +435,33 @@ def _r3gan_stages(widths: Sequence[int], blocks: object, groups: object, expansi
 
 
 def _divisor(number: int, most: int) -> int:
-    """The largest divisor of a number up to another one."""
+    """The largest divisor of a number that is at most another one."""
     return next((part for part in range(most, 0, -1) if number % part == 0), 1)
 
 
 class R3GANGenerator(_Generator):
-    """Generator of R3GAN: residual blocks of grouped convolutions without normalization, from learned 4x4 maps on.
+    """Generator of R3GAN: learned 4x4 maps, then residual blocks of grouped convolutions without normalization.
 
-    Channel c at 4x4 is bᶜ · (A [z, e_y])_c with learned maps b; a block is x + W3 a(W2 a(W1 x)) with a bias in each
-    LeakyReLU(0.2) a; in between, where widths differ, 1x1 convolutions, and upsampling by [1, 3, 3, 1]; at the end a
-    1x1 convolution and no tanh. W1 and W2 start as N(0, g² / fan-in) with g = √(2 / 1.04) · L^(−1/4) and the number L
-    of blocks, W3 as 0, b as N(0, 1), all else as N(0, 1 / fan-in), where the fan-in of an embedding is `num_classes`.
+    Channel c at 4x4 is bᶜ · (A [z, e_y])_c with learned maps b. A block is x + W3 a(W2 a(W1 x)) with a bias in each
+    LeakyReLU(0.2) a. Between stages there is upsampling by [1, 3, 3, 1], after a 1x1 convolution where widths differ.
+    The last layer is a 1x1 convolution without tanh. W1 and W2 start as N(0, g² / fan-in) with g = √(2 / 1.04) ·
+    L^(−1/4) and the number L of blocks, W3 as 0, b as N(0, 1), all else as N(0, 1 / fan-in), where the fan-in of an
+    embedding is `num_classes`.
 
     "The GAN is dead; long live the GAN! A Modern GAN Baseline", https://arxiv.org/abs/2501.05441; the defaults are
-    those of CIFAR-10. 64x64: `widths=[768, 768, 768, 768, 384]`; 256x256: `[768, 768, 768, 768, 384, 192, 96]`.
-    Latents (n, latent_dim) and labels (n,) to images (n, channels, size, size), size = 4 · 2^(stages − 1).
+    those of CIFAR-10. For 64x64 use `widths=[768, 768, 768, 768, 384]`, for 256x256 `[768, 768, 768, 768, 384, 192,
+    96]`. Maps latents (n, latent_dim) and labels (n,) to images (n, channels, size, size), size = 4 · 2^(stages − 1).
 
     Args:
         latent_dim: Length of a latent vector.
         channels: Channels of an image.
-        widths: Channels of each stage, 4x4 first; each one after it has twice the size.
+        widths: Channels of each stage, 4x4 first; each further stage has twice the size.
         blocks: Residual blocks in a stage, or one number for each stage.
         groups: Groups of the 3x3 convolutions (the cardinality), or one number for each stage; they divide expansion ·
             width. None: as many as have 16 channels, or the next fewer that divide.
         num_classes: Number of classes; their learned embedding is concatenated to the latents. None: no classes.
         embedding_dim: Length of the embedding.
-        expansion: Channels inside of a block for each one outside.
+        expansion: Ratio of the channels inside a block to those outside.
 
     Raises:
         ValueError: If an argument is out of its range, or labels are missing.
@@ -494,13 +495,13 @@ class R3GANGenerator(_Generator):
 
 
 class R3GANDiscriminator(nn.Module):
-    """Discriminator of R3GAN: the mirror of `R3GANGenerator`, down to 4x4 and one logit, <e_y, A h> with classes.
+    """Discriminator of R3GAN: the mirror image of `R3GANGenerator`, down to 4x4 and one logit, <e_y, A h> with classes.
 
-    A 1x1 convolution, then blocks and downsampling by [1, 3, 3, 1], in front of a 1x1 convolution where widths differ;
-    a depthwise 4x4 convolution makes the features h, and a linear layer A without bias the logit, or, with classes, a
-    vector that is multiplied with the embedding e_y of the class. All start as in `R3GANGenerator`; e starts with the
-    gain embedding_dim^(−1/2). https://arxiv.org/abs/2501.05441.
-    Images (n, channels, size, size) and labels (n,) to logits (n,), size = 4 · 2^(stages − 1).
+    The first layer is a 1x1 convolution. Then come blocks and downsampling by [1, 3, 3, 1], followed by a 1x1
+    convolution where widths differ. A depthwise 4x4 convolution computes the features h. A linear layer A without bias
+    returns the logit, or, with classes, a vector that is multiplied with the embedding e_y of the class. Weights start
+    as in `R3GANGenerator`, and e with the gain embedding_dim^(−1/2). https://arxiv.org/abs/2501.05441. Maps images (n,
+    channels, size, size) and labels (n,) to logits (n,), size = 4 · 2^(stages − 1).
 
     Args:
         channels: Channels of an image.
@@ -510,7 +511,7 @@ class R3GANDiscriminator(nn.Module):
             width. None: as many as have 16 channels, or the next fewer that divide.
         num_classes: Number of classes; None: no classes.
         embedding_dim: Length of the embedding. None: the width at 4x4, as in the paper.
-        expansion: Channels inside of a block for each one outside.
+        expansion: Ratio of the channels inside a block to those outside.
 
     Raises:
         ValueError: If an argument is out of its range, or labels are missing.
@@ -557,20 +558,21 @@ class R3GANDiscriminator(nn.Module):
 
 
 class StyleGenerator(nn.Module):
-    """Generator of a mapping and a synthesis network, with the average of w between them and truncation towards it.
+    """Style-based generator: a mapping and a synthesis network, with a running average of w and truncation towards it.
 
-    x = S(w₁, ..., w_L) with w = M(z, y) for each of L layers; w̄ ← β w̄ + (1 − β) E w, when a call is asked to move it;
-    with the truncation ψ w becomes w̄ + ψ (w − w̄): less variety, and better samples. "A Style-Based Generator
-    Architecture for Generative Adversarial Networks", https://arxiv.org/abs/1812.04948; w̄ starts at 0.
+    x = S(w₁, ..., w_L) with w = M(z, y) for each of L layers. A call with ``update_average=True`` sets w̄ ← β w̄ + (1 −
+    β) E w. With the truncation ψ, w becomes w̄ + ψ (w − w̄), which gives better samples with less variety. "A
+    Style-Based Generator Architecture for Generative Adversarial Networks", https://arxiv.org/abs/1812.04948; w̄ starts
+    at 0.
 
-    StyleGAN2 moves w̄ in the discriminator's turn alone, for which a module overrides :meth:`GANModule.generate`::
+    StyleGAN2 updates w̄ in the discriminator's step only. To do so, override :meth:`GANModule.generate`::
 
         def generate(self, network, n, condition, latents):
             return network(latents, condition, update_average=self.turn == "d")
 
-    Calling it returns samples and ``{"w": w}``, from which ``PathLengthPenalty(latents="w")`` takes w. A module that
-    mixes styles calls :meth:`styles` and `synthesis` instead, as in `examples/stylegan2.py`; then ModelParallelStrategy
-    cannot shard it. w̄ is a mean over all processes; `accumulate` moves it once for each micro-batch.
+    Calling it returns samples and ``{"w": w}``, where ``PathLengthPenalty(latents="w")`` finds w. A module that mixes
+    styles calls :meth:`styles` and `synthesis` instead, as in `examples/stylegan2.py`; then ModelParallelStrategy
+    cannot shard it. w̄ is a mean over all processes. With `accumulate` it is updated once per micro-batch.
 
     Args:
         mapping: Maps latents (n, latent_dim), and a condition if its `forward` takes one, to w (n, w_dim).
@@ -580,12 +582,12 @@ class StyleGenerator(nn.Module):
         decay: β in [0, 1].
 
     Attributes:
-        w_average: w̄, a buffer (w_dim,), in float32 at least from its first move on.
-        truncation: ψ of the next samples; ``GANModule.sample(truncation=...)`` sets it for its own ones.
+        w_average: w̄, a buffer (w_dim,), in at least float32 after its first update.
+        truncation: ψ of the next samples; ``GANModule.sample(truncation=...)`` sets it for one call.
 
     Raises:
-        ValueError: If an argument is out of its range, if `mapping` returns another shape, or if samples are to be
-            truncated towards an average that has not moved.
+        ValueError: If an argument is out of its range, if `mapping` returns another shape, or if ψ is not 1 and the
+            average has never been updated.
 
     Example:
         >>> synthesis = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8, 2))
@@ -610,7 +612,7 @@ class StyleGenerator(nn.Module):
         self.register_buffer("w_average", torch.zeros(w_dim))
 
     def styles(self, latents: Tensor, condition: Condition = None, update_average: bool = False) -> Tensor:
-        """Return w (n, num_layers, w_dim), truncated if `truncation` is not 1; move the average first if asked to."""
+        """Return w (n, num_layers, w_dim), truncated if `truncation` is not 1; first update the average if asked to."""
         if self.needs and condition is None:
             raise ValueError("`condition` is needed: the mapping takes one.")
         w: Tensor = self.mapping(latents, condition) if self.takes and condition is not None else self.mapping(latents)
@@ -618,15 +620,15 @@ class StyleGenerator(nn.Module):
             raise ValueError(f"`mapping` must return w of shape {(len(latents), self.w_dim)}, got {tuple(w.shape)}.")
         if update_average:
             precise = torch.promote_types(self.w_average.dtype, torch.float32)
-            if self.w_average.dtype != precise:  # of a network in half precision: there it would stand still
+            if self.w_average.dtype != precise:  # in half precision small updates would be lost
                 self.w_average = self.w_average.to(precise)
             mean = mean_over_ranks(w.detach().mean(0, dtype=precise))
             self.w_average.copy_(mean.lerp(self.w_average, self.decay))
         if self.truncation != 1:
             if not self.w_average.any():
                 raise ValueError(
-                    "`truncation` pulls towards the average of w, which has not moved: call the generator "
-                    "with update_average=True in training, such as in the discriminator's turn."
+                    "`truncation` interpolates with the average of w, which has never been updated: call the generator "
+                    "with update_average=True in training, such as in the discriminator's step."
                 )
             w = self.w_average.to(w.dtype).lerp(w, self.truncation)
         return w.unsqueeze(1).expand(-1, self.num_layers, -1)
@@ -634,18 +636,18 @@ class StyleGenerator(nn.Module):
     def forward(
         self, latents: Tensor, condition: Condition = None, update_average: bool = False
     ) -> tuple[Sample, dict[str, Tensor]]:
-        """Return samples, and w; move the average if asked to."""
+        """Return samples and w; update the average if requested."""
         w = self.styles(latents, condition, update_average)
         return self.synthesis(w), {"w": w}
 
 
 class AutoEncoder(nn.Sequential):
-    """Auto-encoder that serves BEGAN as discriminator: it returns a reconstruction, not a logit.
+    """Auto-encoder, the discriminator of BEGAN: it returns a reconstruction instead of a logit.
 
-    3x3 convolutions of stride 2 with width, 2 · width, ... channels and ELU down to 4x4, a linear layer to the code; a
-    linear layer to 4x4, then 3x3 convolutions, ELU and nearest upsampling. "BEGAN: Boundary Equilibrium Generative
-    Adversarial Networks", https://arxiv.org/abs/1703.10717; one convolution per resolution where the paper has two.
-    Images (n, channels, size, size) to reconstructions of the same shape, without tanh.
+    3x3 convolutions of stride 2 with width, 2 · width, ... channels and ELU down to 4x4, and a linear layer to the
+    code. The decoder has a linear layer to 4x4, then 3x3 convolutions, ELU and nearest upsampling. "BEGAN: Boundary
+    Equilibrium Generative Adversarial Networks", https://arxiv.org/abs/1703.10717; with one convolution per resolution,
+    where the paper has two. Maps images (n, channels, size, size) to reconstructions of the same shape, without tanh.
 
     Args:
         channels: Channels of an image.

@@ -1,4 +1,4 @@
-"""Drop-in optimizers for games, and the steps of torch's optimizers as functions that autograd can differentiate."""
+"""Drop-in optimizers for games, and differentiable steps of torch's optimizers."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -21,16 +21,16 @@ State: TypeAlias = dict[str, Any]
 def lazy_correction(
     every: int, lr: float, betas: tuple[float, float] = (0.0, 0.99)
 ) -> dict[str, float | tuple[float, float]]:
-    """Adam's settings for a player with a lazy penalty of its own steps: k + 1 steps where there would be k.
+    """Adam's settings for a player with a separate lazy penalty, which takes k + 1 optimizer steps instead of k.
 
     lr · c and betasᶜ with c = k / (k + 1), from "Analyzing and Improving the Image Quality of StyleGAN",
-    https://arxiv.org/abs/1912.04958, appendix B. For ``every=k, separate=True`` alone: a lazy penalty that joins the
-    player's step adds no step, and needs no correction.
+    https://arxiv.org/abs/1912.04958, appendix B. Use it for penalties with ``every=k, separate=True`` only. A lazy
+    penalty within the player's step adds no step and needs no correction.
 
     Args:
         every: k, the interval of the penalty.
-        lr: the learning rate without it.
-        betas: the betas without it.
+        lr: the learning rate without the penalty.
+        betas: the betas without the penalty.
 
     Returns:
         ``lr`` and ``betas`` for the optimizer.
@@ -51,16 +51,16 @@ def lazy_correction(
 
 
 def _check(name: str, value: object, low: float, high: float, what: str) -> None:
-    """Raise ``ValueError`` unless low ≤ value < high, a number or a tensor of one, which torch takes for ``lr``."""
+    """Raise ``ValueError`` unless low ≤ value < high. Like torch, it accepts a tensor with one element."""
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     check(is_number(number) and low <= number < high, name, what, value)  # type: ignore[operator]
 
 
 class _PerParameter(Optimizer):
-    """An optimizer that is written down by what it does to one parameter."""
+    """Base of optimizers that define their update for a single parameter."""
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add parameters, with settings of their own where they are given, and check those."""
+        """Add a group of parameters and check its settings."""
         super().add_param_group(param_group)
         self._check(self.param_groups[-1])
 
@@ -70,7 +70,7 @@ class _PerParameter(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -87,11 +87,11 @@ class _PerParameter(Optimizer):
 
 
 class OptimisticSGD(_PerParameter):
-    """Gradient descent that expects the next gradient to differ from this one as this one did from the last (OGDA).
+    """Optimistic gradient descent (OGDA), which extrapolates the next gradient from the last two.
 
-    w ← w − 2η gₜ + η gₜ₋₁, with g₋₁ = g₀: a plain first step. "Training GANs with Optimism",
+    w ← w − 2η gₜ + η gₜ₋₁, with g₋₁ = g₀, which makes the first step a plain one. "Training GANs with Optimism",
     https://arxiv.org/abs/1711.00141. On the game min max xy with simultaneous steps it converges for η < 1/√3. Costs
-    no more forward or backward passes than SGD, and one copy of the gradient.
+    the same forward and backward passes as SGD, and one copy of the gradient.
 
     Args:
         params: parameters or groups of them.
@@ -124,14 +124,14 @@ class OptimisticSGD(_PerParameter):
 class OptimisticAdam(_PerParameter):
     """Adam with the optimistic correction.
 
-    w ← w − 2η uₜ + η uₜ₋₁ with Adam's direction uₜ = m̂ₜ / (√v̂ₜ + ε), and u₋₁ = u₀: a plain first step. "Training GANs
-    with Optimism", https://arxiv.org/abs/1711.00141. Costs no more forward or backward passes than Adam, and one copy
-    of the parameters.
+    w ← w − 2η uₜ + η uₜ₋₁ with Adam's direction uₜ = m̂ₜ / (√v̂ₜ + ε), and u₋₁ = u₀, which makes the first step a plain
+    one. "Training GANs with Optimism", https://arxiv.org/abs/1711.00141. Costs the same forward and backward passes as
+    Adam, and one copy of the parameters.
 
     Args:
         params: parameters or groups of them.
         lr: η, not negative.
-        betas: memory of the means of gradients and of squared gradients, each in [0, 1).
+        betas: decay of the running means of gradients and of squared gradients, each in [0, 1).
         eps: ε, not negative.
         weight_decay: λ ≥ 0; λ w is added to the gradient.
 
@@ -178,11 +178,11 @@ class OptimisticAdam(_PerParameter):
 
 
 class NegativeMomentum(_PerParameter):
-    """Gradient descent with a momentum that may be negative, which damps the players' circling.
+    """Gradient descent with negative momentum, which damps the rotation of the players around an equilibrium.
 
-    Δₜ₊₁ = β Δₜ − η gₜ and w ← w + Δₜ₊₁, Polyak's heavy ball; torch's SGD refuses β < 0. "Negative Momentum for Improved
-    Game Dynamics", https://arxiv.org/abs/1807.04740. On min max xy, alternating steps with β = −½ converge for η < 1;
-    simultaneous ones diverge with any β. Costs no more forward or backward passes than SGD.
+    Δₜ₊₁ = β Δₜ − η gₜ and w ← w + Δₜ₊₁. This is Polyak's heavy ball; torch's SGD does not accept β < 0. "Negative
+    Momentum for Improved Game Dynamics", https://arxiv.org/abs/1807.04740. On min max xy, alternating steps with β = −½
+    converge for η < 1; simultaneous ones diverge with any β. Costs the same forward and backward passes as SGD.
 
     Args:
         params: parameters or groups of them.
@@ -225,7 +225,7 @@ class NegativeMomentum(_PerParameter):
 
 
 def _root(x: Tensor) -> Tensor:
-    """√x, with the slope 0 at 0 instead of infinity: there a unit is dead and nothing moves it."""
+    """√x with slope 0 instead of infinity at 0, where a unit is dead and has no gradient."""
     return x.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
 
 
@@ -279,7 +279,7 @@ def _rmsprop_state(group: Group) -> list[str]:
     return ["square_avg", *["grad_avg"] * group["centered"], *["momentum_buffer"] * (group["momentum"] > 0)]
 
 
-# each optimizer's rule, and what of its state the rule needs, zero at first
+# each optimizer's rule, and the entries of its state that the rule needs, initially zero
 _RULES: dict[type[Optimizer], tuple[Callable[..., tuple[Tensor, State]], Callable[[Group], list[str]]]] = {
     SGD: (_sgd, lambda group: []),
     Adam: (_adam, _adam_state),
@@ -290,32 +290,32 @@ _RULES: dict[type[Optimizer], tuple[Callable[..., tuple[Tensor, State]], Callabl
 
 @dataclass
 class Part:
-    """Parameters that take the same step: their numbers, their group, and their state as one vector each."""
+    """Parameters that take the same step: their indices, their group, and their state, each entry as one vector."""
 
     rows: list[int]
     group: Group
     state: State
 
     def as_leaves(self) -> "Part":
-        """The same numbers, as tensors that a gradient can be taken of."""
+        """The same state with tensors that are leaves and require gradients."""
         detached = {k: v.detach().requires_grad_() if isinstance(v, Tensor) else v for k, v in self.state.items()}
         return replace(self, state=detached)
 
 
 class Differentiable:
-    """The steps that an optimizer would take, from its live state on, as functions that autograd can differentiate.
+    """Differentiable versions of the steps that an optimizer would take from its current state.
 
-    Values are those of ``optimizer.step()``, and the optimizer itself stays as it is. Parameters without a gradient
-    stay too. Gradients are averaged over ranks, so that N ranks take the steps of one.
+    Values are those of ``optimizer.step()``; the optimizer itself does not change. Parameters without a gradient do not
+    change either. Gradients are averaged over ranks, so that N ranks take the same steps as one.
 
     Args:
         optimizer: SGD, Adam, AdamW or RMSprop of torch.
-        parameters: those of its parameters that move, in any order.
-        clip_norm: largest norm of the whole gradient, or None.
-        constrain: what is done to the parameters after a step, such as clipping, or None.
+        parameters: those of its parameters to update, in any order.
+        clip_norm: largest norm of the gradient of all parameters, or None.
+        constrain: function to apply to the parameters after a step, such as clipping, or None.
 
     Raises:
-        ValueError: if the optimizer is another one.
+        ValueError: if the optimizer is of another class.
 
     Example:
         >>> w = torch.nn.Parameter(torch.ones(2))
@@ -344,9 +344,9 @@ class Differentiable:
         """Take one step.
 
         Args:
-            parameters: where to step from.
-            gradients: of the loss, there.
-            parts: the state that the step before returned; None: the optimizer's own.
+            parameters: the parameters before the step.
+            gradients: gradients of the loss at these parameters.
+            parts: the state that the last step returned; None: the optimizer's own state.
 
         Returns:
             The parameters after the step, and the state.
@@ -373,7 +373,7 @@ class Differentiable:
         return [factor * slope for slope in slopes]
 
     def _parts(self, gradients: Sequence[Tensor | None]) -> list[Part]:
-        """Join the parameters that have a gradient and take the same step, because few large operations are faster."""
+        """Group the parameters that have a gradient and take the same step, because few large operations are faster."""
         number = {id(p): row for row, p in enumerate(self.parameters)}
         rows: dict[tuple[Any, ...], list[int]] = {}
         for i, group in enumerate(self.optimizer.param_groups):

@@ -1,4 +1,4 @@
-"""What passes between the parts: players, trees of tensors, and what one player sees of a batch.
+"""Types shared by the package: players, trees of tensors, and the samples and logits of one player's step.
 
 A sample, a condition, features and logits are tensors or trees (dicts, lists, named tuples) of tensors. A tensor is the
 tree with one leaf, and most GANs have no other.
@@ -177,25 +177,25 @@ class Pair(NamedTuple):
     fake: Tensor
 
 
-# ---------- what a player sees
+# ---------- samples and logits of a player's step
 
 
 @dataclass(slots=True)
 class GANOutputs:
-    """One player's look at one (micro-)batch: samples, and what the discriminator says of them.
+    """Samples and logits of one (micro-)batch in one player's step.
 
     Attributes:
         real: real samples (n, ...).
         fake: generated samples (n, ...).
-        real_logits: (n,), or (n, patches), of each discriminator; (n / m,) of packs of m samples; None where the player
+        real_logits: (n,), or (n, patches), for each discriminator; (n / m,) for packs of m samples; None if the player
             does not need them.
-        fake_logits: as ``real_logits``.
+        fake_logits: like ``real_logits``, for generated samples.
         latents: (n, latent_dim), or None for a generator without latents.
-        condition: what both networks were told, or None.
-        extras: what :meth:`GANModule.generate` returned beside the sample.
-        real_features: what :meth:`GANModule.discriminate` returned beside the logits of real samples.
+        condition: the condition of both networks, or None.
+        extras: the values that :meth:`GANModule.generate` returned beside the sample.
+        real_features: the features that :meth:`GANModule.discriminate` returned beside the logits of real samples.
         fake_features: the same for generated samples.
-        fake_condition: what the generated samples are judged with, where that is another condition, as of a pool.
+        fake_condition: the condition of the generated samples, if it is another one, as with a pool.
         real_activations: the outputs of watched layers of the discriminator for real samples, by their names.
         fake_activations: the same for generated samples.
         real_augmented: the real samples as the discriminator saw them, after augmentations.
@@ -223,7 +223,7 @@ class GANOutputs:
     fake_augmented: Sample = None
 
     def __post_init__(self) -> None:
-        """Judge both kinds of samples with one condition, unless there are two."""
+        """Use one condition for both kinds of samples, unless there are two."""
         if self.fake_condition is None:
             self.fake_condition = self.condition
 
@@ -240,14 +240,14 @@ class GANOutputs:
         if self.real_logits is None or self.fake_logits is None:
             side = "real" if self.real_logits is None else "fake"
             raise ValueError(
-                f"These outputs have no {side} logits: in the generator's turn they are there for losses and "
-                "regularizers with `needs_real`, and `module.judge(outputs)` adds them."
+                f"These outputs have no {side} logits: in the generator's step they exist only for losses and "
+                "regularizers with `needs_real`; `module.judge(outputs)` adds them."
             )
         real, fake = entries(self.real_logits), entries(self.fake_logits)
         if real.keys() != fake.keys():
             raise ValueError(
                 f"`discriminate` returned logits {[*real]} for real samples and {[*fake]} for generated ones: it must "
-                "return the same ones each time."
+                "return the same ones on every call."
             )
         return [Pair(name, real[name], fake[name]) for name in real]
 
@@ -258,10 +258,10 @@ def at_path(outputs: GANOutputs, path: str, asker: str) -> Any:
     Args:
         outputs: where to look.
         path: ``"fake"``, ``"real"``, ``"condition"``, ``"extras.<key>"``, and further keys behind dots.
-        asker: who asks, for the message.
+        asker: name of the caller, for the message.
 
     Raises:
-        ValueError: if there is nothing, or something that is no tensor.
+        ValueError: if there is nothing at the path, or something that is not a tensor.
 
     Example:
         >>> at_path(GANOutputs(None, None, extras={"cycle": {"a": torch.ones(1)}}), "extras.cycle.a", "An example")
@@ -277,15 +277,15 @@ def at_path(outputs: GANOutputs, path: str, asker: str) -> Any:
             found = getattr(found, key, None)
         if found is None:
             raise ValueError(
-                f"{asker} compares `{path}`, but there is no {key!r}: a path leads from what the player sees, such as "
-                "'fake', 'real', 'condition' or 'extras.<key>'."
+                f"{asker} compares `{path}`, but there is no {key!r}: a path starts with 'fake', 'real', "
+                "'condition' or 'extras.<key>'."
             )
     leaves = tree_leaves(found)
     other = next((leaf for leaf in leaves if not isinstance(leaf, Tensor)), None)
     if other is not None or not leaves:
         raise ValueError(
-            f"{asker} compares `{path}`, where there is {describe(found if other is None else other)}: a path ends in "
-            "a tensor, or in a dict, list or other tree of tensors."
+            f"{asker} compares `{path}`, where there is {describe(found if other is None else other)}: a path must end "
+            "in a tensor, or in a dict, list or other tree of tensors."
         )
     return found
 
@@ -300,7 +300,7 @@ def detached(outputs: GANOutputs) -> GANOutputs:
     return GANOutputs(**{name: detach(getattr(outputs, name)) for name in _FIELDS})
 
 
-# these are for penalties alone, which have been taken when outputs are kept
+# activations and augmented samples are only for penalties, which are computed before outputs are stored
 _FIELDS = tuple(f.name for f in dataclasses.fields(GANOutputs) if not f.name.endswith(("_activations", "_augmented")))
 
 
@@ -310,14 +310,13 @@ class StepRecord:
 
     Attributes:
         iteration: the module's iteration before the step.
-        visible: somebody looks at this step's values: loggers, or the progress bar.
-        finished: the step is over; False inside of it, and after an error in it.
+        visible: loggers or the progress bar use this step's values.
+        finished: the step is over; False during it, and after an error in it.
         moved: the players whose optimizers have stepped.
-        pairs: the real and fake logits that the discriminator's gradient was taken from, of each discriminator; empty
-            if it took none.
+        pairs: the real and fake logits of the discriminator's step, for each discriminator; empty if there was none.
         terms: the terms of each player's loss: ``"adversarial"``, auxiliary losses, and penalties with their weight.
         gradient_norms: the L2 norm of each player's gradient before clipping.
-        values: the last value of everything that is logged, by its key; of a lazy penalty an earlier step's.
+        values: the last value of each logged quantity by its key; for a lazy penalty that of an earlier step.
 
     Example:
         >>> from lightning_gan_stability import MLP, GANModule
@@ -335,7 +334,7 @@ class StepRecord:
     values: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, player: Player, outputs: GANOutputs, terms: Terms) -> None:
-        """Note what a player has seen, without graphs, and the terms of its loss."""
+        """Store the logits of a player's step, without graphs, and the terms of its loss."""
         self.terms[player] = self.terms[player] | terms
         for name, value in terms.items():
             self.values[f"{player}/{name}"] = value
@@ -343,7 +342,7 @@ class StepRecord:
             self.pairs = outputs.pairs()
 
     def add_logits(self, loss: AdversarialLoss) -> None:
-        """Note the means of logits and the discriminator's accuracy."""
+        """Store the means of logits and the discriminator's accuracy."""
         rows = {}
         for name, real, fake in self.pairs:
             rows[name] = {"real_logit": real.mean(), "fake_logit": fake.mean(), "accuracy": loss.accuracy(real, fake)}
@@ -356,11 +355,11 @@ class StepRecord:
 
 
 def concatenate(parts: Sequence[GANOutputs], shares: Sequence[float]) -> GANOutputs:
-    """The outputs of a whole batch from those of its micro-batches, without graphs.
+    """The outputs of a full batch from those of its micro-batches, without graphs.
 
     Args:
         parts: outputs of the micro-batches, in order.
-        shares: the part of the batch's samples that each of them has.
+        shares: the share of the batch's samples in each of them.
 
     Raises:
         ValueError: if extras or features are neither scalars, which are averaged, nor have one row for each sample.
@@ -402,14 +401,14 @@ class Unpacked(NamedTuple):
 
 
 def micro_batches(batch: Unpacked, parts: int, pack: int = 1) -> Iterator[tuple[Unpacked, int, int]]:
-    """Parts of a batch that are as equal as can be, each with its first row and the row after its last.
+    """Split a batch into parts of nearly equal size, each with its first row and the row after its last.
 
-    Samples that are judged together, in packs, stay together; the rest of a batch that fills no pack is left out.
+    Samples of a pack stay together; samples at the end that do not fill a pack are left out.
 
     Args:
-        batch: what is taken apart.
-        parts: how many parts at most; the largest has ⌈n / parts⌉ samples.
-        pack: samples that are judged together.
+        batch: the batch to split.
+        parts: largest number of parts; the largest part has ⌈n / parts⌉ samples.
+        pack: number of samples in a pack.
 
     Example:
         >>> [(start, stop) for _, start, stop in micro_batches(Unpacked(torch.zeros(7), None), parts=3, pack=2)]

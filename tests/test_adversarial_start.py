@@ -220,7 +220,7 @@ def test_a_plateau_of_validation():
 def test_a_monitor_that_is_not_there(monitor):
     start = AdversarialStart(when="plateau", monitor=monitor)
     data = DataLoader(points(2), batch_size=None)
-    sentence = rf"waits for `{monitor}` to stop improving, but that is not logged; there are .*g/reconstruction"
+    sentence = rf"waits for `{monitor}` to stop improving, but no such value is logged\. Logged are .*g/reconstruction"
     with pytest.raises(MisconfigurationException, match=sentence):
         trainer(callbacks=[start, Reconstruction()], num_sanity_val_steps=0).fit(small(), data, data)
 
@@ -254,7 +254,9 @@ def test_bad_arguments(options, sentence):
 def test_a_plan_without_both(plan):
     module = small()
     module.plan = plan
-    with pytest.raises(MisconfigurationException, match=r"discriminator join the generator, but `module.plan`"):
+    with pytest.raises(
+        MisconfigurationException, match=r"AdversarialStart starts the discriminator later, but `module.plan`"
+    ):
         fit(module, points(1), callbacks=[AdversarialStart(1)])
 
 
@@ -262,7 +264,9 @@ def test_a_plan_without_both(plan):
     "rule", [Extragradient(), Unrolling(1), ConsensusOptimization()], ids=lambda r: type(r).__name__
 )
 def test_rules_that_need_both(rule):
-    with pytest.raises(MisconfigurationException, match=f"^{type(rule).__name__} lets the generator look at the disc"):
+    with pytest.raises(
+        MisconfigurationException, match=f"^{type(rule).__name__} needs the discriminator on every batch"
+    ):
         fit(small(), points(1), callbacks=[AdversarialStart(1), rule])
 
 
@@ -316,7 +320,7 @@ def test_a_start_at_once_needs_no_other_terms():
     module = small()
     fit(module, points(2), callbacks=[AdversarialStart(0, ramp=4)])
     assert module.steps == {"d": 2, "g": 2}
-    with pytest.raises(MisconfigurationException, match="AdversarialStart lets the adversarial loss of the generator"):
+    with pytest.raises(MisconfigurationException, match="AdversarialStart pauses the generator's adversarial loss"):
         fit(small(), points(2), callbacks=[AdversarialStart(1)])
 
 

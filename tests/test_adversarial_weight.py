@@ -94,7 +94,7 @@ def test_terms_that_it_is_weighed_against():
         for terms in (None, ["reconstruction"], ["square"])
     )
     assert len({both, one, other}) == 3
-    with pytest.raises(ValueError, match="weighs against the term 'mel', but the generator's loss has square, reconst"):
+    with pytest.raises(ValueError, match="compares with the term 'mel', but the generator's loss has square, reconst"):
         fit(two(), batch(), callbacks=[AdaptiveAdversarialWeight("layers.2", terms=["mel"]), Reconstruction()])
 
 
@@ -186,9 +186,9 @@ def test_a_weight_normed_layer():
         (
             AdaptiveAdversarialWeight("layers.1"),
             MisconfigurationException,
-            "layer 'layers.1' has no weight that trains",
+            "layer 'layers.1' has no trainable weight",
         ),
-        (AdaptiveAdversarialWeight("layers.2"), ValueError, "against the generator's other terms, but there are none"),
+        (AdaptiveAdversarialWeight("layers.2"), ValueError, "with the generator's other terms, but there are none"),
     ],
 )
 def test_layers_and_terms_that_are_not_there(callback, error, sentence):
@@ -353,5 +353,7 @@ def test_terms_that_the_balancer_cannot_weigh():
     with pytest.raises(ValueError, match="term 'codebook' by its gradient at the samples, but it does not dep"):
         fit(module, batch(), callbacks=[LossBalancer({"codebook": 1.0})])
     module, _ = linear()
-    with pytest.raises(ValueError, match="weighs the term 'mel', but the generator's loss has adversarial, codebook"):
+    with pytest.raises(
+        ValueError, match="has a weight for 'mel', but the terms of the generator's loss are adversarial, codebook"
+    ):
         fit(module, batch(), callbacks=[LossBalancer({"mel": 1.0})])

@@ -326,7 +326,7 @@ def test_steps_in_between_without_the_callback_are_not_averaged():
     module.generator_ema, average = None, module.generator_ema
     fit(module, points(3, dtype=torch.float64))
     module.generator_ema, start = average, weights(module.generator)
-    with pytest.warns(UserWarning, match="GeneratorEMA begins anew, with a copy of the generator: set GeneratorEMA"):
+    with pytest.warns(UserWarning, match="GeneratorEMA starts again from a copy of the generator: set GeneratorEMA"):
         record = train(module, [ema], n=1)
     torch.testing.assert_close(record.average[0].cpu(), 0.9 * start + 0.1 * record.now[0].cpu())
 
@@ -462,7 +462,7 @@ def test_an_average_that_is_there_is_gone_on_with_on_wish():
 
 def test_an_average_that_is_there_is_not_overwritten_in_silence():
     module = published()
-    with pytest.warns(UserWarning, match=r"has an average of its generator already, .* GeneratorEMA\(restart=False\)"):
+    with pytest.warns(UserWarning, match=r"already has an average of its generator, .* GeneratorEMA\(restart=False\)"):
         record = train(module, [GeneratorEMA(decay=0.5)], 1)
     torch.testing.assert_close(record.average[0], (record.start + record.now[0]) / 2, rtol=1e-12, atol=1e-14)
 

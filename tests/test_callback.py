@@ -392,7 +392,7 @@ def test_a_callback_leaves_steps_alone():
 def test_averages_of_lightning_come_after_what_adds_to_the_module():
     callback, averaging = Stateless(), EMAWeightAveraging()
     refuse_after_weight_averaging(callback, SimpleNamespace(callbacks=[callback, averaging]))
-    message = "EMAWeightAveraging copies the module before Stateless adds to it, and the two would not fit: put Statel"
+    message = "EMAWeightAveraging copies the module before Stateless adds to it, so its copy would not match: put State"
     with pytest.raises(MisconfigurationException, match=message):
         refuse_after_weight_averaging(callback, SimpleNamespace(callbacks=[averaging, callback]))
 
@@ -501,7 +501,7 @@ def test_rules_refuse_plans_that_they_do_not_follow(plan):
     gan = small()
     gan.plan = plan
     Alternating().check_plan(gan)
-    with pytest.raises(MisconfigurationException, match=r"Joint moves both players on every batch, but the plan is \("):
+    with pytest.raises(MisconfigurationException, match=r"Joint steps both players on every batch, but the plan is \("):
         Joint().check_plan(gan)
 
 
@@ -511,7 +511,7 @@ def test_rules_that_move_everybody_once():
         gan.plan = plan
         check_once(Joint(), gan)
     gan.plan = ("d", "g", "d")
-    with pytest.raises(MisconfigurationException, match="Joint moves every player once, but the plan is"):
+    with pytest.raises(MisconfigurationException, match="Joint steps every player once, but the plan is"):
         check_once(Joint(), gan)
 
 

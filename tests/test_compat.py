@@ -680,7 +680,7 @@ class Data(LightningDataModule):
 
 
 @pytest.mark.filterwarnings("ignore:.*WeightAveraging callback with a model that overrides")
-def test_averaged_model():
+def test_averaged_model_is_there_in_a_fit():
     """It is there in a fit, and moves by β̄ = (1 − β) θ + β θ̄."""
     averaging, found = EMAWeightAveraging(decay=0.5), []
 

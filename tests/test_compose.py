@@ -154,10 +154,10 @@ def gan(loss, rule, m=1):
 def refusal(loss, rule, extras):
     """The documented sentence, or None."""
     if rule.startswith("Competitive") and loss not in ("Minimax", "Wasserstein", "FDivergence"):
-        return rf"solves zero-sum games, and {loss} is none: use Minimax, Wasserstein or FDivergence"
+        return rf"solves zero-sum games, and {loss} is not one: use Minimax, Wasserstein or FDivergence"
     joint = ("Extragradient", "ConsensusOptimization", "CompetitiveGradientDescent")
     if "UpdateRatio" in extras and rule.startswith(joint):
-        return r"moves both players once on every batch, which UpdateRatio would change: remove one of them\.$"
+        return r"steps both players once on every batch, which UpdateRatio would change: remove one of them\.$"
     return None
 
 

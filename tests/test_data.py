@@ -645,5 +645,5 @@ def test_command_line_refuses_an_unknown_protocol(capsys):
 def test_overfitting_to_batches_is_refused():
     """It would be to other batches in every epoch."""
     run = quiet(overfit_batches=2)
-    with pytest.raises(MisconfigurationException, match="Ring gives other samples in every epoch, so overfit_batches"):
+    with pytest.raises(MisconfigurationException, match="Ring yields other samples in every epoch, so overfit_batches"):
         run.fit(small(), Ring())

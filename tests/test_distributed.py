@@ -1025,7 +1025,7 @@ def test_sharded_runs_resume_bit_for_bit(ranks):
 
 def test_what_cannot_be_sharded_is_refused(ranks):
     rule, weight, mesh = results(ranks, "refused")[0]["said"]
-    assert "AdaptiveAdversarialWeight takes gradients by a layer's whole parameters, which ModelParallel" in weight
+    assert "AdaptiveAdversarialWeight needs gradients of a layer's unsharded parameters, but ModelParallel" in weight
     assert "ConsensusOptimization differentiates by both players' whole parameters, which ModelParallel" in rule
     assert "ModelParallelStrategy has tensor_parallel_size=2: set tensor_parallel_size=1" in mesh
 

@@ -78,7 +78,7 @@ def test_a_rule_that_leaves_the_players_alone_still_counts():
 
 
 def test_two_rules_are_refused():
-    with pytest.raises(Exception, match="Simultaneous and Simultaneous are update rules, and a run has one"):
+    with pytest.raises(Exception, match="Simultaneous and Simultaneous are update rules, but a run has only one"):
         fit(small(), points(2), callbacks=[Simultaneous(), Simultaneous()])
 
 
@@ -138,7 +138,7 @@ def test_simultaneous_differs_from_alternating_in_the_generator_alone_after_one_
 def test_simultaneous_refuses_a_player_that_moves_twice():
     gan = small()
     gan.plan = ("d", "d", "g")
-    with pytest.raises(Exception, match="Simultaneous moves every player once, but the plan is"):
+    with pytest.raises(Exception, match="Simultaneous steps every player once, but the plan is"):
         fit(gan, points(1), callbacks=[Simultaneous()])
 
 
@@ -631,7 +631,9 @@ def test_names_that_the_log_has_for_something_else():
     class Taken(Reconstruction):
         name = "grad_norm"
 
-    with pytest.raises(MisconfigurationException, match="name 'grad_norm' of Taken is one that the log has for"):
+    with pytest.raises(
+        MisconfigurationException, match="name 'grad_norm' of Taken is used for another value in the log"
+    ):
         fit(small(), points(1), callbacks=[Taken()])
 
     class Returns(GANModule):

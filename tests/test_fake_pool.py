@@ -143,13 +143,15 @@ def test_validation_asks_no_pool():
 
 @pytest.mark.parametrize("rule", [Extragradient(), Unrolling(1)])
 def test_rules_that_look_at_one_batch_together(rule):
-    with pytest.raises(MisconfigurationException, match=f"which {type(rule).__name__} needs: remove"):
+    with pytest.raises(
+        MisconfigurationException, match=f"but {type(rule).__name__} needs the generator's current ones: remove"
+    ):
         fit(small(), points(1), callbacks=[FakePool(), rule])
 
 
 def test_packs_and_near_latents_are_refused():
     module = GANModule(MLP([4, 2]), Packed(MLP([4, 1]), 2), 4)
-    with pytest.raises(MisconfigurationException, match="FakePool mixes samples of several batches one by one"):
+    with pytest.raises(MisconfigurationException, match="FakePool replaces samples one by one"):
         fit(module, points(1), callbacks=[FakePool()])
     with pytest.raises(ValueError, match=r"ConsistencyPenalty\(kind='latent'\) compares.*FakePool shows"):
         fit(small(), points(1), callbacks=[FakePool(), ConsistencyPenalty("latent")])
@@ -192,10 +194,10 @@ def test_samples_of_other_shapes(sizes):
     long, short = (torch.zeros(4, 1, size) for size in sizes)
     ask(pool, module, long)
     with pytest.raises(
-        ValueError, match=rf"the same shapes: it has \(1, {sizes[0]}\), and now there are \(1, {sizes[1]}"
+        ValueError, match=rf"equal shapes: the pool has \(1, {sizes[0]}\), and this batch has \(1, {sizes[1]}"
     ):
         ask(pool, module, short)
-    with pytest.raises(ValueError, match=r"samples with their conditions .* now there are \(\), \(1, "):
+    with pytest.raises(ValueError, match=r"samples with their conditions .* this batch has \(\), \(1, "):
         ask(pool, module, long, condition=torch.zeros(4))
 
 

@@ -70,7 +70,7 @@ def test_real_features_carry_no_gradient():
         (([ONES], [TWOS]), {"layer_weights": {"q": 1}}, "`layer_weights` has a weight for 'q', but there are 0"),
         (([ONES], [TWOS]), {"discriminator_weights": [1, 2]}, "`discriminator_weights` has 2 numbers"),
         ((["a"], ["b"]), {}, "features must be tensors, got"),
-        (([], []), {}, "compares features, but those that `discriminate` returns are none"),
+        (([], []), {}, "compares features, but `discriminate` returns an empty set of them"),
     ],
 )
 def test_bad_features(features, options, sentence):
@@ -108,7 +108,7 @@ def test_weights_of_discriminators_with_other_names_than_the_layers(weights_of):
     make = lambda: Renamed(MLP([4, 2]), nn.ModuleDict({"a": MLP([2, 8, 1]), "b": MLP([2, 8, 1])}), 4)  # noqa: E731
     fit(make(), points(1), callbacks=[FeatureMatching(layers=["*.layers.0"])])
     matching = FeatureMatching(layers=["*.layers.0"], discriminator_weights=weights_of)
-    with pytest.raises(ValueError, match=r"discriminators 0, 1, and layer 'a\.layers\.0' is of none of them: return"):
+    with pytest.raises(ValueError, match=r"discriminators 0, 1, but layer 'a\.layers\.0' is in none of them: return"):
         fit(make(), points(1), callbacks=[matching])
 
 
@@ -146,7 +146,7 @@ def test_features_that_change():
     matching = FeatureMatching()
     outputs = GANOutputs(None, None, fake_logits=torch.zeros(4), real_features=[ONES], fake_features=[TWOS])
     matching.penalty(None, outputs)
-    with pytest.raises(ValueError, match="or than before: it must return the same ones each time"):
+    with pytest.raises(ValueError, match="or than on an earlier batch: it must return the same features on every call"):
         matching.penalty(None, outputs.replace(real_features=[ONES, ONES], fake_features=[TWOS, TWOS]))
 
 

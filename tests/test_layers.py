@@ -399,7 +399,9 @@ def test_deviations_in_half_precision(dtype, scale):
 @pytest.mark.parametrize(("n", "group"), [(6, 3), (9, 3), (7, 1), (10, 2)])
 def test_an_incomplete_batch_is_refused_in_training_and_judged_in_smaller_groups_in_validation(n, group):
     layer, x = MinibatchStdDev(4), torch.randn(n, 2, 3, 3, dtype=torch.float64)
-    with pytest.raises(ValueError, match=rf"^MinibatchStdDev compares 4 samples .* a batch of {n}: .*drop_last=True"):
+    with pytest.raises(
+        ValueError, match=rf"^MinibatchStdDev has groups of 4 samples, .* a batch of {n}: .*drop_last=True"
+    ):
         layer(x)
     expected = deviations(x.numpy(), group, 1)
     np.testing.assert_allclose(layer.eval()(x)[:, 2:, 0, 0].numpy(), expected, rtol=1e-12)
@@ -409,7 +411,7 @@ def test_a_fit_says_what_an_incomplete_batch_needs():
     def judge():
         return nn.Sequential(nn.Unflatten(1, (2, 1, 1)), MinibatchStdDev(4), nn.Flatten(), nn.Linear(3, 1))
 
-    with pytest.raises(ValueError, match=r"MinibatchStdDev compares 4 samples .*drop_last=True in the loader"):
+    with pytest.raises(ValueError, match=r"MinibatchStdDev has groups of 4 samples, .*drop_last=True in the loader"):
         fit(GANModule(MLP([4, 2]), judge(), 4), points(1, 6))
     run = trainer(num_sanity_val_steps=0)
     run.fit(GANModule(MLP([4, 2]), judge(), 4), DataLoader(points(1, 8), None), DataLoader(points(1, 6), None))

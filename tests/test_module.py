@@ -898,7 +898,9 @@ def test_shared_parameters_need_one_gradient_at_a_time():
     generator, discriminator = MLP([4, 2, 2]), MLP([2, 2, 1])
     discriminator.layers[0].weight = generator.layers[-1].weight
     fit(GANModule(generator, discriminator, 4), points(1))
-    with pytest.raises(MisconfigurationException, match="The networks share parameters, and Simultaneous holds both"):
+    with pytest.raises(
+        MisconfigurationException, match="The networks share parameters, and Simultaneous holds the gradients of both"
+    ):
         fit(GANModule(generator, discriminator, 4), points(1), callbacks=[Simultaneous()])
 
 

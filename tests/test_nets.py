@@ -329,9 +329,9 @@ def test_widths_that_sixteen_does_not_divide_have_the_groups_that_fit(kind):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"widths": []}, r"`widths` must be one or more positive integers, from 4x4 on, got \[\]."),
-        ({"widths": [8, 0]}, r"`widths` must be one or more positive integers, from 4x4 on, got \[8, 0\]."),
-        ({"widths": 8}, "`widths` must be one or more positive integers, from 4x4 on, got 8."),
+        ({"widths": []}, r"`widths` must be one or more positive integers, 4x4 first, got \[\]."),
+        ({"widths": [8, 0]}, r"`widths` must be one or more positive integers, 4x4 first, got \[8, 0\]."),
+        ({"widths": 8}, "`widths` must be one or more positive integers, 4x4 first, got 8."),
         ({"blocks": [1]}, r"`blocks` must be a positive integer, or 2 of them, one for each of `widths`, got \[1\]."),
         ({"blocks": 0}, "`blocks` must be a positive integer, or 2 of them, one for each of `widths`, got 0."),
         ({"blocks": 1.0}, "`blocks` must be a positive integer, or 2 of them, one for each of `widths`, got 1.0."),
@@ -438,7 +438,9 @@ def test_style_generator_refuses_other_shapes_and_an_average_that_never_moved():
         network(torch.randn(2, 5))
     network = style()
     network.truncation = 0.5
-    with pytest.raises(ValueError, match=r"^`truncation` pulls towards the average of w, which has not moved: call"):
+    with pytest.raises(
+        ValueError, match=r"^`truncation` interpolates with the average of w, which has never been updated: call"
+    ):
         network(torch.randn(2, 5, dtype=torch.float64))
 
 
@@ -511,7 +513,7 @@ def test_projection_is_an_inner_product_with_the_features(kind):
     [(MLP, "network"), *((k, "generator") for k in GENERATORS), *((k, "discriminator") for k in DISCRIMINATORS)],
 )
 def test_missing_labels_are_refused(kind, name):
-    with pytest.raises(ValueError, match=f"^`labels` are needed: this {name} was made for 3 classes.$"):
+    with pytest.raises(ValueError, match=f"^`labels` are needed: this {name} has 3 classes.$"):
         small(kind, 3)(inputs(kind))
 
 

@@ -217,7 +217,7 @@ def test_pairs_are_matched_by_key():
 
 @pytest.mark.parametrize(("real", "fake", "side"), [(None, A, "real"), (A, None, "fake"), (None, None, "real")])
 def test_pairs_need_both_sides(real, fake, side):
-    with pytest.raises(ValueError, match=f"These outputs have no {side} logits: in the generator's turn"):
+    with pytest.raises(ValueError, match=f"These outputs have no {side} logits: in the generator's step"):
         outputs(real, fake).pairs()
 
 

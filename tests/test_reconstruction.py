@@ -53,7 +53,7 @@ def test_the_target_carries_no_gradient():
     [
         ({}, GANOutputs(REAL, FAKE[:, :1]), r"compares `fake` of shape \(4, 1\) with `real` of shape \(4, 2\)"),
         ({}, GANOutputs({"a": REAL}, FAKE), "compares `fake` of shape"),
-        ({"target": "extras.y"}, None, "compares `extras.y`, but there is no 'y': a path leads from what the player"),
+        ({"target": "extras.y"}, None, "compares `extras.y`, but there is no 'y': a path starts with"),
         ({"sample": "made"}, None, "compares `made`, but there is no 'made'"),
         ({"target": "condition"}, None, "there is no 'condition'"),
         *(
@@ -63,14 +63,14 @@ def test_the_target_carries_no_gradient():
                 rf"^Reconstruction.*{end}",
             )
             for path, end in {
-                "extras.keys": "`extras.keys`, but there is no 'keys': a path leads",
-                "extras.a.mean": "`extras.a.mean`, where there is a builtin_function_or_method: a path ends in a",
-                "fake.shape": "`fake.shape`, where there is a Size of a int, a int: a path ends in a tensor",
-                "replace": "`replace`, where there is a method: a path ends in a tensor, or in a dict",
-                "extras": "`extras`, where there is a float: a path ends in a tensor, or in a dict",
-                "extras.n": "`extras.n`, where there is a float: a path ends in a tensor, or in a dict",
-                "extras.t": "`extras.t`, where there is a tuple of nothing: a path ends in a tensor",
-                "": "``, but there is no '': a path leads",
+                "extras.keys": "`extras.keys`, but there is no 'keys': a path starts with",
+                "extras.a.mean": "`extras.a.mean`, where there is a builtin_function_or_method: a path must end in a",
+                "fake.shape": "`fake.shape`, where there is a Size of a int, a int: a path must end in a tensor",
+                "replace": "`replace`, where there is a method: a path must end in a tensor, or in a dict",
+                "extras": "`extras`, where there is a float: a path must end in a tensor, or in a dict",
+                "extras.n": "`extras.n`, where there is a float: a path must end in a tensor, or in a dict",
+                "extras.t": "`extras.t`, where there is a tuple of nothing: a path must end in a tensor",
+                "": "``, but there is no '': a path starts with",
             }.items()
         ),
         (
@@ -185,7 +185,10 @@ def test_extras_reach_a_distance_in_full_precision():
     ],
 )
 def test_a_term_without_gradient(make, name, weight):
-    with pytest.raises(ValueError, match=f"Reconstruction '{name}' has no gradient: it compares nothing"):
+    with pytest.raises(
+        ValueError,
+        match=f"Reconstruction '{name}' has no gradient: let `sample` name something that the generator computes",
+    ):
         fit(small(), points(1), callbacks=[make(weight)])
 
 

@@ -436,8 +436,8 @@ def test_generators_half_of_latent_consistency_moves_the_generator():
         ({"kind": "fake"}, "`kind` must be one of 'real', 'balanced', 'latent', got 'fake'."),
         ({"player": "g"}, "`player` must be 'd', or 'g' with kind='latent', got 'g' and 'real'."),
         ({"player": "x", "kind": "latent"}, "`player` must be 'd', or 'g' with kind='latent', got 'x' and 'latent'."),
-        ({"radius": 0.1}, "`radius` is of no use with kind='real'."),
-        ({"kind": "latent", "transform": nn.Identity()}, "`transform` is of no use with kind='latent'."),
+        ({"radius": 0.1}, "`radius` has no effect with kind='real': remove it."),
+        ({"kind": "latent", "transform": nn.Identity()}, "`transform` has no effect with kind='latent': remove it."),
         ({"kind": "latent", "radius": 0.0}, "`radius` must be a positive finite number, got 0.0."),
     ],
 )
@@ -447,7 +447,7 @@ def test_consistency_is_checked(kwargs, message):
 
 
 def test_points_need_a_transformation():
-    with pytest.raises(ValueError, match=r"mirrors and moves images .* have shape \(8, 2\): give a `transform`"):
+    with pytest.raises(ValueError, match=r"flips and shifts images .* have shape \(8, 2\): give a `transform`"):
         fit(small(), points(1), callbacks=[ConsistencyPenalty()])
 
 

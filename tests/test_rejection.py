@@ -424,7 +424,9 @@ def test_what_has_nothing_to_choose_from(reject):
     with pytest.raises(MisconfigurationException, match=r"judges several samples together \(MinibatchStdDev\)"):
         GANModule(MLP([4, 2]), deviations, latent_dim=4).sample(4, reject=reject)
     for asked in ({"latents": torch.zeros(4, 1)}, {"truncation": 0.7}):
-        with pytest.raises(ValueError, match="`reject` chooses among samples of latents that it draws"):
+        with pytest.raises(
+            ValueError, match="`reject` draws the latents itself, and its odds do not hold for truncated samples"
+        ):
             gan().sample(4, **asked, reject=reject)
     for model in (without, packed):
         with pytest.raises(MisconfigurationException):

@@ -169,7 +169,7 @@ def test_numbers_that_an_optimizer_does_not_have(key):
 
 def test_two_that_set_a_rate_are_refused():
     module = small(g_optimizer=adam, d_optimizer=adam, d_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1))
-    with pytest.raises(MisconfigurationException, match="`lr` of the optimizer 'd', which has a scheduler for it too"):
+    with pytest.raises(MisconfigurationException, match="`lr` of the optimizer 'd', which also has a scheduler"):
         fit(module, points(2), callbacks=[OptimizerSchedule({"lr": 0.5})])
     fit(module, points(2), callbacks=[OptimizerSchedule({"lr": 0.5}, player="g")])
     remedy = ScaleLearningRate(0.5)

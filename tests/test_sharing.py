@@ -132,7 +132,7 @@ def test_what_cannot_share():
         Alternating(real_batches="other")
     with pytest.raises(ValueError, match=r"^`share_fake` must be"):
         Alternating(share_fake=1)
-    with pytest.raises(MisconfigurationException, match=r"share_fake=True.* which accumulate=2 would take apart"):
+    with pytest.raises(MisconfigurationException, match=r"share_fake=True.* which accumulate=2 would split"):
         fit(small(accumulate=2), points(1), callbacks=[Alternating(share_fake=True)])
     module = small()
     module.discriminator.shared = module.generator.layers[0]
@@ -140,7 +140,7 @@ def test_what_cannot_share():
         fit(module, points(1), callbacks=[Alternating(share_fake=True)])
     module = small()
     module.plan = ("d", "d", "g")
-    with pytest.raises(MisconfigurationException, match="Alternating moves every player once, but the plan is"):
+    with pytest.raises(MisconfigurationException, match="Alternating steps every player once, but the plan is"):
         fit(module, points(1), callbacks=[Alternating(share_fake=True)])
 
 
@@ -345,7 +345,7 @@ def test_a_separate_path_length_asks_no_discriminator():
 
 def test_path_length_by_something_that_is_not_there():
     with pytest.raises(
-        ValueError, match=r"differentiates by `extras\['v'\]`, but `generate` returned a NoneType there"
+        ValueError, match=r"differentiates with respect to `extras\['v'\]`, but `generate` returned a NoneType there"
     ):
         fit(mapped(), points(1, dtype=torch.float64), callbacks=[PathLengthPenalty(every=1, latents="v")])
 
@@ -369,5 +369,5 @@ def test_path_length_by_what_a_source_becomes():
     fit(module, points(1, dtype=torch.float64), callbacks=[PathLengthPenalty(1.0, every=1, latents="w")])
     expected = (2 * noise[0]).norm(dim=1).square().mean()
     torch.testing.assert_close(module.last_step.values["g/path_length"], expected, rtol=0, atol=1e-13)
-    with pytest.raises(MisconfigurationException, match="PathLengthPenalty asks how samples depend on latents"):
+    with pytest.raises(MisconfigurationException, match="PathLengthPenalty measures how samples depend on latents"):
         fit(module, points(1, dtype=torch.float64), callbacks=[PathLengthPenalty()])

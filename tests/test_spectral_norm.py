@@ -251,7 +251,7 @@ def saved(callbacks):
 
 def test_resuming_a_run_that_was_not_normalized_is_an_error():
     sentence = (
-        "The module has spectral norm on `discriminator.layers.0`, but the checkpoint was trained without: remove"
+        "The module has spectral norm on `discriminator.layers.0`, but the checkpoint was trained without it: remove"
     )
     with pytest.raises(ValueError, match=sentence):
         fit(small(), points(6), callbacks=[SpectralNorm()], ckpt_path=saved([]), max_epochs=2)
@@ -295,7 +295,7 @@ def test_older_weight_norm_is_refused_by_the_layer_s_name(others):
     network = nn.Sequential(*[nn.utils.spectral_norm(nn.Linear(2, 2))] * others, *layers)
     module = GANModule(MLP([4, 2]), network, 4)
     name = f"Linear layer `discriminator.{others}`, which has torch.nn.utils.weight_norm: use torch.nn.utils.param"
-    with pytest.raises(MisconfigurationException, match=rf"SpectralNorm cannot take the {name}"):
+    with pytest.raises(MisconfigurationException, match=rf"SpectralNorm cannot normalize the {name}"):
         fit(module, points(1), callbacks=[SpectralNorm()])
     assert module.iteration == 0
 
@@ -368,7 +368,7 @@ def test_nothing_to_normalize():
     ("layer", "reason"),
     [
         (nn.GRUCell(2, 2), "GRUCell layer `discriminator.1`, which is recurrent"),
-        (nn.LSTM(2, 2), "LSTM layer `discriminator.1`, which is recurrent and has names of its own for its weights"),
+        (nn.LSTM(2, 2), "LSTM layer `discriminator.1`, which is recurrent and names its weights differently"),
         (nn.LazyLinear(3), "LazyLinear layer `discriminator.1`, which has no weights before its first forward pass"),
         (nn.Embedding(3, 2, max_norm=1.0), "Embedding layer `discriminator.1`, which changes its weights in place"),
         (nn.Embedding(3, 2, sparse=True), "Embedding layer `discriminator.1`, which changes its weights in place"),
@@ -380,7 +380,7 @@ def test_nothing_to_normalize():
 )
 def test_layers_that_cannot_be_normalized(layer, reason):
     module = GANModule(MLP([4, 2]), nn.Sequential(nn.Linear(2, 2), layer), 4)
-    with pytest.raises(MisconfigurationException, match=rf"^SpectralNorm cannot take the {reason}"):
+    with pytest.raises(MisconfigurationException, match=rf"^SpectralNorm cannot normalize the {reason}"):
         applied(module, SpectralNorm())
 
 

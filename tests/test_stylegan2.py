@@ -262,12 +262,12 @@ def test_any_generator_with_the_attribute_is_truncated():
 def test_truncation_that_cannot_be_is_refused():
     module = GANModule(MLP([4, 2]), MLP([2, 1]), 4)
     with pytest.raises(
-        ValueError, match=r"^`truncation` needs a generator with an attribute .* MLP has none: leave it"
+        ValueError, match=r"^`truncation` needs a generator with an attribute .* MLP has none: keep `truncation`"
     ):
         module.sample(3, truncation=0.5)
     with pytest.raises(ValueError, match=r"^`truncation` must be a finite number, got 'half'.$"):
         module.sample(3, truncation="half")
-    with pytest.raises(ValueError, match="the average of w, which has not moved"):
+    with pytest.raises(ValueError, match="the average of w, which has never been updated"):
         make().eval().sample(condition=torch.zeros(3, dtype=torch.long), truncation=0.5)
 
 

@@ -790,7 +790,7 @@ def test_simultaneous_unrolling_refuses_scaler_and_repeated_players():
         fit(small(), points(1), callbacks=[Unrolling(2, simultaneous=True)], plugins=plugins)
     module = small()
     module.plan = ("d", "d", "g")
-    with pytest.raises(MisconfigurationException, match="Unrolling moves every player once, but the plan is"):
+    with pytest.raises(MisconfigurationException, match="Unrolling steps every player once, but the plan is"):
         fit(module, points(1), callbacks=[Unrolling(2, simultaneous=True)])
 
 

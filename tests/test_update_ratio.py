@@ -120,7 +120,7 @@ def test_a_refused_fit_leaves_the_plan():
     module.plan = ("d", "d", "g")
     with pytest.raises(
         MisconfigurationException,
-        match=r"and `module.plan` is \('d', 'd', 'g'\), which does not have both players once",
+        match=r"but `module.plan` is \('d', 'd', 'g'\), which does not contain both players exactly once",
     ):
         fit(module, points(1), callbacks=[UpdateRatio(2)])
     assert module.plan == ("d", "d", "g")
@@ -212,7 +212,7 @@ def test_schedules_step_with_their_player():
 @pytest.mark.parametrize("rule", [Extragradient, ConsensusOptimization, CompetitiveGradientDescent])
 def test_rules_that_move_both_players_are_refused(callback, rule):
     module = small(loss=Minimax(), d_optimizer=sgd(0.1), g_optimizer=sgd(0.1))
-    expected = rf"^{rule.__name__} moves both players once on every batch, which {type(callback).__name__} would change"
+    expected = rf"^{rule.__name__} steps both players once on every batch, which {type(callback).__name__} would change"
     with pytest.raises(MisconfigurationException, match=expected):
         fit(module, points(1), callbacks=[callback, rule()])
 
@@ -220,7 +220,7 @@ def test_rules_that_move_both_players_are_refused(callback, rule):
 def test_simultaneous_takes_one_generator_step_alone():
     watch, _ = moves(small(), [UpdateRatio(2), Simultaneous()], 4)
     assert watch.batches == ["d", "dg"] * 2
-    with pytest.raises(MisconfigurationException, match="Simultaneous moves both players once on every batch"):
+    with pytest.raises(MisconfigurationException, match="Simultaneous steps both players once on every batch"):
         fit(small(), points(1), callbacks=[UpdateRatio(2, 2), Simultaneous()])
 
 
@@ -229,7 +229,7 @@ def test_simultaneous_takes_one_generator_step_alone():
 def test_a_plan_without_both_players_once_is_refused(callback, plan):
     module = small()
     module.plan = plan
-    with pytest.raises(MisconfigurationException, match=r"sets which player of the plan moves, and `module.plan` is"):
+    with pytest.raises(MisconfigurationException, match=r"sets which players of the plan step, but `module.plan` is"):
         fit(module, points(1), callbacks=[callback])
 
 
@@ -252,7 +252,7 @@ def test_the_order_of_the_players_is_that_of_the_plan(callback, expected):
 
 def test_two_owners_of_the_plan_are_refused():
     with pytest.raises(
-        MisconfigurationException, match="UpdateRatio and AdaptiveUpdateRatio both set which player moves"
+        MisconfigurationException, match="UpdateRatio and AdaptiveUpdateRatio both set which player steps"
     ):
         fit(small(), points(1), callbacks=[UpdateRatio(2), AdaptiveUpdateRatio()])
 

@@ -213,7 +213,7 @@ class Turns(Callback):
 @pytest.mark.parametrize("rule", [Extragradient, ConsensusOptimization, CompetitiveGradientDescent])
 def test_a_plan_that_changes_in_the_run_is_refused(rule):
     module = gan(sgd(0.1), Minimax())
-    with pytest.raises(MisconfigurationException, match=r"moves both players on every batch, but the plan is \('d',\)"):
+    with pytest.raises(MisconfigurationException, match=r"steps both players on every batch, but the plan is \('d',\)"):
         fit(module, batches(2), callbacks=[rule(), Turns()])
     assert module.iteration == 1
 
@@ -409,7 +409,7 @@ def test_a_plan_that_does_not_move_both_once_is_refused(rule, plan):
     module = zero_sum()
     module.plan = plan
     with pytest.raises(
-        MisconfigurationException, match=rf"^{rule.__name__} moves both players on every batch, but the"
+        MisconfigurationException, match=rf"^{rule.__name__} steps both players on every batch, but the"
     ):
         fit(module, points(1), callbacks=[rule()])
     module.plan = ("g", "d")
@@ -440,7 +440,7 @@ def test_extragradient_takes_micro_batches():
 )
 def test_competitive_refuses_other_games_by_name(loss):
     module = small(loss=loss, d_optimizer=sgd(0.1), g_optimizer=sgd(0.1))
-    expected = rf"solves zero-sum games, and {type(loss).__name__} is none: use Minimax, Wasserstein or"
+    expected = rf"solves zero-sum games, and {type(loss).__name__} is not one: use Minimax, Wasserstein or"
     with pytest.raises(MisconfigurationException, match=expected):
         fit(module, points(1), callbacks=[CompetitiveGradientDescent()])
 

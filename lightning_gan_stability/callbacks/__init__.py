@@ -1,4 +1,4 @@
-"""What else changes a run, as entries under ``trainer.callbacks``."""
+"""Callbacks that change how a GAN trains: averages of weights, schedules, normalization and balance."""
 
 import lazy_loader
 

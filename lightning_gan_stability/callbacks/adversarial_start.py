@@ -1,4 +1,4 @@
-"""When the adversarial game begins, beside a reconstruction that trains from the first batch on."""
+"""A delayed start of the adversarial loss for generators that train on a reconstruction loss first."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ When = Literal["step", "plateau"]
 
 
 def refuse_without_other_terms(callback: GANCallback, trainer: Trainer, module: LightningModule) -> None:
-    """Refuse to let the adversarial terms of the generator rest where its loss has no others."""
+    """Refuse to pause the generator's adversarial terms if its loss has no other term."""
     terms = callbacks_of(trainer, Regularizer)  # type: ignore[type-abstract]
     has_others = any(c.player == "g" and not c.needs_real and c.every == 1 for c in terms)
     if not has_others and not is_overridden("auxiliary_losses", module, GANModule):
         name = type(callback).__name__
         raise MisconfigurationException(
-            f"{name} lets the adversarial loss of the generator rest, which has nothing else to learn from then: add "
+            f"{name} pauses the generator's adversarial loss, but the generator has no other loss to train on: add "
             f"Reconstruction, override `auxiliary_losses`, or remove {name}."
         )
 
 
 def _batches_left(trainer: Trainer) -> float:
-    """How many batches a run has at most, from its beginning or from the checkpoint that it goes on from."""
+    """The largest number of batches left in this run, counted from its start or from the checkpoint it resumes from."""
     left = math.inf
     if trainer.max_steps >= 0:
         left = trainer.max_steps - trainer.global_step
@@ -43,35 +43,37 @@ def _batches_left(trainer: Trainer) -> float:
 
 
 class AdversarialStart(GANCallback):
-    """The generator trains on its other losses alone until the adversarial game begins, at a step or at a plateau.
+    """Trains the generator without its adversarial loss at first, until a given step or until a loss stops improving.
 
-    Before, the discriminator is neither run nor stepped, and neither its optimizer's moments nor its BatchNorm move;
-    a weight of zero would move both. From the start on the generator's loss has its adversarial term, and whatever else
-    reads the discriminator, such as ``FeatureMatching``. ``disc_start`` of "Taming Transformers for High-Resolution
-    Image Synthesis", https://arxiv.org/abs/2012.09841, and ``discriminator_train_start_steps`` of "Parallel WaveGAN",
-    https://arxiv.org/abs/1910.11480. Steps are batches, whatever the number of optimizers.
+    Before the start the discriminator neither runs nor steps, so its optimizer's moments and its BatchNorm statistics
+    stay as they are; with an adversarial weight of zero both would change. From the start on, the generator's loss has
+    its adversarial term and all other terms that use the discriminator, such as ``FeatureMatching``. This is
+    ``disc_start`` of "Taming Transformers for High-Resolution Image Synthesis", https://arxiv.org/abs/2012.09841, and
+    ``discriminator_train_start_steps`` of "Parallel WaveGAN", https://arxiv.org/abs/1910.11480. Steps count batches,
+    whatever the number of optimizers.
 
-    At a plateau: the mean of ``monitor`` over ``window`` batches, over all processes, has not fallen below (1 -
-    ``threshold``) times its smallest one for ``patience`` windows in a row. A value of validation, ``val/...``, is
-    taken as it is, each time it is measured. The start is in checkpoints, and the log has
-    ``balance/adversarial_start``, the factor of the adversarial terms.
+    With ``when="plateau"`` the start comes when the mean of ``monitor`` over ``window`` batches and all processes has
+    not fallen below (1 - ``threshold``) times its smallest value for ``patience`` windows in a row. A validation value,
+    ``val/...``, is compared at each validation. Checkpoints store the start. ``balance/adversarial_start`` in the log
+    is the factor of the adversarial terms.
 
     Args:
         step: ``module.iteration`` of the first batch with the adversarial term.
-        ramp: batches over which the term's factor rises from 0 to 1 in equal steps; 0: at once.
-        discriminator_first: for how many batches before that the discriminator trains already, while the generator
-            waits; True: from the first batch on. At a plateau the generator's term follows so many batches later.
+        ramp: number of batches over which the term's factor rises linearly from 0 to 1; 0: it is 1 from the start.
+        discriminator_first: number of batches by which the discriminator starts before the generator's adversarial
+            term; True: it trains from the first batch on. With ``when="plateau"`` the discriminator starts at the
+            plateau, and the generator's term this many batches later.
         when: ``"step"``, or ``"plateau"``, which needs ``monitor``.
         monitor: the log key of the term that must stop improving, such as ``"g/reconstruction"``; smaller is better.
-        window: batches that one value is the mean of.
-        patience: windows (or validations) in a row without an improvement.
-        threshold: what an improvement is, relative to the best value, in [0, 1).
+        window: number of batches to average for one value.
+        patience: number of windows (or validations) in a row without an improvement.
+        threshold: smallest relative decrease that counts as an improvement, in [0, 1).
 
     Raises:
         ValueError: if an argument has a bad value, or does not go with ``when``.
-        MisconfigurationException: if ``module.plan`` has not both players, with update rules that need both on each
-            batch or look inside of a step, if ``monitor`` is nothing that is logged, or if it is one of validation in a
-            run without.
+        MisconfigurationException: if ``module.plan`` lacks a player, with update rules that need both players on each
+            batch or differentiate through a step, if ``monitor`` is not logged, or if it is a validation value in a run
+            without validation.
 
     Example:
         >>> AdversarialStart(step=1000, ramp=100).factor_at(1049)
@@ -108,7 +110,7 @@ class AdversarialStart(GANCallback):
         self.window = check_integer("window", window)
         self.patience = check_integer("patience", patience)
         self.threshold = check_share("threshold", threshold, open_end=True)
-        self.add_state("found", None)  # the start that a plateau gave
+        self.add_state("found", None)  # the start, once a plateau is found
         self.add_state("best", math.inf)
         self.add_state("waited", 0)
         self.add_state("total", None)  # of the window so far
@@ -116,11 +118,11 @@ class AdversarialStart(GANCallback):
 
     @property
     def start(self) -> int | None:
-        """The first batch with the generator's adversarial term; None: nobody knows yet."""
+        """The first batch with the generator's adversarial term; None before a plateau is found."""
         return self.found if self.when == "plateau" else self.step
 
     def factor_at(self, iteration: int) -> float:
-        """The factor of the generator's adversarial terms on a batch; 0: they are not there."""
+        """The factor of the generator's adversarial terms on a batch; 0 before the start."""
         if self.start is None or iteration < self.start:
             return 0.0
         return min(1.0, (iteration - self.start + 1) / self.ramp) if self.ramp else 1.0
@@ -132,19 +134,19 @@ class AdversarialStart(GANCallback):
         return self.start is not None and iteration >= self.start - self.discriminator_first
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse plans and rules that leave nothing to start."""
+        """Refuse plans and update rules that cannot run without the discriminator."""
         module = as_gan(pl_module)
         if not {"d", "g"} <= {*module.plan}:
             raise MisconfigurationException(
-                f"AdversarialStart lets the discriminator join the generator, but `module.plan` is {module.plan}: give "
-                "it both players, or remove AdversarialStart."
+                f"AdversarialStart starts the discriminator later, but `module.plan` is {module.plan}: put both "
+                "players into the plan, or remove AdversarialStart."
             )
         rule = find_rule(trainer)
         if rule.joint or rule.whole_batch:
             name = type(rule).__name__
             raise MisconfigurationException(
-                f"{name} lets the generator look at the discriminator on every batch, and AdversarialStart keeps it "
-                f"away at first: remove {name} or AdversarialStart."
+                f"{name} needs the discriminator on every batch, but AdversarialStart leaves it out at first: remove "
+                f"{name} or AdversarialStart."
             )
         if self.monitor is not None and self.monitor.startswith("val/") and not trainer.enable_validation:
             raise MisconfigurationException(
@@ -155,29 +157,29 @@ class AdversarialStart(GANCallback):
             refuse_without_other_terms(self, trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of a start that the run does not reach, as far as its length is known."""
+        """Warn if the run is known to end before the start."""
         super().on_train_start(trainer, pl_module)
         last = as_gan(pl_module).iteration + _batches_left(trainer)
         if self.start is not None and self.start >= last:
             rank_zero_warn(
                 f"AdversarialStart(step={self.start}) comes after the end of this run, which has {last} batches: the "
-                "generator will not meet the discriminator. Lower `step`, or train longer."
+                "generator will train without its adversarial loss. Lower `step`, or train longer."
             )
 
-    # ---------- what the module asks
+    # ---------- called by the module
 
     def adjust_plan(self, module: GANProtocol, plan: tuple[Player, ...]) -> tuple[Player, ...]:
-        """The generator alone before the discriminator's start, also on batches that are not its own otherwise."""
+        """Step the generator alone, on every batch, before the discriminator's start."""
         return plan if self.trains_discriminator_at(module.iteration) else ("g",)
 
     def allows_adversarial(self, module: GANProtocol) -> bool:
-        """Not before the start."""
+        """Whether the start has been reached."""
         return self.factor_at(module.iteration) > 0
 
     def weigh_terms(
         self, module: GANProtocol, player: Player, outputs: GANOutputs, terms: Terms
     ) -> dict[str, float | Tensor]:
-        """The factor of the adversarial terms while it rises."""
+        """The factor of the adversarial terms during the ramp."""
         factor = self.factor_at(module.iteration)
         if player == "d" or factor == 1:
             return {}
@@ -196,7 +198,7 @@ class AdversarialStart(GANCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Watch the monitored term; log the factor."""
+        """Update the mean of the monitored term; log the factor."""
         module = as_gan(pl_module)
         if module.last_step.visible:
             module.log("balance/adversarial_start", self.factor_at(module.last_step.iteration))
@@ -217,7 +219,7 @@ class AdversarialStart(GANCallback):
             self._look(module, float(mean))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at a monitored value of validation."""
+        """Check a monitored validation value."""
         module = as_gan(pl_module)
         watching = self.monitor is not None and self.start is None and self.monitor.startswith("val/")
         if not watching or trainer.sanity_checking or trainer.state.fn != "fit":
@@ -230,7 +232,7 @@ class AdversarialStart(GANCallback):
             self._look(module, float(value))
 
     def _look(self, module: GANProtocol, value: float) -> None:
-        """Start if the value has not improved for long enough."""
+        """Set the start if the value has not improved for ``patience`` values in a row."""
         if not math.isfinite(self.best) or value < self.best - self.threshold * abs(self.best):
             self.best, self.waited = value, 0
             return
@@ -244,6 +246,6 @@ class AdversarialStart(GANCallback):
 
     def _refuse_monitor(self, keys: list[str]) -> None:
         raise MisconfigurationException(
-            f"AdversarialStart waits for `{self.monitor}` to stop improving, but that is not logged; there are "
-            f"{', '.join(sorted(keys)) or 'no values'}."
+            f"AdversarialStart waits for `{self.monitor}` to stop improving, but no such value is logged. "
+            f"Logged are {', '.join(sorted(keys)) or 'no values'}."
         )

@@ -1,4 +1,4 @@
-"""Weights of the terms of the generator's loss, from the gradients that they send to it."""
+"""Adaptive weights of the terms of the generator's loss, computed from their gradients."""
 
 from __future__ import annotations
 
@@ -19,28 +19,27 @@ from lightning_gan_stability.schedules import Scheduled, check_scheduled, value_
 
 
 class AdaptiveAdversarialWeight(GANCallback):
-    """Weighs the generator's adversarial loss so that it pulls at the last layer as hard as all other terms together.
+    """Weights the adversarial loss so that its gradient at the generator's last layer matches that of all other terms.
 
-    λ = weight · clamp(‖∇_W L_other‖ / (‖∇_W L_adversarial‖ + 10⁻⁴), 0, max), with W the parameters of one layer, from
-    the gradients of every batch, averaged over processes. "Taming Transformers for High-Resolution Image Synthesis",
-    https://arxiv.org/abs/2012.09841, eq. 7; the clamp comes before ``weight``, as in its code. Terms on which W has no
-    influence, such as a codebook loss, do not count. A lazy term counts times its ``every`` where it is due; on a batch
-    with none of the other terms λ is 0. ``adversarial_weight`` of the module and the ramp of ``AdversarialStart`` are
-    further factors. The log has ``balance/adversarial_weight``. Costs two partial backward passes, from the losses to
-    the layer. Networks run uncompiled in the generator's turn.
+    λ = weight · clamp(‖∇_W L_other‖ / (‖∇_W L_adversarial‖ + 10⁻⁴), 0, max), where W are the parameters of one layer.
+    The gradients are computed on every batch and averaged over processes. "Taming Transformers for High-Resolution
+    Image Synthesis", https://arxiv.org/abs/2012.09841, eq. 7; the clamp comes before ``weight``, as in its code. Terms
+    that do not depend on W, such as a codebook loss, have no effect. A term with ``every=n`` counts n times on the
+    batches on which it is computed. On a batch without any other term λ is 0. The module's ``adversarial_weight`` and
+    the ramp of ``AdversarialStart`` multiply λ. The log has ``balance/adversarial_weight``. Costs two partial backward
+    passes, from the losses to the layer. Networks run uncompiled in the generator's step.
 
     Args:
         layer: name of the generator's last layer, as in ``generator.named_modules()``, such as ``"decoder.conv_out"``;
             its trainable parameters except biases are W.
         weight: factor of the ratio, not negative: 0.8 for VQGAN, 0.75 and 0.5 for latent diffusion's autoencoders.
         max: largest ratio.
-        terms: names of the terms that the adversarial one is weighed against, such as ``["reconstruction"]``; None: all
-            others.
+        terms: names of the terms to compare the adversarial one with, such as ``["reconstruction"]``; None: all others.
 
     Raises:
         ValueError: if an argument has a bad value.
         MisconfigurationException: with ``accumulate`` or ModelParallelStrategy, or if the generator has no such layer,
-            or nothing trains in it.
+            or the layer has no trainable weight.
 
     Example:
         >>> AdaptiveAdversarialWeight("decoder.conv_out", weight=0.8).max
@@ -61,12 +60,12 @@ class AdaptiveAdversarialWeight(GANCallback):
         self._weight: Tensor | None = None  # of the batch at hand
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse shards, and a layer that is not there or does not train."""
+        """Refuse sharded parameters, and a layer that does not exist or has no trainable weight."""
         module = as_gan(pl_module)
         if module.device_mesh is not None:
             raise MisconfigurationException(
-                "AdaptiveAdversarialWeight takes gradients by a layer's whole parameters, which ModelParallelStrategy "
-                "shards: use strategy='ddp', or LossBalancer."
+                "AdaptiveAdversarialWeight needs gradients of a layer's unsharded parameters, but "
+                "ModelParallelStrategy shards them: use strategy='ddp', or LossBalancer."
             )
         layers = dict(module.generator.named_modules())
         if self.layer not in layers:
@@ -79,18 +78,18 @@ class AdaptiveAdversarialWeight(GANCallback):
         self._moving()
 
     def _moving(self) -> list[nn.Parameter]:
-        """The layer's parameters that train, which may freeze in the middle of a run."""
+        """The layer's trainable parameters, read on every batch because they may be frozen during a run."""
         found = [p for p in self._parameters if p.requires_grad]
         if not found:
             raise MisconfigurationException(
-                f"AdaptiveAdversarialWeight: the generator's layer {self.layer!r} has no weight that trains."
+                f"AdaptiveAdversarialWeight: the generator's layer {self.layer!r} has no trainable weight."
             )
         return found
 
     def weigh_terms(
         self, module: GANProtocol, player: Player, outputs: GANOutputs, terms: Terms
     ) -> dict[str, float | Tensor]:
-        """The adversarial term's factor in the generator's turn."""
+        """The adversarial term's factor in the generator's step."""
         if player == "d" or "adversarial" not in terms:
             return {}
         others = {name: term for name, term in terms.items() if name != "adversarial"}
@@ -99,7 +98,7 @@ class AdaptiveAdversarialWeight(GANCallback):
             lacking = [name for name in self.terms if name not in others and name not in lazy]
             if lacking:
                 raise ValueError(
-                    f"AdaptiveAdversarialWeight weighs against the term {lacking[0]!r}, but the generator's loss has "
+                    f"AdaptiveAdversarialWeight compares with the term {lacking[0]!r}, but the generator's loss has "
                     f"{', '.join(others) or 'no other term'}."
                 )
             others = {name: others[name] for name in self.terms if name in others}
@@ -110,8 +109,8 @@ class AdaptiveAdversarialWeight(GANCallback):
             return {"adversarial": self._weight}
         if not others:
             raise ValueError(
-                "AdaptiveAdversarialWeight weighs the adversarial loss against the generator's other terms, but there "
-                "are none: add Reconstruction, or `auxiliary_losses`."
+                "AdaptiveAdversarialWeight compares the adversarial loss with the generator's other terms, but there "
+                "are none: add Reconstruction, or override `auxiliary_losses`."
             )
         norms = []
         for name, term in (("other terms", other), ("adversarial loss", terms["adversarial"])):
@@ -142,31 +141,32 @@ class AdaptiveAdversarialWeight(GANCallback):
 
 
 def _names_of_regularizers(module: GANProtocol) -> list[str]:
-    """The names of the terms that the generator's loss may have, of lazy ones too."""
+    """The names of the terms that the generator's loss may have, including those not computed on every batch."""
     regularizers = callbacks_of(module.trainer, Regularizer)  # type: ignore[type-abstract]
     return [module.term_name(c) for c in regularizers if c.player == "g" and not c.separate]
 
 
 class LossBalancer(GANCallback):
-    """Gives each term of the generator's loss a share of the gradient that its samples get, whatever the term's scale.
+    """Gives each term of the generator's loss a fixed share of the gradient at the samples, whatever the term's scale.
 
-    With g_i the gradient of term i by the samples and n_i the mean over samples of ‖g_i‖, the factor of term i is
-    total_norm · w_i / Σ_j w_j / (n̄_i + 10⁻¹²), where n̄ is the running mean of n, without the bias of its start, over
-    all processes. The weight and ``every`` of a regularizer cancel, as do factors within ``auxiliary_losses``;
-    ``adversarial_weight`` of the module and the ramp of ``AdversarialStart`` do not: they multiply the factor. A batch
-    on which a term is not there belongs to the others. "High Fidelity Neural Audio Compression",
-    https://arxiv.org/abs/2210.13438, eq. 5 to 7. Terms without a weight here keep theirs, such as a commitment loss,
-    which does not depend on the samples. Norms are those of the batch of all processes together. The log has
-    ``balance/<term>``, the factors. Costs a partial backward pass for each term, from the loss to the samples. Networks
-    run uncompiled in the generator's turn.
+    Let g_i be the gradient of term i with respect to the samples, and n_i the mean of ‖g_i‖ over samples. The factor of
+    term i is total_norm · w_i / Σ_j w_j / (n̄_i + 10⁻¹²), where n̄ is the bias-corrected running mean of n over all
+    processes. The weight and ``every`` of a regularizer cancel, as do factors within ``auxiliary_losses``. The module's
+    ``adversarial_weight`` and the ramp of ``AdversarialStart`` do not cancel; they multiply the factor. On a batch
+    without a term, the other terms share the whole gradient. "High Fidelity Neural Audio Compression",
+    https://arxiv.org/abs/2210.13438, eq. 5 to 7. Terms that are not in ``weights`` keep their own factor, such as a
+    commitment loss, which does not depend on the samples. Norms are computed over the batch of all processes. The log
+    has the factors as ``balance/<term>``. Costs a partial backward pass for each term, from the loss to the samples.
+    Networks run uncompiled in the generator's step.
 
     Args:
         weights: w by the names of terms, such as ``{"adversarial": 4.0, "feature_matching": 4.0, "mel": 2.0}``.
-        total_norm: the norm of the gradient that a sample gets, in the mean, if all terms pull the same way.
-        decay: of the running means, in [0, 1).
+        total_norm: the mean norm of the gradient at a sample if the gradients of all terms have the same direction.
+        decay: decay of the running means, in [0, 1).
 
     Raises:
-        ValueError: if an argument has a bad value, if a term is not there, or does not depend on the samples.
+        ValueError: if an argument has a bad value, if there is no such term, or if a term does not depend on the
+            samples.
         MisconfigurationException: with ``accumulate``.
 
     Example:
@@ -193,13 +193,13 @@ class LossBalancer(GANCallback):
 
     @property
     def shares(self) -> dict[str, float]:
-        """The part of the gradient that each term gets while all are there."""
+        """The share of the gradient that each term gets on a batch with all terms."""
         return {name: weight / sum(self.weights.values()) for name, weight in self.weights.items()}
 
     def weigh_terms(
         self, module: GANProtocol, player: Player, outputs: GANOutputs, terms: Terms
     ) -> dict[str, float | Tensor]:
-        """Factors of the weighed terms in the generator's turn."""
+        """The terms' factors in the generator's step."""
         if player == "d":
             return {}
         self._check_names(module, terms)
@@ -223,8 +223,8 @@ class LossBalancer(GANCallback):
         gradients = [g for g in module.gradients_of(term, samples) if g is not None]
         if not gradients:
             raise ValueError(
-                f"LossBalancer weighs the term {name!r} by its gradient at the samples, but it does not depend on "
-                "them: leave it out of `weights`."
+                f"LossBalancer scales the term {name!r} by its gradient at the samples, but it does not depend on "
+                "them: remove it from `weights`."
             )
         precise = (g.to(torch.promote_types(g.dtype, torch.float32)).reshape(len(g), -1) for g in gradients)
         squares: Any = sum(g.square().sum(1) for g in precise)
@@ -232,7 +232,7 @@ class LossBalancer(GANCallback):
         return norm
 
     def _check_names(self, module: GANProtocol, terms: Terms) -> None:
-        """Refuse a name that no term can have; lazy ones and those of the adversarial game may come later."""
+        """Refuse a name that no term has. Adversarial terms and those with ``every`` may appear on a later batch."""
         missing = [name for name in self.weights if name not in terms]
         if not missing:
             return
@@ -240,7 +240,8 @@ class LossBalancer(GANCallback):
         unknown = [name for name in missing if name not in later]
         if unknown:
             raise ValueError(
-                f"LossBalancer weighs the term {unknown[0]!r}, but the generator's loss has {', '.join(terms)}."
+                f"LossBalancer has a weight for {unknown[0]!r}, but the terms of the generator's loss are "
+                f"{', '.join(terms)}."
             )
 
     def logged(self, trainer: Trainer) -> dict[str, Cadence]:

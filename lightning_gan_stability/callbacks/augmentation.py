@@ -1,4 +1,4 @@
-"""Augmentation of what the discriminator sees, as strong as a rule or a schedule says."""
+"""Augmentation of the discriminator's inputs, with a strength from a rule or a schedule."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_gan_stability.schedules import Schedule, Scheduled, check_schedul
 
 
 class _Pipe(GANCallback):
-    """What callbacks share that set the probability of an AugmentPipe, to `p`: of the module's, or of their own."""
+    """Base of callbacks that set the probability `p` of an AugmentPipe: the module's, or one of their own."""
 
     p: Scheduled
     pipe: AugmentPipe
@@ -32,7 +32,7 @@ class _Pipe(GANCallback):
         self.own = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the pipe."""
+        """Use the module's pipe if it has one, else the callback's own."""
         others = [type(c).__name__ for c in callbacks_of(trainer, _Pipe) if c is not self]
         if others:
             raise MisconfigurationException(
@@ -42,48 +42,50 @@ class _Pipe(GANCallback):
         if len(theirs) > 1:
             raise MisconfigurationException(
                 f"The module has {len(theirs)} AugmentPipes, and {type(self).__name__} sets the probability of one: "
-                "make them one, with multipliers for its transforms."
+                "merge them into one AugmentPipe, with multipliers for its transforms."
             )
         if self.given is not None and theirs:
             raise MisconfigurationException(
-                f"The module has an AugmentPipe already, and so has {type(self).__name__}: remove the one of "
-                "`GANModule(augment=...)`, or the other."
+                f"Both `GANModule(augment=...)` and {type(self).__name__} have an AugmentPipe: remove one of them."
             )
         self.own = not theirs
         self.pipe = theirs[0] if theirs else self.given or AugmentPipe("bgc")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Give the pipe its probability."""
+        """Set the probability of the pipe."""
         self.pipe.p = value_at(self.p, as_gan(pl_module).iteration)
 
     def augment(self, module: GANProtocol, sample: Sample, condition: Condition) -> tuple[Sample, Condition]:
-        """Send samples through the pipe, unless the module does that."""
+        """Augment samples with the callback's own pipe; the module applies its own itself."""
         return augment_pairs(self.pipe, sample, condition) if self.own else (sample, condition)
 
 
 class AdaptiveAugmentation(_Pipe):
-    r"""ADA: augments as much as keeps the discriminator from learning the real samples by heart.
+    r"""ADA: adapts the strength of augmentations so that the discriminator does not overfit the real samples.
 
-    r = E sign(l(x)) over the real logits of ``interval`` batches; then p ← max(p + sign(r − ``target``) n / ``speed``,
-    0), where n is the number of real samples in these batches, of all processes. The transforms are those of an
-    :class:`~lightning_gan_stability.AugmentPipe`, each of which is applied to a sample with probability p: the one of
-    ``GANModule(augment=...)`` if there is one, else ``augment``. With a loss whose logits have another threshold than 0
-    the sign is that of what lies above it. "Training Generative Adversarial Networks with Limited Data",
-    https://arxiv.org/abs/2006.06676. As in the authors' code p may rise above 1, where it does no more than 1 does.
-    The log has ``balance/augmentation``, p, and ``balance/overfitting``, r. For fewer than some ten thousand images.
+    Every ``interval`` batches, r = E sign(l(x)) is the mean over the real logits of these batches, and p ← max(p +
+    sign(r − ``target``) n / ``speed``, 0), where n is the number of real samples in them, over all processes. Each
+    transform of an :class:`~lightning_gan_stability.AugmentPipe` is applied to a sample with probability p. The pipe is
+    that of ``GANModule(augment=...)`` if there is one, else ``augment``. If the loss separates real from fake logits at
+    another threshold than 0, the sign is that of l(x) minus the threshold. "Training Generative Adversarial Networks
+    with Limited Data", https://arxiv.org/abs/2006.06676. As in the authors' code p may rise above 1, which has the same
+    effect as 1. The log has p as ``balance/augmentation`` and r as ``balance/overfitting``. Use it with fewer than some
+    ten thousand images.
 
     Args:
-        target: of r, in [−1, 1]: 0.6 in the paper.
+        target: target value of r, in [−1, 1]: 0.6 in the paper.
         interval: batches between two changes of p.
-        speed: real samples in which p goes from 0 to 1, if it only rises: 500,000 in the paper, 100,000 when a
-            trained network goes on with new data.
-        p: the probability at first.
-        augment: None: ``AugmentPipe("bgc")``, for images with one or three channels.
+        speed: number of real samples after which p reaches 1 from 0 if it only rises: 500,000 in the paper, and 100,000
+            to continue a trained network on new data.
+        p: initial probability.
+        augment: the pipe to use if the module has none; None: ``AugmentPipe("bgc")``, for images with one or three
+            channels.
 
     Raises:
         ValueError: if an argument has a bad value.
         MisconfigurationException: with a loss whose logits have no threshold between real and fake, such as
-            ``Wasserstein`` or ``Relativistic``; if there are two AugmentPipes, in the module or beside it.
+            ``Wasserstein`` or ``Relativistic``; or if the module has two AugmentPipes, or the module and this callback
+            one each.
 
     Example:
         >>> AdaptiveAugmentation(target=0.5).p
@@ -116,18 +118,18 @@ class AdaptiveAugmentation(_Pipe):
         loss = as_gan(pl_module).loss
         if loss.threshold is None:
             raise MisconfigurationException(
-                f"AdaptiveAugmentation asks what the discriminator takes for real, and {type(loss).__name__} has no "
-                "threshold for that: use another loss, or AugmentationSchedule in the place of AdaptiveAugmentation."
+                f"AdaptiveAugmentation needs a threshold between real and fake logits, which {type(loss).__name__} "
+                "does not have: use another loss, or AugmentationSchedule instead of AdaptiveAugmentation."
             )
 
     def logged(self, trainer: Trainer) -> dict[str, Cadence]:
-        """The probability, and what it follows."""
+        """The probability p, and the measure r of overfitting."""
         return {"balance/augmentation": "step", "balance/overfitting": "step"}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count, and change p when it is time."""
+        """Update the counts; change p every ``interval`` batches."""
         module = as_gan(pl_module)
         record = module.last_step
         if "d" in record.moved and record.pairs:
@@ -166,7 +168,7 @@ def _check_target(name: str, value: Any) -> float:
 
 
 class AugmentationSchedule(_Pipe):
-    """Sets the probability of augmentations on every batch, as R3GAN does, whose loss has no threshold for ADA's rule.
+    """Sets the probability of augmentations from a schedule, as in R3GAN, whose loss has no threshold for ADA.
 
     "The GAN is dead; long live the GAN!", https://arxiv.org/abs/2501.05441, where p rises along half a cosine from 0 to
     0.3 (FFHQ) or 0.55 (CIFAR-10) over the whole run: ``AugmentationSchedule(Schedule(0.0, 0.3, 78125),
@@ -174,11 +176,12 @@ class AugmentationSchedule(_Pipe):
 
     Args:
         p: a number or a :class:`~lightning_gan_stability.Schedule`, in [0, 1].
-        augment: None: the AugmentPipe of ``GANModule(augment=...)``, or if there is none ``AugmentPipe("bgc")``.
+        augment: the pipe to use if the module has none; None: ``AugmentPipe("bgc")``. The module's pipe is that of
+            ``GANModule(augment=...)``.
 
     Raises:
         ValueError: if an argument has a bad value.
-        MisconfigurationException: if there are two AugmentPipes, in the module or beside it.
+        MisconfigurationException: if the module has two AugmentPipes, or the module and this callback one each.
 
     Example:
         >>> AugmentationSchedule(Schedule(0.0, 0.3, 100)).p(100)
@@ -203,17 +206,18 @@ class AugmentationSchedule(_Pipe):
 
 
 class InstanceNoise(GANCallback):
-    """Adds normal noise to real and to generated samples, so that a discriminator cannot tell them apart by a detail.
+    """Adds normal noise to real and generated samples, which hides small differences from the discriminator.
 
     x + σ ε with ε ~ N(0, 1) for each value; σ falls from ``std`` to 0 over ``steps`` batches. "Amortised MAP Inference
     for Image Super-resolution", https://arxiv.org/abs/1610.04490, "Towards Principled Methods for Training Generative
-    Adversarial Networks", https://arxiv.org/abs/1701.04862. For samples of any shape. It comes after augmentations;
-    penalties on gradients see the sample before it. The log has ``balance/instance_noise``, σ.
+    Adversarial Networks", https://arxiv.org/abs/1701.04862. It works for samples of any shape and is applied after
+    augmentations. Gradient penalties differentiate with respect to the sample without noise. The log has σ as
+    ``balance/instance_noise``.
 
     Args:
-        std: σ at first, in units of the data, not negative: 0.1 for images in [−1, 1]; or a
+        std: initial σ, in units of the data, not negative, such as 0.1 for images in [−1, 1]; or a
             :class:`~lightning_gan_stability.Schedule`, without ``steps``.
-        steps: batches until it is 0; None: it stays.
+        steps: number of batches until σ is 0; None: σ is constant.
 
     Raises:
         ValueError: if an argument has a bad value.

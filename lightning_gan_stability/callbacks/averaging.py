@@ -21,31 +21,34 @@ from lightning_gan_stability.schedules import Scheduled, check_scheduled, value_
 
 
 class GeneratorEMA(GANCallback):
-    """Keeps an exponential moving average of the generator's weights, which draws better samples than the last ones.
+    """Keeps an exponential moving average of the generator's weights, which gives better samples than the last weights.
 
-    θ̄ ← β θ̄ + (1 − β) θ after every batch on which the generator stepped; buffers (BatchNorm's statistics) are copied,
-    and spectral norm's vectors follow the averaged weights. "The Unusual Effectiveness of Averaging in GAN Training",
-    https://arxiv.org/abs/1806.04498. β = ½^(1/h) with the half-life h in such steps; ``ramp_up`` is StyleGAN's, h ←
-    min(h, ramp_up · n) after n steps, so that the average of a young generator is young too. The average is the
-    module's ``generator_ema``: ``sample()`` draws from it in eval mode, in validation, and after
-    ``load_from_checkpoint``, also without this callback. It starts as a copy, in a later run with a new callback again,
-    and costs the memory of a second generator (of a third in pure bfloat16 or float16, whose rounding would swallow
-    steps of 1 − β), and no forward pass.
+    θ̄ ← β θ̄ + (1 − β) θ after every batch on which the generator stepped. Buffers, such as BatchNorm's statistics, are
+    copied, and spectral norm's vectors are recomputed for the averaged weights. "The Unusual Effectiveness of Averaging
+    in GAN Training", https://arxiv.org/abs/1806.04498. β = ½^(1/h) with the half-life h in steps of the generator.
+    ``ramp_up`` is StyleGAN's: h ← min(h, ramp_up · n) after n steps, so that early in training the average covers
+    recent steps only. The average is stored as the module's ``generator_ema``. ``sample()`` uses it in eval mode, in
+    validation, and after ``load_from_checkpoint``, even without this callback. It starts as a copy of the generator,
+    and does so again in a later run with a new callback. Costs the memory of a second generator and no forward pass. In
+    pure bfloat16 or float16 it costs that of a third one, in float32, because rounding would lose updates of size 1 −
+    β.
 
     Args:
-        half_life: h, not negative: the steps after which a weight's share in the average is one half. 0: a copy. A
-            number, or a :class:`~lightning_gan_stability.Schedule` over such steps, as R3GAN's that rises from 0.
+        half_life: h, not negative: the number of steps after which a weight's share in the average has halved. 0: a
+            copy. A number, or a :class:`~lightning_gan_stability.Schedule` over steps of the generator, such as
+            R3GAN's, which rises from 0.
         decay: β in [0, 1), a number or a schedule, instead of ``half_life``; 0.999 if neither is given.
-        ramp_up: 0.05 in StyleGAN2-ADA; None: none.
-        restart: begin with a copy of the generator, when a run begins that this callback does not go on with. False: go
-            on from the average that the module has, such as published weights.
+        ramp_up: limits h to ``ramp_up`` · n, as above; 0.05 in StyleGAN2-ADA. None: no limit.
+        restart: start from a copy of the generator in a run that does not resume this callback's state. False: continue
+            from the average that the module has, such as published weights.
 
     Attributes:
-        updates: how often the average has moved.
+        updates: number of updates of the average.
 
     Raises:
         ValueError: if an argument has a bad value, or both ``half_life`` and ``decay`` are given.
-        MisconfigurationException: if there are two of them, or if Lightning's own average stands before it.
+        MisconfigurationException: if there are two GeneratorEMA callbacks, or if Lightning's ``WeightAveraging`` comes
+            before this one.
 
     Example:
         >>> round(GeneratorEMA(half_life=100).decay_at(1000) ** 100, 9)
@@ -54,7 +57,7 @@ class GeneratorEMA(GANCallback):
 
     updates: int
     precise: dict[str, Tensor]
-    _found = False  # the module came with an average
+    _found = False  # the module had an average before the run
 
     def __init__(
         self,
@@ -72,10 +75,10 @@ class GeneratorEMA(GANCallback):
         self.ramp_up = None if ramp_up is None else check_number("ramp_up", ramp_up, positive=True)
         self.restart = check_bool("restart", restart)
         self.add_state("updates", 0)
-        self.add_state("precise", {})  # the average in float32, of parameters that have less
+        self.add_state("precise", {})  # the average in float32, for parameters of lower precision
 
     def decay_at(self, n: int) -> float:
-        """β at the update after n others."""
+        """β at the update after n earlier ones."""
         if self.decay is not None:
             decay = value_at(self.decay, n)
             if self.ramp_up is None:
@@ -88,18 +91,20 @@ class GeneratorEMA(GANCallback):
         return float(0.5 ** (1 / half_life)) if half_life else 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make room for the average, before the checkpoint is read."""
+        """Create the average before the checkpoint is loaded."""
         super().setup(trainer, pl_module, stage)
         module = as_gan(pl_module)
         if len(callbacks_of(trainer, GeneratorEMA)) > 1:
-            raise MisconfigurationException("A module has room for one GeneratorEMA: remove all but one.")
+            raise MisconfigurationException(
+                "A module keeps a single average of its generator: remove all but one GeneratorEMA."
+            )
         if stage == "fit":
             refuse_after_weight_averaging(self, trainer)
             self._found = module.generator_ema is not None
             make_room(module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the average that a checkpoint brings as one that was there."""
+        """Treat an average from the checkpoint as one that the module had."""
         self._found |= any(key.startswith("generator_ema.") for key in checkpoint.get("state_dict", {}))
 
     def reset(self, module: GANProtocol) -> None:
@@ -110,8 +115,8 @@ class GeneratorEMA(GANCallback):
             return
         if self._found:
             rank_zero_warn(
-                "The module has an average of its generator already, and GeneratorEMA begins anew, with a copy of the "
-                "generator: set GeneratorEMA(restart=False) to go on from the average."
+                "The module already has an average of its generator, but GeneratorEMA starts again from a copy of the "
+                "generator: set GeneratorEMA(restart=False) to continue from the average."
             )
         state = module.generator.state_dict()
         module.generator_ema.load_state_dict({k: clone(v) if isinstance(v, Tensor) else v for k, v in state.items()})
@@ -119,7 +124,7 @@ class GeneratorEMA(GANCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the average if the generator has moved."""
+        """Update the average if the generator has stepped."""
         module = as_gan(pl_module)
         if "g" in module.moved:
             assert module.generator_ema is not None
@@ -139,36 +144,36 @@ class GeneratorEMA(GANCallback):
         for name, p in low.items():
             p.copy_(means[name])
         for mine, theirs in zip(average.modules(), generator.modules(), strict=True):
-            if is_spectral_norm(mine):  # an average has singular vectors of its own
+            if is_spectral_norm(mine):  # the average has its own singular vectors
                 continue
             own = dict(mine.named_buffers(recurse=False))
             for name, now in theirs.named_buffers(recurse=False):
                 if name in own and own[name].shape == now.shape:
                     own[name].copy_(now)
-                else:  # made or resized by `forward`
+                else:  # created or resized by `forward`
                     register_like(mine, name, clone(now), theirs)
         follow_spectrum(average)
 
 
 def make_room(module: GANProtocol) -> None:
-    """Give a module an average that moves; it is a copy of the generator where there was none."""
+    """Create the module's average as a copy of the generator if it has none, and mark it as active."""
     module.average_rests = False
     if module.generator_ema is None:
         module.generator_ema = copy_network(module.generator)
 
 
 class Lookahead(GANCallback):
-    """Lets both players run k steps ahead and then pulls them back, part of the way, to where they started.
+    """Pulls both players back towards slow weights every k steps, which damps rotation.
 
-    Every k batches on which the generator steps, s ← s + α (w − s) and w ← s, for the parameters of both players; the
-    optimizers' moments stay. "Taming GANs with Lookahead-Minmax", https://arxiv.org/abs/2006.14567. Of a rotation it
-    keeps the chord: on min max xy with simultaneous steps η = 0.1, k = 5 and α = ½ shrink the distance by 0.981 in a
-    cycle. Checkpoints and pictures of a multiple of k steps show the slow weights s; put GeneratorEMA behind Lookahead
-    in the list of callbacks to average them. Costs one copy of the parameters and no pass.
+    Every k batches on which the generator steps, s ← s + α (w − s) and w ← s, for the parameters of both players. The
+    optimizers' moments are kept. "Taming GANs with Lookahead-Minmax", https://arxiv.org/abs/2006.14567. Averaging the
+    two ends of an arc moves inward: on min max xy with simultaneous steps η = 0.1, a cycle with k = 5 and α = ½ shrinks
+    the distance by 0.981. Checkpoints and pictures at multiples of k steps show the slow weights s. Put GeneratorEMA
+    after Lookahead in the list of callbacks to average them. Costs one copy of the parameters and no forward pass.
 
     Args:
-        k: batches on which the generator steps, from one pull to the next: 5 in the paper.
-        alpha: α in (0, 1], how far the slow weights follow.
+        k: number of the generator's steps from one pull to the next: 5 in the paper.
+        alpha: α in (0, 1], the step of the slow weights towards the fast ones.
 
     Raises:
         ValueError: if an argument has a bad value.
@@ -190,11 +195,11 @@ class Lookahead(GANCallback):
 
     @property
     def state_key(self) -> str:
-        """The class and k, which tell a slow and a super-slow instance apart."""
+        """The class and k, so that a run can have a slow and a super-slow instance."""
         return f"{type(self).__qualname__}(k={self.k})"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the slow weights from the networks, unless this is the module whose slow weights they are."""
+        """Copy the slow weights from the networks, unless the run resumes with slow weights."""
         super().on_train_start(trainer, pl_module)
         self.slow = self.slow or [clone(p) for p in _weights(trainer)]
 
@@ -202,7 +207,7 @@ class Lookahead(GANCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Pull every k batches on which the generator stepped; weights that are constrained stay so."""
+        """Pull every k steps of the generator, and apply the weights' constraints afterwards."""
         module = as_gan(pl_module)
         if "g" not in module.moved:
             return
@@ -217,7 +222,7 @@ class Lookahead(GANCallback):
 
 
 def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
-    """One by one: there is no joint copy of sharded tensors."""
+    """Copy one by one, because there is no fused copy of sharded tensors."""
     for source, target in zip(sources, targets, strict=True):
         target.copy_(source)
 

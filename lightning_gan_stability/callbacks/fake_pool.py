@@ -1,4 +1,4 @@
-"""A memory of generated samples, from which the discriminator sees older ones too."""
+"""A pool of generated samples, so that the discriminator also sees earlier ones."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from lightning_gan_stability.schedules import Scheduled, check_scheduled, value_
 
 
 class FakePool(GANCallback):
-    """Shows the discriminator some generated samples of earlier batches in the place of new ones, one by one.
+    """Replaces some of the discriminator's fake samples with generated samples of earlier batches.
 
-    Until the pool is full, each new sample is kept and shown. Then, with ``probability``, a random one of the pool is
-    shown and the new one takes its place; otherwise the new one is shown and not kept. "Learning from Simulated and
-    Unsupervised Images through Adversarial Training", https://arxiv.org/abs/1612.07828, as in the code of CycleGAN,
-    https://arxiv.org/abs/1703.10593. A sample keeps its condition. The pool is that of all processes together, is in
-    checkpoints, and lies on the device: it takes the memory of ``size`` samples. Its draws are functions of the
-    module's noise seed and of the number of samples seen, the same on one process and on many. A run that goes on with
-    another ``size`` fills a larger pool further, and keeps the first samples of a smaller one.
+    Until the pool is full, each new sample is stored and shown. After that, with ``probability``, a random sample of
+    the pool is shown and the new one replaces it in the pool; otherwise the new sample is shown and not stored.
+    "Learning from Simulated and Unsupervised Images through Adversarial Training", https://arxiv.org/abs/1612.07828, as
+    in the code of CycleGAN, https://arxiv.org/abs/1703.10593. A sample keeps its condition. All processes share one
+    pool. It is saved in checkpoints and kept on the device, where it takes the memory of ``size`` samples. Its random
+    draws depend on the module's noise seed and the number of samples seen, so one process and several draw the same. A
+    run that resumes with another ``size`` continues to fill a larger pool, and keeps the first samples for a smaller
+    one.
 
     Args:
-        size: samples in the pool.
-        probability: that an older sample is shown once the pool is full, in [0, 1].
-        independent: of a tree of samples, each leaf has a pool and draws of its own, as the two domains of CycleGAN do;
-            conditions then stay those of the batch. False: the leaves of a sample stay together.
+        size: number of samples in the pool.
+        probability: probability of showing an earlier sample once the pool is full, in [0, 1].
+        independent: give each leaf of a tree of samples its own pool and random draws, as for the two domains of
+            CycleGAN; conditions then remain those of the batch. False: the leaves of a sample stay together.
 
     Raises:
-        ValueError: if an argument has a bad value, or if samples have other shapes than those of the pool.
+        ValueError: if an argument has a bad value, or if the shapes of samples differ from those in the pool.
         MisconfigurationException: with an update rule that needs both players to see the same samples.
 
     Example:
@@ -53,29 +54,26 @@ class FakePool(GANCallback):
         self.size = check_integer("size", size)
         self.probability = check_scheduled("probability", probability, check_share)
         self.independent = check_bool("independent", independent)
-        self.add_state(
-            "pools", []
-        )  # leaves that stay together, each with the rows that are kept so far, (<= size, ...)
+        self.add_state("pools", [])  # groups of leaves that stay together, each with its stored rows, (<= size, ...)
         self.add_state("seen", 0)  # samples of all processes so far
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse rules whose players look at one batch together, or several times."""
+        """Refuse packing, and update rules in which both players need the same samples."""
         rule = find_rule(trainer)
         if rule.joint or rule.whole_batch:
             name = type(rule).__name__
             raise MisconfigurationException(
-                f"FakePool shows the discriminator other samples than the generator's last ones, which {name} needs: "
-                f"remove {name} or FakePool."
+                f"FakePool shows the discriminator samples of earlier batches, but {name} needs the generator's "
+                f"current ones: remove {name} or FakePool."
             )
         if as_gan(pl_module).packing > 1:
             raise MisconfigurationException(
-                "FakePool mixes samples of several batches one by one, and Packed judges several together: remove "
-                "one of them."
+                "FakePool replaces samples one by one, but Packed judges several together: remove one of them."
             )
 
     @torch.no_grad()
     def change_samples(self, module: GANProtocol, player: Player, outputs: GANOutputs) -> GANOutputs:
-        """What the discriminator sees of the generated samples."""
+        """Replace fake samples on the discriminator's steps."""
         if player == "g":
             return outputs
         shown: Any = {"fake": outputs.fake}
@@ -94,7 +92,7 @@ class FakePool(GANCallback):
         return outputs.replace(fake=shown["fake"], fake_condition=condition, latents=None)
 
     def _exchange(self, module: GANProtocol, number: int, leaves: list[Tensor]) -> tuple[list[Tensor], int]:
-        """The rows of leaves that stay together, after a look into their pool; and those of all processes."""
+        """Exchange rows of leaves that stay together with their pool; also return the row count of all processes."""
         if number < len(self.pools):
             self._check_shapes(self.pools[number], leaves)
         gathered = [gather_rows(leaf) for leaf in leaves]
@@ -124,18 +122,18 @@ class FakePool(GANCallback):
         return [row[start : start + len(leaf)] for row, leaf in zip(shown, leaves, strict=True)], len(rows[0])
 
     def _check_shapes(self, pool: list[Tensor], leaves: list[Tensor]) -> None:
-        """Refuse samples (or conditions) that do not fit those of earlier batches."""
+        """Refuse samples or conditions whose shapes differ from those of earlier batches."""
         old, new = ([tuple(leaf.shape[1:]) for leaf in group] for group in (pool, leaves))
         if old != new:
             what = "samples" if self.independent else "samples with their conditions"
             raise ValueError(
-                f"FakePool mixes {what} of several batches, which must have the same shapes: it has "
-                f"{', '.join(map(str, old))}, and now there are {', '.join(map(str, new))}. Crop or pad them in the "
+                f"FakePool mixes {what} of several batches, which must have equal shapes: the pool has "
+                f"{', '.join(map(str, old))}, and this batch has {', '.join(map(str, new))}. Crop or pad them in the "
                 "data, or remove FakePool."
             )
 
 
 def _empty(rows: Tensor) -> Tensor:
-    """A pool without rows yet; under autocast they come in half precision at some steps alone."""
+    """An empty pool, in at least float32, because autocast gives half precision on some steps only."""
     dtype = torch.promote_types(rows.dtype, torch.float32) if rows.is_floating_point() else rows.dtype
     return rows[:0].to(dtype)

@@ -1,4 +1,4 @@
-"""Learning rates, betas and other numbers of optimizers that change over a run."""
+"""Schedules for learning rates, betas and other numbers of optimizers."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from lightning_gan_stability.schedules import Scheduled, check_scheduled, value_
 class OptimizerSchedule(GANCallback):
     """Sets numbers of the optimizers' parameter groups before every batch.
 
-    ``OptimizerSchedule({"lr": Schedule(2e-4, 5e-5, 78125), "betas.1": Schedule(0.9, 0.99, 78125)})`` is R3GAN's, with
-    the lengths of FFHQ: 20 million images in batches of 256. "The GAN is dead; long live the GAN!",
+    ``OptimizerSchedule({"lr": Schedule(2e-4, 5e-5, 78125), "betas.1": Schedule(0.9, 0.99, 78125)})`` is R3GAN's
+    schedule for FFHQ: 20 million images in batches of 256. "The GAN is dead; long live the GAN!",
     https://arxiv.org/abs/2501.05441.
 
     Args:
         values: numbers or schedules by the keys of parameter groups, such as ``"lr"``, ``"weight_decay"``,
             ``"momentum"``, or ``"betas.0"`` and ``"betas.1"``.
-        player: whose optimizer: ``"d"`` or ``"g"``; None: both.
+        player: which optimizer: ``"d"`` or ``"g"``; None: both.
 
     Raises:
         ValueError: if an argument has a bad value.
-        MisconfigurationException: if an optimizer has no such number, or if it has a scheduler for its learning rate,
-            or another OptimizerSchedule for the same number, too.
+        MisconfigurationException: if an optimizer has no such number, or if a learning rate scheduler or another
+            OptimizerSchedule sets the same number.
 
     Example:
         >>> from lightning_gan_stability import Schedule
@@ -47,7 +47,7 @@ class OptimizerSchedule(GANCallback):
         self.players: tuple[Player, ...] = PLAYERS if player is None else (player,)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what no optimizer has, or what somebody else sets."""
+        """Refuse numbers that an optimizer does not have, or that are set elsewhere too."""
         super().on_train_start(trainer, pl_module)
         module = as_gan(pl_module)
         for other in callbacks_of(trainer, OptimizerSchedule):
@@ -64,7 +64,7 @@ class OptimizerSchedule(GANCallback):
             scheduled = any(config.scheduler.optimizer is optimizer for config in trainer.lr_scheduler_configs)
             if scheduled and "lr" in self.values:
                 raise MisconfigurationException(
-                    f"OptimizerSchedule sets `lr` of the optimizer {player!r}, which has a scheduler for it too: "
+                    f"OptimizerSchedule sets `lr` of the optimizer {player!r}, which also has a scheduler: "
                     f"remove `{player}_scheduler`, or `lr` from OptimizerSchedule."
                 )
 
@@ -89,7 +89,7 @@ def set_number(group: dict[str, Any], key: str, number: float) -> None:
     """Set a number of a parameter group.
 
     Args:
-        group: of an optimizer.
+        group: parameter group of an optimizer.
         key: such as ``"lr"``, or ``"betas.0"`` of a tuple.
         number: its new value.
 
@@ -111,7 +111,7 @@ def set_number(group: dict[str, Any], key: str, number: float) -> None:
 
 
 def _check_value(key: str, value: Any) -> Scheduled:
-    """Return what a number is to be, in the range that torch's optimizers ask for."""
+    """Check a number or schedule against the range that torch's optimizers accept."""
     name, first = f"values[{key!r}]", key.partition(".")[0]
     if first == "betas":
         return check_scheduled(name, value, check_share, open_end=True)  # type: ignore[no-any-return]

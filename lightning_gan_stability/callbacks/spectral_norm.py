@@ -23,22 +23,22 @@ from lightning_gan_stability.layers import SpectralScale, normalize_spectrum, re
 
 
 class SpectralNorm(Callback):
-    """Divides every weight matrix of a network by its largest singular value, so that no layer stretches its input.
+    """Divides every weight matrix of a network by its largest singular value, to bound each layer's Lipschitz constant.
 
     W̄ = factor · W / σ(W), with σ from one step of power iteration per forward pass in train mode. "Spectral
-    Normalization for Generative Adversarial Networks", https://arxiv.org/abs/1802.05957; torch's own parametrization,
-    on every parameter of two or more dimensions whose name ends in ``weight``: linear, convolutional, embedding and
-    attention layers, and layers of your own. A kernel is the matrix (out, in · height · width), whose σ is not that of
-    the convolution (up to √(height · width) times more). Layers that are normalized already stay as they are, but for a
-    ``factor`` or ``n_power_iterations`` that is given here.
+    Normalization for Generative Adversarial Networks", https://arxiv.org/abs/1802.05957. It applies torch's
+    parametrization to every parameter of two or more dimensions whose name ends in ``weight``: in linear,
+    convolutional, embedding and attention layers, and in layers of your own. A kernel is reshaped to the matrix (out,
+    in · height · width). Its σ is not that of the convolution, which is up to √(height · width) times larger. Layers
+    that are already normalized stay as they are, except for a ``factor`` or ``n_power_iterations`` given here.
 
-    The checkpoint remembers the normalization: ``GANModule.load_from_checkpoint`` needs no callback. For export,
-    ``SpectralNorm.remove(module)`` turns it into plain weights.
+    The checkpoint stores the normalization, so ``GANModule.load_from_checkpoint`` does not need this callback. For
+    export, ``SpectralNorm.remove(module)`` replaces it with plain weights.
 
     Args:
-        networks: what to normalize: names of the module's networks or of layers in them (``"discriminator.layers.0"``).
-        factor: what σ(W̄) is, positive. With 1 and an input scale of 1/4 the logit's slope is at most 1/4, which is too
-            little to tell narrow modes apart.
+        networks: names of the module's networks to normalize, or of layers in them (``"discriminator.layers.0"``).
+        factor: value of σ(W̄), positive. With 1 and inputs scaled by 1/4 the slope of the logit is at most 1/4, which
+            is too small to separate narrow modes.
         n_power_iterations: steps of power iteration per forward pass.
 
     Raises:
@@ -65,11 +65,11 @@ class SpectralNorm(Callback):
 
     @property
     def state_key(self) -> str:
-        """Tells instances for different networks apart."""
+        """The class and the networks, so that a run can have an instance for each network."""
         return f"{type(self).__qualname__}{self.networks}"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Normalize, before the checkpoint is read and the optimizers are made."""
+        """Normalize before the checkpoint is loaded and the optimizers are created."""
         if stage != "fit":
             return
         refuse_after_weight_averaging(self, trainer)
@@ -91,7 +91,11 @@ class SpectralNorm(Callback):
                     self._adjust(name, layer, weight)
                 else:
                     if not getattr(layer, weight).any():
-                        _refuse(name, layer, "has weights that are all zero, and so no norm: initialize it otherwise")
+                        _refuse(
+                            name,
+                            layer,
+                            "has weights that are all zero, without a norm: initialize it differently",
+                        )
                     normalize_spectrum(layer, weight, self.factor, self.n_power_iterations)
         if not found:
             raise MisconfigurationException(
@@ -109,7 +113,7 @@ class SpectralNorm(Callback):
 
     @staticmethod
     def remove(module: nn.Module) -> None:
-        """Replace every spectrally normalized weight in a module by its plain value, with which nothing changes.
+        """Replace every spectrally normalized weight in a module by its value; outputs stay the same.
 
         Afterwards the module can be exported, and its weights are no longer normalized in training.
 
@@ -124,7 +128,7 @@ class SpectralNorm(Callback):
             (True, ['bias', 'weight'])
         """
         training = [m for m in module.modules() if m.training]
-        module.eval()  # in train mode a look at the weight changes it
+        module.eval()  # in train mode every access to the weight runs a power iteration and changes it
         for layer in list(module.modules()):
             for name in [n for n in getattr(layer, "parametrizations", {}) if _is_normalized(layer, n)]:
                 parametrize.remove_parametrizations(layer, name)
@@ -164,7 +168,7 @@ def _parts(layer: nn.Module, name: str) -> Sequence[nn.Module]:
 
 def _refuse_layer(name: str, layer: nn.Module) -> None:
     if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
-        _refuse(name, layer, "is recurrent and has names of its own for its weights: replace it")
+        _refuse(name, layer, "is recurrent and names its weights differently: replace it")
     if has_old_weight_norm(layer):
         _refuse(name, layer, "has torch.nn.utils.weight_norm: use torch.nn.utils.parametrizations.weight_norm")
     if any(is_lazy(p) for p in layer.parameters(recurse=False)):
@@ -175,5 +179,6 @@ def _refuse_layer(name: str, layer: nn.Module) -> None:
 
 def _refuse(name: str, layer: nn.Module, reason: str) -> None:
     raise MisconfigurationException(
-        f"SpectralNorm cannot take the {type(layer).__name__} layer `{name}`, which {reason}, or name other networks."
+        f"SpectralNorm cannot normalize the {type(layer).__name__} layer `{name}`, which {reason}, or name other "
+        "networks."
     )

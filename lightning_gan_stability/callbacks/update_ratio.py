@@ -1,4 +1,4 @@
-"""Which network steps on which batch: callbacks that set ``plan``."""
+"""Callbacks that set which player steps on which batch."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ Rests = Literal["player", "adversarial"]
 
 
 class PlanCallback(GANCallback):
-    """A callback that sets on each batch which players of the plan move, and puts the plan back after the fit.
+    """Base of callbacks that set ``module.plan`` on each batch and restore it after ``fit``.
 
-    It keeps the order of the players in the plan that it finds.
+    The order of the players is that of the plan at the start of ``fit``.
     """
 
-    moves_twice: bool = False  # a player may move several times on a batch
-    _found: tuple[Player, ...] | None = None  # the plan that a fit began with
+    moves_twice: bool = False  # a player may step several times on a batch
+    _found: tuple[Player, ...] | None = None  # the plan at the start of `fit`
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse another owner of the plan, and rules that need every player on every batch."""
+        """Refuse a second callback that sets the plan, and update rules that need both players on every batch."""
         module = as_gan(pl_module)
         name = type(self).__name__
         owners = [type(callback).__name__ for callback in callbacks_of(trainer, PlanCallback)]
         if len(owners) > 1:
-            raise MisconfigurationException(f"{' and '.join(owners)} both set which player moves: remove all but one.")
+            raise MisconfigurationException(f"{' and '.join(owners)} both set which player steps: remove all but one.")
         if sorted(module.plan) != ["d", "g"]:
             raise MisconfigurationException(
-                f"{name} sets which player of the plan moves, and `module.plan` is {module.plan}, which does not have "
-                f"both players once: leave the plan as it is by default, or remove {name}."
+                f"{name} sets which players of the plan step, but `module.plan` is {module.plan}, which does not "
+                f"contain both players exactly once: keep the default plan, or remove {name}."
             )
         rule = find_rule(trainer)
         if rule.joint or (self.moves_twice and rule.holds_gradients):
             raise MisconfigurationException(
-                f"{type(rule).__name__} moves both players once on every batch, which {name} would change: remove "
+                f"{type(rule).__name__} steps both players once on every batch, which {name} would change: remove "
                 "one of them."
             )
         self._found = module.plan
 
     def moving(self, players: Collection[Player], times: int = 1) -> tuple[Player, ...]:
-        """The plan for some players, in the order of the plan that was found; the generator several times."""
+        """The plan with some of the players, in the original order; the generator steps ``times`` times."""
         found: tuple[Player, ...] = self._found or ("d", "g")
         return tuple(p for player in found if player in players for p in [player] * (times if player == "g" else 1))
 
@@ -71,20 +71,20 @@ class PlanCallback(GANCallback):
 class UpdateRatio(PlanCallback):
     """The discriminator steps ``d_steps`` times for every ``g_steps`` steps of the generator.
 
-    Each of the discriminator's steps sees a batch of its own: a cycle takes ``d_steps`` batches, and the generator
-    steps on the last of them, with fresh latents each time. ``max_steps`` goes on counting batches. "Wasserstein GAN",
-    https://arxiv.org/abs/1701.07875, has 5 to 1. Costs what the steps cost.
+    Each step of the discriminator uses a new batch. A cycle takes ``d_steps`` batches, and the generator steps on the
+    last of them, with new latents for each of its steps. ``max_steps`` still counts batches. "Wasserstein GAN",
+    https://arxiv.org/abs/1701.07875, uses 5 to 1. It costs nothing beyond the steps.
 
     Args:
         d_steps: discriminator steps in a cycle.
         g_steps: generator steps in a cycle.
-        warm_up: 100 discriminator steps in a cycle for the first 25 cycles and every 500th, as in the code of the
-            Wasserstein GAN, so that the generator starts against a good critic.
+        warm_up: take 100 discriminator steps in each of the first 25 cycles and in every 500th, as in the code of the
+            Wasserstein GAN, so that the generator starts with a well-trained critic.
 
     Raises:
         ValueError: if an argument has a bad value.
-        MisconfigurationException: if ``module.plan`` does not have both players once, if another callback says who
-            moves, or with an update rule that moves both players once on every batch.
+        MisconfigurationException: if ``module.plan`` does not contain both players exactly once, if another callback
+            sets the plan, or with an update rule that steps both players once on every batch.
 
     Example:
         >>> UpdateRatio(d_steps=5).plan_at(cycle=0, step=4)
@@ -106,22 +106,22 @@ class UpdateRatio(PlanCallback):
         self.add_state("position", 0)  # in the cycle
 
     def plan_at(self, cycle: int, step: int) -> tuple[Player, ...]:
-        """The players that move on a batch of a cycle."""
+        """The players that step on a batch of a cycle."""
         warm = self.warm_up and (cycle < 25 or cycle % 500 == 0)
         last = step >= (100 if warm else self.d_steps) - 1
         return self.moving(PLAYERS, self.g_steps) if last else self.moving(["d"])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Set the players that move."""
+        """Set the players that step."""
         as_gan(pl_module).plan = self.plan_at(self.cycle, self.position)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Go on in the cycle."""
+        """Advance in the cycle."""
         module = as_gan(pl_module)
         if "d" in module.plan and "d" not in module.moved:
-            return  # a callback has it wait
+            return  # another callback paused the discriminator
         last = "g" in module.plan
         self.cycle, self.position = (self.cycle + 1, 0) if last else (self.cycle, self.position + 1)
 
@@ -130,7 +130,8 @@ def gap_of_losses(now: Mapping[str, float], before: Mapping[str, float]) -> floa
     """log r_g / r_d of the losses' relative changes r = |Lₜ − Lₜ₋₁| / |Lₜ₋₁|; 0 before there are two of each.
 
     "Accelerated WGAN update strategy with loss change rate balancing", https://arxiv.org/abs/2008.12463: the
-    discriminator moves while its loss changes faster than λ times the generator's, that is, below log 1/λ.
+    discriminator steps while its loss changes faster than λ times the generator's, that is, while the value is below
+    log 1/λ.
 
     Example:
         >>> round(gap_of_losses({"d": 1.1, "g": 4.0}, {"d": 1.0, "g": 2.0}), 6)  # log 10
@@ -143,7 +144,7 @@ def gap_of_losses(now: Mapping[str, float], before: Mapping[str, float]) -> floa
 
 
 def gap_of_norms(now: Mapping[str, float], before: Mapping[str, float]) -> float:
-    """log ‖∇L_G‖ / ‖∇L_D‖ of the norms per root of a parameter: above 0, the discriminator has less left to learn.
+    """log ‖∇L_G‖ / ‖∇L_D‖ of the norms, each over √(number of parameters). Above 0, the discriminator is ahead.
 
     Example:
         >>> gap_of_norms({"d_norm": 1.0, "g_norm": 1.0}, {})
@@ -152,8 +153,8 @@ def gap_of_norms(now: Mapping[str, float], before: Mapping[str, float]) -> float
     return math.log((now["g_norm"] + 1e-12) / (now["d_norm"] + 1e-12))
 
 
-# What a rule looks at, which grows as the discriminator gets ahead; below `low` the generator rests, above `high` the
-# discriminator; and how far back the value must come before a player that rests moves again.
+# For each rule: its value, which grows as the discriminator gets ahead; `low`, below which the generator pauses;
+# `high`, above which the discriminator pauses; and `hysteresis`, how far back inside the value must be to end a pause.
 RULES: dict[Rule, tuple[Callable[[Mapping[str, float], Mapping[str, float]], float], float, float, float]] = {
     "accuracy": (lambda now, before: now["accuracy"], 0.4, 0.8, 0.05),
     "loss_change": (gap_of_losses, 0.0, 0.0, 0.0),
@@ -163,17 +164,17 @@ RULES: dict[Rule, tuple[Callable[[Mapping[str, float], Mapping[str, float]], flo
 
 
 def who_rests(value: float, resting: Player | None, low: float, high: float, hysteresis: float) -> Player | None:
-    """Decide which player rests on the next batch.
+    """Decide which player pauses on the next batch.
 
     Args:
-        value: what the rule looks at.
-        resting: the player that rests now.
-        low: the generator rests below it.
-        high: the discriminator rests above it.
-        hysteresis: how far inside the band the value must be before a player that rests moves again.
+        value: value of the rule.
+        resting: the player that is paused now.
+        low: the generator pauses below it.
+        high: the discriminator pauses above it.
+        hysteresis: how far inside the band the value must be before a paused player steps again.
 
     Returns:
-        ``"d"``, ``"g"``, or None if both move.
+        ``"d"``, ``"g"``, or None if both step.
 
     Example:
         >>> [who_rests(x, "d", low=0.4, high=0.8, hysteresis=0.05) for x in (0.81, 0.78, 0.74)]
@@ -185,38 +186,42 @@ def who_rests(value: float, resting: Player | None, low: float, high: float, hys
 
 
 class AdaptiveUpdateRatio(PlanCallback):
-    """Lets the player that is ahead rest, on the next batch, until the other one has caught up.
+    """Pauses the player that is ahead until the other one has caught up.
 
-    A rule turns statistics of a batch, averaged over ranks, into one number that grows as the discriminator gets ahead:
+    A rule computes one number from statistics of a batch, averaged over ranks. It grows as the discriminator gets
+    ahead:
 
-    * ``"accuracy"``: the share of logits that it judges right. The band 0.4 to 0.8 is common practice.
-    * ``"loss_change"``: log r_g / r_d with the relative changes r of both losses since the batch before; exactly one
-      player moves. "Accelerated WGAN update strategy with loss change rate balancing",
+    * ``"accuracy"``: the share of logits that it classifies correctly. The band 0.4 to 0.8 is common practice.
+    * ``"loss_change"``: log r_g / r_d with the relative changes r of both losses since the last batch; exactly one
+      player steps. "Accelerated WGAN update strategy with loss change rate balancing",
       https://arxiv.org/abs/2008.12463, with λ = e^(−high).
-    * ``"logit_gap"``: E l(x) − E l(G(z)); exactly one player moves, the discriminator below 0.1, as in HyperGAN.
-    * ``"gradient_norm"``: log of the generator's gradient norm per root of a parameter over the discriminator's; the
-      band is a factor of 10 either way. A heuristic. A player that rests keeps its last norm.
+    * ``"logit_gap"``: E l(x) − E l(G(z)); exactly one player steps: the discriminator below 0.1, else the generator, as
+      in HyperGAN.
+    * ``"gradient_norm"``: log of the ratio of the generator's gradient norm to the discriminator's, each divided by
+      √(number of parameters). The band is a factor of 10 either way. This is a heuristic. A paused player keeps its
+      last norm.
 
-    Above ``high`` the discriminator rests, below ``low`` the generator, or, with ``generator_rests="adversarial"``, the
-    adversarial terms of its loss, so that reconstruction and other terms go on; one that rests moves again when the
-    value has come back by ``hysteresis``, or after ``max_rest`` batches, whatever the rule says, so that nobody
-    starves. The log has the rule's value, ``balance/<rule>``, and ``balance/d_share`` and ``balance/g_share``, the
-    shares of batches so far on which a player moved. Statistics cost one exchange between ranks per batch, and one
-    forward pass on a batch on which the discriminator rests (on the whole batch at once, also with ``accumulate``).
+    Above ``high`` the discriminator pauses, below ``low`` the generator. With ``generator_rests="adversarial"`` only
+    the adversarial terms of the generator's loss pause, and it keeps training on reconstruction and other terms. A
+    pause ends when the value is back inside the band by ``hysteresis``, or after ``max_rest`` batches, whatever the
+    rule says. The log has the rule's value as ``balance/<rule>``, and as ``balance/d_share`` and ``balance/g_share``
+    the share of batches so far on which each player stepped. Costs one reduction over ranks per batch, and a forward
+    pass of both networks on each batch on which the discriminator pauses (on the full batch at once, even with
+    ``accumulate``).
 
     Args:
-        rule: what to look at.
-        low: in units of the rule; None: the rule's own.
-        high: the same.
-        hysteresis: the same, not negative.
-        max_rest: batches in a row that a player may rest.
-        generator_rests: what rests below ``low``: ``"player"``, the whole generator, or ``"adversarial"``, its
-            adversarial loss and feature matching alone.
+        rule: name of the rule.
+        low: lower end of the band, in units of the rule; None: the rule's default.
+        high: upper end of the band, in units of the rule; None: the rule's default.
+        hysteresis: in units of the rule, not negative; None: the rule's default.
+        max_rest: largest number of batches in a row on which a player pauses.
+        generator_rests: what pauses below ``low``: ``"player"``, all of the generator's training, or ``"adversarial"``,
+            only its adversarial loss and feature matching.
 
     Raises:
         ValueError: if an argument has a bad value.
-        MisconfigurationException: if ``module.plan`` does not have both players once, if another callback says who
-            moves, or with an update rule that moves both players on every batch.
+        MisconfigurationException: if ``module.plan`` does not contain both players exactly once, if another callback
+            sets the plan, or with an update rule that steps both players on every batch.
 
     Example:
         >>> AdaptiveUpdateRatio("accuracy", high=0.7).low
@@ -257,16 +262,16 @@ class AdaptiveUpdateRatio(PlanCallback):
         self.add_state("moves", {"d": 0, "g": 0})
         self.add_state("before", {})  # the statistics of the last batch
         self.add_state("norms", {"d_norm": 0.0, "g_norm": 0.0})
-        self._judged: list[Pair] = []  # of a batch on which the discriminator rests
+        self._judged: list[Pair] = []  # of a batch on which the discriminator pauses
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse another owner of the plan, and a generator that has nothing but its adversarial loss."""
+        """Refuse a second callback that sets the plan, and to pause the adversarial loss if there is no other."""
         super().on_fit_start(trainer, pl_module)
         if self.generator_rests == "adversarial":
             refuse_without_other_terms(self, trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Set the players that move; judge the batch if the discriminator does not move."""
+        """Set the players that step; compute the logits of the batch here if the discriminator is paused."""
         module = as_gan(pl_module)
         resting = None if self.resting == "g" and self.generator_rests == "adversarial" else self.resting
         module.plan = self.moving([player for player in PLAYERS if player != resting])
@@ -276,21 +281,21 @@ class AdaptiveUpdateRatio(PlanCallback):
                 self._judged = module.compute_outputs("d", batch, ()).pairs()
 
     def allows_adversarial(self, module: GANProtocol) -> bool:
-        """Not while the generator's adversarial terms rest."""
+        """Whether the generator's adversarial terms are not paused."""
         return self.resting != "g" or self.generator_rests == "player"
 
     def logged(self, trainer: Trainer) -> dict[str, Cadence]:
-        """What the rule looks at, and the players' shares of the batches."""
+        """The rule's value, and the players' shares of the batches."""
         return {f"balance/{name}": "step" for name in (self.rule, "d_share", "g_share")}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Decide which player rests on the next batch."""
+        """Decide which player pauses on the next batch."""
         module = as_gan(pl_module)
         pairs = self._judged or module.last_step.pairs
         if not pairs:
-            return  # an update rule that shows the discriminator nothing
+            return  # an update rule that does not run the discriminator
         now = self._statistics(module, pairs)
         value = RULES[self.rule][0](now, self.before)
         self.batches += 1
@@ -306,7 +311,7 @@ class AdaptiveUpdateRatio(PlanCallback):
 
     @torch.no_grad()
     def _statistics(self, module: GANProtocol, pairs: list[Pair]) -> dict[str, float]:
-        """Of the batch before anybody moved on it, averaged over ranks and discriminators."""
+        """Statistics of the batch before its steps, averaged over ranks and discriminators."""
         loss = module.loss
         real, fake = ({name: logits for name, *both in pairs for logits in [both[i]]} for i in (0, 1))
         outputs = GANOutputs(None, None, real, fake)

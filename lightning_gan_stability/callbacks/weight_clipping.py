@@ -1,4 +1,4 @@
-"""A box for a network's weights."""
+"""Weight clipping, as in the original Wasserstein GAN."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lightning_gan_stability.schedules import Scheduled, check_scheduled, value_
 
 
 class WeightClipping(GANCallback):
-    """Clamps every parameter of a network that is not frozen to [−limit, limit] after each step of its optimizer.
+    """Clamps all trainable parameters of a network to [−limit, limit] after each step of its optimizer.
 
-    The constraint of "Wasserstein GAN", https://arxiv.org/abs/1701.07875, Algorithm 1: biases and the parameters of
-    normalization layers included, after the step, so that the next player sees a clipped critic. Of a spectrally
-    normalized weight it clips the one before normalization. Costs no pass.
+    The constraint of "Wasserstein GAN", https://arxiv.org/abs/1701.07875, Algorithm 1. It includes biases and the
+    parameters of normalization layers. Clipping follows the step directly, so the next player's step already uses the
+    clipped critic. A spectrally normalized weight is clipped before normalization. Costs no forward pass.
 
     Args:
         limit: c, positive: 0.01 in the paper.
@@ -43,7 +43,7 @@ class WeightClipping(GANCallback):
         self.network = check_choice("network", network, NETWORKS.values())
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse weights that have no order."""
+        """Refuse complex weights, which cannot be clamped."""
         for name, p in pl_module.get_submodule(self.network).named_parameters():
             if p.is_complex():
                 raise MisconfigurationException(

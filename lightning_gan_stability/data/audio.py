@@ -1,4 +1,4 @@
-"""Pieces of sound of one length: of the files of a folder, or of synthesized speech."""
+"""Clips of equal length from the sound files of a folder, or from synthesized speech."""
 
 import math
 import os
@@ -34,9 +34,9 @@ class Recordings(Protocol):
 
 
 class ClipsDataModule(StreamedDataModule):
-    """What :class:`Audio` and :class:`Speech` share: a clip of each recording, at a random place in training.
+    """Base of :class:`Audio` and :class:`Speech`: a clip of each recording, at a random position in training.
 
-    A subclass has :meth:`recordings`, which is called once.
+    A subclass implements :meth:`recordings`, which is called once.
     """
 
     unit = "recordings"
@@ -68,28 +68,28 @@ class ClipsDataModule(StreamedDataModule):
 
 
 class Audio(ClipsDataModule):
-    """Serve clips of your own sound files: a random one of each file in training, the middle of held-out files.
+    """Clips of your own sound files: at a random position of each file in training, and the middle of held-out files.
 
     A batch is float32 of shape `(batch_size, 1, length)` in [-1, 1]; the channels of a file are averaged. Only the
-    samples of a clip are read. Each pass over the files has its own order, which the processes share out; training
-    drops the last incomplete batch.
+    samples of a clip are read. Each pass over the files has a new random order, which is divided among processes;
+    training drops the last incomplete batch.
 
     Args:
-        folder: Path of .wav, .flac, .ogg and .mp3 files, which are searched for in all sub-folders.
-        sample_rate: In Hz, of all files.
-        length: Samples of a clip.
+        folder: Path of a folder with .wav, .flac, .ogg and .mp3 files, searched recursively.
+        sample_rate: Sample rate of all files in Hz.
+        length: Number of samples in a clip.
         batch_size: Clips per batch and process.
         holdout: Files for validation and prediction; 0: no validation (Lightning warns that it is empty, unless
             `limit_val_batches` is 0), and predict the middle of the training files.
-        epoch_length: Batches that count as one epoch; None: as many as take each training file once. If given, a batch
-            may be larger than the number of files.
-        num_workers: Processes that read files ahead.
-        seed: Of the split, of the order and of the places of clips.
+        epoch_length: Number of batches in an epoch; None: one pass over the training files. If given, a batch may be
+            larger than the number of files.
+        num_workers: Number of processes that load files.
+        seed: Seed of the split, of the order and of the positions of clips.
 
     Raises:
-        ValueError: If an argument is out of its range. Before the first batch, by the headers of all files: if there is
-            no file, if one cannot be read, has another sample rate or fewer samples than `length`; if there are fewer
-            files than one batch.
+        ValueError: If an argument is out of its range. Before the first batch, from the headers of all files: if there
+            is no file; if a file cannot be read, has another sample rate, or has fewer samples than `length`; or if
+            there are fewer files than a batch needs.
         ModuleNotFoundError: If soundfile is not installed.
 
     Example:
@@ -138,25 +138,25 @@ class Audio(ClipsDataModule):
             raise ValueError(
                 f"{len(short)} of {len(files.lengths)} files are shorter than `length` = {self.length} samples; the "
                 f"first is {files.files[short[0]]} with {files.lengths[short[0]]}. Set a smaller `length`, pad these "
-                "files with silence, or take them out of the folder."
+                "files with silence, or remove them from the folder."
             )
         return files
 
 
 class Speech(ClipsDataModule):
-    """Serve clips of synthesized English sentences, so nothing is downloaded.
+    """Clips of synthesized English sentences, without a download.
 
-    A batch is float32 of shape `(batch_size, 1, length)` in [-1, 1]: in training a random clip of each sentence, held
-    out the middle of sentences that training does not have. See :func:`lightning_gan_stability.datasets.speech` for
-    what is spoken.
+    A batch is float32 of shape `(batch_size, 1, length)` in [-1, 1]: a random clip of each sentence in training, and
+    the middle of other sentences as held-out data. See :func:`lightning_gan_stability.datasets.speech` for the
+    sentences.
 
     Args:
-        sentences: How many, of about 2 s each.
-        sample_rate: In Hz.
-        length: Samples of a clip.
+        sentences: Number of sentences, of about 2 s each.
+        sample_rate: Sample rate in Hz.
+        length: Number of samples in a clip.
         batch_size: Clips per batch and process.
         holdout: Sentences for validation and prediction; 0: predict the middle of the training sentences.
-        seed: Of the sentences, of the split, of the order and of the places of clips.
+        seed: Seed of the sentences, of the split, of the order and of the positions of clips.
 
     Raises:
         ValueError: If an argument is out of its range. Before the first batch: if a sentence is shorter than `length`;

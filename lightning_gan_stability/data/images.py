@@ -30,50 +30,50 @@ from lightning_gan_stability.noise import generator
 
 
 class Images(StreamedDataModule):
-    """Serve your own images: a folder or a zip archive of files, or any map-style data set.
+    """Your own images: a folder or a zip archive of files, or any map-style data set.
 
     x = pixel / 127.5 − 1, pixel = 0 ... 255; x = 2 · pixel / 65535 − 1 of greyscale images with 16 bits; x = 2 · pixel
     − 1 of floats, which must be in [0, 1].
 
-    An image is turned as its EXIF orientation says, laid on white where it is transparent, converted to RGB or
-    greyscale, and framed as `crop` says (antialiased). CMYK is converted without a colour profile; of colours with 16
-    bits the upper eight count, and of several frames the first. A batch is float32 of shape `(batch_size, channels,
-    size, size)` in [-1, 1], or `(images, labels)` if there are labels: what `dataset` gives, or the number (in order of
-    name) of the first-level sub-folder.
+    Each image is rotated by its EXIF orientation, blended with white where it is transparent, converted to RGB or
+    greyscale, and resized with antialiasing and cropped by `crop`. CMYK is converted without a colour profile. Of
+    colours with 16 bits the upper eight are used, and of several frames the first. A batch is float32 of shape
+    `(batch_size, channels, size, size)` in [-1, 1], or `(images, labels)` if there are labels: those of `dataset`, or
+    the index of the first-level sub-folder in alphabetical order.
 
-    Files are looked at before the first batch: headers, and whether PNG, JPEG and WebP files have their end. A file
-    that leaves a doubt is read in full, and so are floats and integers of 32 bits; an archive is read once. This takes
-    about 0.1 ms a file on a local disk. Names that begin with a dot are passed over, such as `._1.png` of macOS.
-    Order, shares and incomplete batches are as in :class:`Digits`.
+    Files are checked before the first batch: their headers, and whether PNG, JPEG and WebP files are complete. A file
+    that fails this check is read in full, and so are floats and integers of 32 bits; an archive is read once. This
+    takes about 0.1 ms per file on a local disk. Names that begin with a dot are ignored, such as `._1.png` of macOS.
+    The order, its division among processes and incomplete batches are as in :class:`Digits`.
 
     Args:
-        folder: Path of the images, which are searched for in all sub-folders; or of a zip archive of them, in which the
-            folder that all share is left out.
-        dataset: Gives `image` or `(image, label)` by index, the image from Pillow or a tensor of shape `(channels,
-            size, size)` that is in [-1, 1] already (`ToTensor` alone gives [0, 1], which is not noticed).
+        folder: Path of a folder with images, searched recursively, or of a zip archive of them, where a common
+            top-level folder is skipped.
+        dataset: Data set that returns `image` or `(image, label)` by index, the image from Pillow or a tensor of shape
+            `(channels, size, size)` in [-1, 1] (`ToTensor` alone gives [0, 1], which is not detected).
         size: Height and width in pixels.
         channels: 3 for RGB, 1 for greyscale.
         batch_size: Images per batch and process.
         holdout: Images for validation and prediction, each class in proportion (of `dataset`, if it has `targets`, as
             those of torchvision do); 0: no validation (Lightning warns that it is empty, unless `limit_val_batches` is
             0), and predict the training images.
-        labels: Whether first-level sub-folders, or what `dataset` gives beside images, are labels.
-        crop: "center" resizes the shorter side and cuts the centre out; "random" cuts a random part out in training,
-            and the centre of held-out images; None resizes both sides, which squeezes an image that is no square.
-        resize: The length of the shorter side before a crop, at least `size`; None: `size`, so that "random" moves
-            along the longer side alone.
-        flip: Mirror every training image left to right with probability ½.
-        drop_last: Leave out the last held-out batch if it is incomplete, as a discriminator with statistics of groups
-            of samples may need; in training it always is left out.
-        on_error: What is done about files that cannot be read: "raise" refuses them by name; "skip" leaves them out,
-            and warns of how many there are. If one turns out to be broken later, it ends the run by "raise"; by "skip",
-            another image of its batch takes its place.
-        num_workers: Processes that read images ahead.
-        seed: Of the split, of the order, of crops and of flips.
+        labels: Use first-level sub-folders, or the second entries of `dataset`'s items, as labels.
+        crop: "center" resizes the shorter side and crops the centre; "random" crops at a random position in training,
+            and the centre of held-out images; None resizes both sides, which distorts an image that is not square.
+        resize: Length of the shorter side before a crop, at least `size`; None: `size`, so that "random" varies along
+            the longer side only.
+        flip: Flip every training image horizontally with probability ½.
+        drop_last: Leave out the last held-out batch if it is incomplete, which a discriminator with statistics over
+            groups of samples may need; in training it is always left out.
+        on_error: How to handle files that cannot be read: "raise" raises an error with their names; "skip" leaves them
+            out and warns with their number. If a file turns out to be broken later, "raise" ends the run, and "skip"
+            replaces it with another image of its batch.
+        num_workers: Number of processes that load images.
+        seed: Seed of the split, of the order, of crops and of flips.
 
     Attributes:
-        classes: Names of the classes: of the sub-folders, or `dataset.classes` if there is one; None without labels.
-        num_classes: Their number; None without.
+        classes: Names of the classes: those of the sub-folders, or `dataset.classes` if it exists; None without labels.
+        num_classes: Number of classes; None without labels.
 
     Raises:
         ValueError: If an argument is out of its range; if not exactly one of `folder` and `dataset` is given. Before

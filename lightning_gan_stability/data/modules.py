@@ -28,7 +28,7 @@ _GRIDS = {"wgan_gp": (2 / 2.828, 0.05 / 2.828), "pacgan": (2, 0.05)}
 
 
 class _Gaussians(StreamedDataModule):
-    """What `Ring` and `Grid` share."""
+    """Base of `Ring` and `Grid`."""
 
     centers: Tensor
     std: float
@@ -59,14 +59,14 @@ class Ring(_Gaussians):
     * `conopt`: the same, sample k of a batch from mode k mod K; The Numerics of GANs, https://arxiv.org/abs/1705.10461
 
     Args:
-        protocol: Whose numbers to use.
+        protocol: Paper whose numbers to use.
         modes: Number of Gaussians K.
         radius: r after any division; default: the protocol's.
         std: σ after any division; default: the protocol's.
         batch_size: Points per batch and process.
-        epoch_length: Batches that count as one epoch.
+        epoch_length: Number of batches in an epoch.
         val_samples: Held-out points of all processes together, rounded up to equal shares.
-        seed: Of the points.
+        seed: Seed of the points.
 
     Attributes:
         centers: `(modes, 2)` tensor of the means, float32.
@@ -113,14 +113,14 @@ class Grid(_Gaussians):
       https://arxiv.org/abs/1712.04086
 
     Args:
-        protocol: Whose numbers to use.
+        protocol: Paper whose numbers to use.
         side: Gaussians along each side m, so m² modes.
         spacing: s after any division; default: the protocol's.
         std: σ after any division; default: the protocol's.
         batch_size: Points per batch and process.
-        epoch_length: Batches that count as one epoch.
+        epoch_length: Number of batches in an epoch.
         val_samples: Held-out points of all processes together, rounded up to equal shares.
-        seed: Of the points.
+        seed: Seed of the points.
 
     Attributes:
         centers: `(side², 2)` tensor of the means, float32.
@@ -155,7 +155,7 @@ class Grid(_Gaussians):
 
 
 class Digits(StreamedDataModule):
-    """Serve the 1,797 real handwritten digits that come with scikit-learn, so nothing is downloaded.
+    """The 1,797 real handwritten digits that come with scikit-learn and need no download.
 
     x = pixel / 8 − 1, pixel = 0 ... 16.
 
@@ -166,7 +166,7 @@ class Digits(StreamedDataModule):
     Args:
         batch_size: Images per batch and process.
         holdout: Images for validation and prediction, each digit in proportion; 0: predict the training images.
-        seed: Of the split and of the order.
+        seed: Seed of the split and of the order.
 
     Raises:
         ValueError: If an argument is out of its range, or one batch of all processes exceeds the training set.

@@ -20,7 +20,7 @@ TRAINING_WIDTH = WIDTH * 3 // 4  # columns to the right of these are held out
 
 
 class Photographs(StreamedDataModule):
-    """Serve square crops of the two photographs that come with scikit-learn, alone or with a source to translate.
+    """Square crops of the two photographs that come with scikit-learn, alone or with a source to translate.
 
     * `gray`: luminance 0.299 R + 0.587 G + 0.114 B.
     * `edges`: 2 min(1, ‖∇Y‖) − 1, ∇Y the Sobel filters of the luminance Y in [0, 1].
@@ -34,12 +34,12 @@ class Photographs(StreamedDataModule):
 
     Args:
         size: Height and width in pixels, at most 160.
-        source: What to translate into the image: "gray", "edges" or "low"; None: images alone.
-        factor: How many times smaller a "low" source is; must divide `size`.
+        source: Source to translate into the image: "gray", "edges" or "low"; None: images without a source.
+        factor: Ratio of the sizes of the image and a "low" source; must divide `size`.
         batch_size: Images per batch and process.
-        epoch_length: Batches that count as one epoch.
-        holdout: Held-out images of all processes together.
-        seed: Of the crops.
+        epoch_length: Number of batches in an epoch.
+        holdout: Number of held-out images of all processes together.
+        seed: Seed of the crops.
 
     Raises:
         ValueError: If an argument is out of its range, or `factor` does not divide `size`.

@@ -1,4 +1,4 @@
-"""Images in tar shards, which are streamed from wherever they are: for data that fit on no disk."""
+"""Images streamed from tar shards, for data sets that are too large for a disk."""
 
 import io
 import os
@@ -27,25 +27,25 @@ Sample: TypeAlias = dict[str, Any]  # the contents of its files by extension, "_
 
 
 class ImageShards(StreamedDataModule):
-    """Serve images of a WebDataset: tar shards, streamed from disks, web servers or buckets.
+    """Images of a WebDataset: tar shards, streamed from disks, web servers or buckets.
 
-    A sample of a shard is an image, such as `0007.jpg`, and with `labels` the number of its class in `0007.cls`. What
-    is made of an image, and batches, are as in :class:`Images`. See https://github.com/webdataset/webdataset for the
-    format, and for the addresses that it can open.
+    A sample of a shard is an image, such as `0007.jpg`, and with `labels` the number of its class in `0007.cls`. Images
+    are processed and batched as in :class:`Images`. See https://github.com/webdataset/webdataset for the format, and
+    for the supported addresses.
 
-    In an epoch, each worker of each process reads shards that no other one reads, in an order of the epoch, and
-    shuffles samples among the next `shuffle` ones. A worker whose shards end before the epoch reads them again. So an
-    epoch takes about every image once if `epoch_length` is their number // (batch_size · processes).
+    In each epoch, every worker of every process reads its own shards in a new order, and shuffles samples among the
+    next `shuffle` ones. A worker that finishes its shards before the epoch ends reads them again. An epoch covers about
+    every image once if `epoch_length` is the number of images // (batch_size · processes).
 
     A training batch is a function of (seed, rank, position) and of the numbers of processes and workers. A run that is
-    resumed in the middle of an epoch reads what it has seen of this epoch once more, without decoding it, to find its
-    place. So does every epoch that is shorter than `epoch_length` by Lightning's `limit_train_batches`: set
-    `epoch_length` instead.
+    resumed in the middle of an epoch reads the earlier part of the epoch again, without decoding it, to find its
+    position. The same happens after every epoch that Lightning's `limit_train_batches` cuts short: set `epoch_length`
+    instead.
 
     Args:
         shards: Addresses or paths of the shards, of which braces are expanded: "data/{000000..000127}.tar",
             "https://server/{00..99}.tar", "pipe:aws s3 cp s3://bucket/{00..99}.tar -"; or a list of them.
-        epoch_length: Batches that count as one epoch.
+        epoch_length: Number of batches in an epoch.
         size: Height and width in pixels.
         channels: 3 for RGB, 1 for greyscale.
         batch_size: Images per batch and process.
@@ -53,14 +53,14 @@ class ImageShards(StreamedDataModule):
         holdout: Images that are taken from `val_shards`, by all processes together, rounded down to whole batches of
             all of them. They are counted before the first batch.
         labels: Whether batches are `(images, labels)`.
-        shuffle: Samples, not decoded yet, that a worker keeps to draw from; 1: in the order of the shards.
+        shuffle: Size of a worker's shuffle buffer, in encoded samples; 1: the order of the shards.
         crop: As in :class:`Images`.
         resize: As in :class:`Images`.
         flip: Mirror every training image left to right with probability ½.
         on_error: What is done if an image cannot be read: "raise" ends the run and names it; "skip" warns, and puts
             another image of its batch in its place. A shard that cannot be read always ends the run.
         num_workers: Processes that read shards.
-        seed: Of the orders, of crops and of flips.
+        seed: Seed of the orders, of crops and of flips.
 
     Raises:
         ValueError: If an argument is out of its range; if one of `val_shards` and `holdout` is given without the other.
@@ -143,7 +143,7 @@ class ImageShards(StreamedDataModule):
         return super().state_dict() | {"num_workers": self.num_workers}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from the position in `state_dict`."""
+        """Restore the position in `state_dict`."""
         if (before := state_dict["num_workers"]) != self.num_workers:
             rank_zero_warn(
                 f"The checkpoint was written with `num_workers={before}`, and now it is {self.num_workers}: the images "
@@ -245,9 +245,9 @@ class ShardBatches:
         make: Makes a batch of samples.
         length: Batches in an epoch.
         batch_size: Samples per batch.
-        rank: Of this process.
+        rank: Rank of this process.
         world: Number of processes.
-        seed: Of the orders.
+        seed: Seed of the orders.
         readers: Worker processes, each of which serves every `readers`-th batch and reads shards of its own. 0: every
             process reads all shards, and takes its share of the samples.
         shuffle: Samples to draw from; None: in order, and without random crops and flips.

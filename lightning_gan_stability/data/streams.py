@@ -1,4 +1,4 @@
-"""Batches as functions of their position in a stream: what the data modules serve, as plain torch objects."""
+"""Batches as functions of their position in a stream, the basis of all data modules."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -17,16 +17,16 @@ Batch: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, tuple[Tensor, ...]]
 
 
 class Stream(Dataset[Batch]):
-    """Serve `batch(0), batch(1), ...` as a loader that knows its position and can be put back to it.
+    """A loader of `batch(0), batch(1), ...` that saves and restores its position.
 
-    It is no :class:`torch.utils.data.DataLoader`, so Lightning neither wraps it nor injects a sampler. A pass yields
+    It is not a :class:`torch.utils.data.DataLoader`, so Lightning neither wraps it nor injects a sampler. A pass yields
     `length` batches from the current position on. After a resume inside an epoch Lightning itself ends the pass with
     that epoch; ended here too, `limit_train_batches` or a changed `length` would make epochs too short.
 
     Args:
-        batch: Gives the batch at a position; a pure function.
-        length: Batches in one epoch.
-        num_workers: Processes that prepare batches ahead; `position` counts only what was yielded.
+        batch: Pure function from a position to a batch.
+        length: Number of batches in an epoch.
+        num_workers: Number of processes that load batches; `position` counts only batches that were yielded.
         repeat: Start every pass at position 0, as validation does.
 
     Example:
@@ -67,7 +67,7 @@ class Stream(Dataset[Batch]):
         return {"position": self.position}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from the position in `state_dict`."""
+        """Restore the position in `state_dict`."""
         self.position = state_dict["position"]
 
 

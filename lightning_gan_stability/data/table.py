@@ -23,11 +23,11 @@ _MANY_ROWS = 1000  # beyond which a category for most rows is likely a name or a
 
 
 class Table(StreamedDataModule):
-    """Serve encoded rows of a table with conditions, by CTGAN's training-by-sampling.
+    """Encoded rows of a table with conditions, drawn by CTGAN's training-by-sampling.
 
-    A sample takes one of the discrete columns with equal probability, one of its categories with probability
-    ∝ log(count + 1), and a random training row of that category. The condition is the category as one-hot among the
-    categories of all discrete columns. So rare categories are seen more often than in the table.
+    A sample takes one of the discrete columns with equal probability, one of its categories with probability ∝
+    log(count + 1), and a random training row of that category. The condition is the category as one-hot among the
+    categories of all discrete columns. Rare categories are therefore drawn more often than they occur in the table.
 
     Modeling Tabular data using Conditional GAN, https://arxiv.org/abs/1907.00503; see
     :class:`lightning_gan_stability.tables.TableEncoder` for the encoding.
@@ -40,13 +40,13 @@ class Table(StreamedDataModule):
     Args:
         data: "iris", "wine", "breast_cancer" or "diabetes" of scikit-learn; or the path of a CSV file; or the table, as
             a mapping of names to columns or a DataFrame of pandas.
-        discrete: Names of the discrete columns; None: those that are no numbers, and those known of scikit-learn's
-            tables.
-        components: Most components of the mixture of Gaussians of a continuous column.
+        discrete: Names of the discrete columns; None: the columns that are not numeric, and the known ones of
+            scikit-learn's tables.
+        components: Largest number of components in the mixture of Gaussians of a continuous column.
         batch_size: Rows per batch and process.
-        epoch_length: Batches that count as one epoch; None: training rows // (batch_size * processes), at least 1.
+        epoch_length: Number of batches in an epoch; None: training rows // (batch_size * processes), at least 1.
         holdout: Share of the rows for validation and prediction, in [0, 1); 0: predict the training rows.
-        seed: Of the split, of the mixtures and of the draws.
+        seed: Seed of the split, of the mixtures and of the draws.
 
     Attributes:
         encoder: The :class:`lightning_gan_stability.tables.TableEncoder`, fitted to the training rows.

@@ -1,4 +1,4 @@
-"""Penalties on differences that the discriminator should not see."""
+"""Penalties that make the discriminator invariant to small changes of its input."""
 
 from __future__ import annotations
 
@@ -30,30 +30,31 @@ Consistency: TypeAlias = Literal["real", "balanced", "latent"]
 
 
 class ConsistencyPenalty(Regularizer):
-    """Adds weight · E(l(x) − l(T(x)))²: the discriminator should not see a difference that does not matter.
+    """Adds weight · E(l(x) − l(T(x)))², which makes the discriminator invariant to a transform T.
 
-    * ``"real"``: over real samples. "Consistency Regularization for Generative Adversarial Networks",
+    * ``"real"``: the mean is over real samples. "Consistency Regularization for Generative Adversarial Networks",
       https://arxiv.org/abs/1910.12027.
-    * ``"balanced"``: over real and over fake samples, the sum. "Improved Consistency Regularization for GANs",
-      https://arxiv.org/abs/2002.04724, as the next one.
-    * ``"latent"``: (l(G(z)) − l(G(z + δ)))² with δ ~ N(0, radius²); and, with ``player="g"``, a second entry, −weight ·
-      E(G(z) − G(z + δ))² (mean over values) for the generator, which should see it.
+    * ``"balanced"``: the mean over real samples plus the mean over fake samples. "Improved Consistency Regularization
+      for GANs", https://arxiv.org/abs/2002.04724.
+    * ``"latent"``: (l(G(z)) − l(G(z + δ)))² with δ ~ N(0, radius²), from the same paper. A second entry with
+      ``player="g"`` adds −weight · E(G(z) − G(z + δ))² (mean over values) to the generator's loss, which makes the
+      generator sensitive to δ.
 
-    T mirrors images and moves them by up to an eighth of their size, unless you give another. Costs a forward pass of
-    the discriminator (balanced: two; latent: and one of the generator).
+    By default T flips images and shifts them by up to an eighth of their size. Costs one forward pass of the
+    discriminator; ``"balanced"`` costs two, and ``"latent"`` one of the generator as well.
 
     Args:
-        kind: over what.
+        kind: ``"real"``, ``"balanced"`` or ``"latent"``, as above.
         weight: λ, not negative; None: 10, for ``"latent"`` 20, and 0.5 for the generator.
-        transform: T, a module from samples to samples; None: mirror and move, for images (n, channels, height, width).
+        transform: T, a module from samples to samples; None: flip and shift, for images (n, channels, height, width).
         radius: standard deviation of δ, positive; None: 0.05.
-        player: ``"g"`` for the generator's half of ``"latent"``.
-        every: due on every so many steps, and scaled by as much.
-        separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
+        player: ``"g"`` for the generator's part of ``"latent"``.
+        every: n: compute the penalty on every n-th step only, and multiply it by n.
+        separate: take an optimizer step for this penalty alone, after the player's own, as in StyleGAN2.
 
     Raises:
-        ValueError: if an argument has a bad value or is of no use with ``kind``, or if samples are not images and
-            there is no ``transform``.
+        ValueError: if an argument has a bad value or has no effect with ``kind``, or if samples are not images and no
+            ``transform`` is given.
         MisconfigurationException: for ``"latent"``, if the generator takes no latents.
 
     Example:
@@ -80,7 +81,7 @@ class ConsistencyPenalty(Regularizer):
         if player not in ("d", "g") or (player == "g" and not latent):
             raise ValueError(f"`player` must be 'd', or 'g' with kind='latent', got {player!r} and {kind!r}.")
         if (latent and transform is not None) or (not latent and radius is not None):
-            raise ValueError(f"`{'transform' if latent else 'radius'}` is of no use with kind={kind!r}.")
+            raise ValueError(f"`{'transform' if latent else 'radius'}` has no effect with kind={kind!r}: remove it.")
         module = transform is None or isinstance(transform, nn.Module)
         check(module, "transform", "a module from samples to samples, or None", transform)
         default = 10.0 if not latent else 20.0 if player == "d" else 0.5
@@ -91,13 +92,13 @@ class ConsistencyPenalty(Regularizer):
         self.player = player
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a generator without latents, if they are asked for."""
+        """Refuse a generator without latents if ``kind`` needs them."""
         super().on_fit_start(trainer, pl_module)
         if self.kind == "latent":
             refuse_without_latents(self, as_gan(pl_module))
 
     def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
-        """The squared difference of each logit; for the generator minus that of each value."""
+        """The mean squared difference of the logits; for the generator, the negative one of the samples."""
         if self.kind == "latent":
             return self._latent(module, outputs)
         change = self._change(module, outputs.real, outputs.real_logits, outputs.condition)
@@ -118,7 +119,7 @@ class ConsistencyPenalty(Regularizer):
         def move(leaf: Tensor) -> Tensor:
             if leaf.dim() != 4:
                 raise ValueError(
-                    "ConsistencyPenalty mirrors and moves images (n, channels, height, width), but samples have shape "
+                    "ConsistencyPenalty flips and shifts images (n, channels, height, width), but samples have shape "
                     f"{tuple(leaf.shape)}: give a `transform`, or use kind='latent'."
                 )
             return penalties.flip_and_shift(leaf, uniform)
@@ -128,8 +129,8 @@ class ConsistencyPenalty(Regularizer):
     def _latent(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
         if outputs.latents is None:
             raise ValueError(
-                "ConsistencyPenalty(kind='latent') compares samples with those of near latents, and FakePool shows "
-                "samples of earlier batches: remove one of them."
+                "ConsistencyPenalty(kind='latent') compares samples with those of nearby latents, but FakePool shows "
+                "samples of earlier batches, without latents: remove one of them."
             )
         radius = value_at(self.radius, module.iteration)
         near = outputs.latents + radius * module.noise.randn_like(outputs.latents)

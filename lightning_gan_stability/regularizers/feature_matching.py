@@ -1,4 +1,4 @@
-"""The generator matches what the discriminator sees of real samples, layer by layer."""
+"""Feature matching: the generator matches the discriminator's features of real samples, layer by layer."""
 
 from __future__ import annotations
 
@@ -21,25 +21,27 @@ Weights: TypeAlias = list[float] | dict[str, float]
 class FeatureMatching(Regularizer):
     """Adds weight · Σ_d Σ_l mean |F_dl(x) − F_dl(G(z))| to the generator's loss, over discriminators d and layers l.
 
-    F are the features that :meth:`GANModule.discriminate` returns beside the logits, or the outputs of named layers,
-    which needs no change of the discriminator. Those of real samples carry no gradient. "Autoencoding beyond pixels
-    using a learned similarity metric", https://arxiv.org/abs/1512.09300, in the form of "High-Resolution Image
-    Synthesis and Semantic Manipulation with Conditional GANs", https://arxiv.org/abs/1711.11585, and "HiFi-GAN",
-    https://arxiv.org/abs/2010.05646. Real and generated samples are augmented by the same draws. Costs a pass of the
-    discriminator over real samples in the generator's turn.
+    F are the features that :meth:`GANModule.discriminate` returns beside the logits. With ``layers`` they are the
+    outputs of these layers, and the discriminator needs no change. Features of real samples carry no gradient.
+    "Autoencoding beyond pixels using a learned similarity metric", https://arxiv.org/abs/1512.09300, in the form of
+    "High-Resolution Image Synthesis and Semantic Manipulation with Conditional GANs", https://arxiv.org/abs/1711.11585,
+    and "HiFi-GAN", https://arxiv.org/abs/2010.05646. Augmentations draw the same random numbers for real and for
+    generated samples. Costs a forward pass of the discriminator over real samples in the generator's step.
 
-    Recipes weigh the sum differently: HiFi-GAN ``weight=2`` with the last layer, DAC the same without it
-    (``layer_weights=[1, 1, 1, 1, 1, 0]``), pix2pixHD and MelGAN ``weight=10 * 4 / (n_layers + 1) / n_discriminators``.
+    Published models weight the sum differently: HiFi-GAN uses ``weight=2`` with the last layer, DAC the same without it
+    (``layer_weights=[1, 1, 1, 1, 1, 0]``), and pix2pixHD and MelGAN use ``weight=10 * 4 / (n_layers + 1) /
+    n_discriminators``.
 
     Args:
         weight: not negative.
         layers: names of the discriminator's layers, as in ``discriminator.named_modules()``, or patterns such as
-            ``"convs.*"``. None: the features that ``discriminate`` returns: a list, dict or other tree of tensors, or,
-            with several discriminators, a dict or list of these with the entries of the logits.
-        layer_weights: a factor for each feature of a discriminator, in its order, or some factors by name: of a layer,
-            or of a key where features are a dict. None: 1.
-        discriminator_weights: a factor for each discriminator, in the order of the logits, or some by name. None: 1.
-        every: due on every so many steps, and scaled by as much.
+            ``"convs.*"``. None: the features that ``discriminate`` returns. These are a list, dict or other tree of
+            tensors; with several discriminators, a dict or list of such trees with the same entries as the logits.
+        layer_weights: a list with a factor for each feature of a discriminator, in order, or a dict with factors for
+            some of them by the name of the layer, or by the key where features are a dict. None: 1.
+        discriminator_weights: a list with a factor for each discriminator, in the order of the logits, or a dict with
+            factors for some of them by name. None: 1.
+        every: n: compute the penalty on every n-th step only, and multiply it by n.
 
     Raises:
         ValueError: if an argument has a bad value, if there are no features, or if those of real and generated samples
@@ -73,10 +75,10 @@ class FeatureMatching(Regularizer):
         self.layer_weights = _checked_weights("layer_weights", layer_weights)
         self.discriminator_weights = _checked_weights("discriminator_weights", discriminator_weights)
         self._stop: Callable[[], None] | None = None
-        self._names: dict[str, list[str]] | None = None  # of the features that there were, by discriminator
+        self._names: dict[str, list[str]] | None = None  # of the features on the first call, by discriminator
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Watch the layers, before they are compiled."""
+        """Register hooks on the layers before they are compiled."""
         super().setup(trainer, pl_module, stage)
         self._names = None
         self._leave_alone()
@@ -84,11 +86,11 @@ class FeatureMatching(Regularizer):
             self._stop = as_gan(pl_module).watch_layers(self.layers)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the layers alone again."""
+        """Remove the hooks from the layers."""
         self._leave_alone()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the layers alone again; Lightning tears nothing down after an error."""
+        """Remove the hooks from the layers; Lightning does not call ``teardown`` after an error."""
         self._leave_alone()
 
     def _leave_alone(self) -> None:
@@ -97,7 +99,7 @@ class FeatureMatching(Regularizer):
             self._stop = None
 
     def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
-        """The weighed sum of mean absolute differences, a scalar."""
+        """The weighted sum of mean absolute differences, a scalar."""
         real, fake = (self._features(outputs, side) for side in ("real", "fake"))
         of_real, of_fake = ({name: [*features] for name, features in side.items()} for side in (real, fake))
         if self._names is None:
@@ -105,10 +107,10 @@ class FeatureMatching(Regularizer):
         if not of_real == of_fake == self._names:
             raise ValueError(
                 "FeatureMatching: `discriminate` returned other features for real samples than for generated ones, or "
-                "than before: it must return the same ones each time."
+                "than on an earlier batch: it must return the same features on every call."
             )
         if not any(fake.values()):
-            raise ValueError("FeatureMatching compares features, but those that `discriminate` returns are none.")
+            raise ValueError("FeatureMatching compares features, but `discriminate` returns an empty set of them.")
         of_discriminators = _factors("discriminator_weights", self.discriminator_weights, [*fake])
         total: Any = 0.0
         for (discriminator, features), factor in zip(fake.items(), of_discriminators, strict=True):
@@ -118,7 +120,7 @@ class FeatureMatching(Regularizer):
                 if target.shape != feature.shape:
                     raise ValueError(
                         f"FeatureMatching compares feature {name!r} of real samples, of shape {tuple(target.shape)}, "
-                        f"with that of generated ones, of shape {tuple(feature.shape)}: they must be the same."
+                        f"with that of generated ones, of shape {tuple(feature.shape)}: the shapes must be equal."
                     )
                 total = total + factor * weight * (feature - target.detach()).abs().mean()
         return total  # type: ignore[no-any-return]
@@ -136,9 +138,9 @@ class FeatureMatching(Regularizer):
                 found.setdefault(first if first in logits else "", {}).update(_by_name(name, value))
             if "" in found and len(logits) > 1 and self.discriminator_weights is not None:
                 raise ValueError(
-                    f"FeatureMatching: `discriminator_weights` are of discriminators {', '.join(logits)}, and layer "
-                    f"{next(iter(found['']))!r} is of none of them: return logits by the names of the discriminators "
-                    "in the network, or use `layer_weights`."
+                    f"FeatureMatching: `discriminator_weights` belong to discriminators {', '.join(logits)}, but layer "
+                    f"{next(iter(found['']))!r} is in none of them: return logits in a dict by the names of the "
+                    "discriminators in the network, or use `layer_weights`."
                 )
             return found
         features = getattr(outputs, f"{side}_features")
@@ -166,7 +168,7 @@ class FeatureMatching(Regularizer):
 
 
 def _by_name(name: str, value: Any) -> dict[str, Tensor]:
-    """The tensors of a tree by their names or numbers, behind that of the tree."""
+    """The tensors of a tree by their names or numbers, prefixed with the name of the tree."""
     if isinstance(value, Tensor):
         return {name or "0": value}
     keyed = isinstance(value, Mapping) and all(isinstance(part, Tensor) for part in value.values())

@@ -1,4 +1,4 @@
-"""R1 and R2 by finite differences: penalties on the discriminator's slope without second derivatives."""
+"""R1 and R2 by finite differences: gradient penalties on the discriminator without second derivatives."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_gan_stability.schedules import Scheduled, check_scheduled, value_
 
 
 class _FiniteDifference(Regularizer):
-    """What the approximate R1 and R2 share."""
+    """Base of the approximate R1 and R2."""
 
     differentiates = ()
     per_sample = True
@@ -39,7 +39,7 @@ class _FiniteDifference(Regularizer):
         noise = module.noise.randn_like(samples)
         sigma = value_at(self.sigma, module.iteration)
         moved = tree_map(lambda x, n: x + sigma * n, samples, noise)
-        # the same dropout masks, augmentation and spectral norm for both, or their difference would not be the points'
+        # both passes share dropout masks, augmentations and spectral norm, so that only the points differ
         with module.frozen_buffers():
             with module.replay_randomness():
                 logits = module.logits(samples, condition)
@@ -49,19 +49,19 @@ class _FiniteDifference(Regularizer):
 class ApproximateR1Penalty(_FiniteDifference):
     """Adds weight · E(l(x) − l(x + σ n))² over real samples, n ~ N(0, I), to the discriminator's loss.
 
-    R1 by finite differences, γ ≈ 2 · weight · σ² of :class:`R1Penalty`, exactly that in the mean for a linear critic.
-    "Diffusion Adversarial Post-Training for One-Step Video Generation", https://arxiv.org/abs/2501.08316. Needs no
-    second derivatives, so it works with compiled and sharded networks and with fused attention. The estimate is noisy
-    (one direction per sample and step). Costs two forward passes of the discriminator.
+    This approximates :class:`R1Penalty` with γ = 2 · weight · σ² by finite differences; for a linear critic the
+    expectations are equal. "Diffusion Adversarial Post-Training for One-Step Video Generation",
+    https://arxiv.org/abs/2501.08316. Needs no second derivatives, so it works with compiled and sharded networks and
+    with fused attention. The estimate is noisy, from one direction per sample and step. Costs two forward passes of the
+    discriminator.
 
     Args:
         weight: not negative.
-        sigma: σ, positive, in units of the data. Much below 0.001 float32 cancels.
-        every: due on every so many steps, and scaled by as much.
-        separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
-        patches: of a discriminator with several logits for a sample, what is compared: their ``"sum"``, as in
-            papers, which grows with the size of the sample, or their ``"mean"``, with which the weight need not change
-            with it.
+        sigma: σ, positive, in units of the data. Much below 0.001 the difference is lost to rounding in float32.
+        every: n: compute the penalty on every n-th step only, and multiply it by n.
+        separate: take an optimizer step for this penalty alone, after the player's own, as in StyleGAN2.
+        patches: what to compare if the discriminator returns several logits for a sample: their ``"sum"``, as in
+            papers, which grows with the size of the sample, or their ``"mean"``, which does not.
 
     Raises:
         ValueError: if ``weight``, ``sigma`` or ``every`` has a bad value.
@@ -80,16 +80,16 @@ class ApproximateR1Penalty(_FiniteDifference):
 class ApproximateR2Penalty(_FiniteDifference):
     """Adds weight · E(l(x) − l(x + σ n))² over fake samples, n ~ N(0, I), to the discriminator's loss.
 
-    R2 by finite differences, https://arxiv.org/abs/2501.08316; everything else as for :class:`ApproximateR1Penalty`.
+    This approximates R2 by finite differences, https://arxiv.org/abs/2501.08316. Everything else is as for
+    :class:`ApproximateR1Penalty`.
 
     Args:
         weight: not negative.
         sigma: σ, positive, in units of the data.
-        every: due on every so many steps, and scaled by as much.
-        separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
-        patches: of a discriminator with several logits for a sample, what is compared: their ``"sum"``, as in
-            papers, which grows with the size of the sample, or their ``"mean"``, with which the weight need not change
-            with it.
+        every: n: compute the penalty on every n-th step only, and multiply it by n.
+        separate: take an optimizer step for this penalty alone, after the player's own, as in StyleGAN2.
+        patches: what to compare if the discriminator returns several logits for a sample: their ``"sum"``, as in
+            papers, which grows with the size of the sample, or their ``"mean"``, which does not.
 
     Raises:
         ValueError: if ``weight``, ``sigma`` or ``every`` has a bad value.

@@ -18,42 +18,43 @@ from lightning_gan_stability.schedules import Scheduled
 
 
 def refuse_without_latents(regularizer: Regularizer, module: GANProtocol) -> None:
-    """Refuse a generator without latents, where a penalty asks how samples depend on them."""
+    """Refuse a generator without latents for a penalty that needs them."""
     if module.latent_dim is None:
         name = type(regularizer).__name__
         raise MisconfigurationException(
-            f"{name} asks how samples depend on latents, but the generator takes none (`latent_dim` is None): remove "
-            f"{name}."
+            f"{name} measures how samples depend on latents, but the generator takes none (`latent_dim` is None): "
+            f"remove {name}."
         )
 
 
 class PathLengthPenalty(RunningMeanRegularizer):
     """Adds weight · E(‖J_zᵀ y‖ − a)² to the generator's loss, so that equal steps in z change samples equally.
 
-    J_z is the generator's Jacobian, y a random image with pixels of variance 1 / their number, and a the running mean
-    of the lengths, at first 0. "Analyzing and Improving the Image Quality of StyleGAN",
-    https://arxiv.org/abs/1912.04958. By default with respect to the latents z themselves; StyleGAN2 has an intermediate
-    latent w instead, which :meth:`GANModule.generate` returns as ``(samples, {"w": w})``: ``latents="w"``. Shares the
-    forward pass of the loss, unless the batch is smaller or the step separate; costs its second derivatives.
+    J_z is the generator's Jacobian. y is a random image whose pixels have variance 1 / (number of pixels). a is the
+    running mean of the lengths and starts at 0. "Analyzing and Improving the Image Quality of StyleGAN",
+    https://arxiv.org/abs/1912.04958. By default the Jacobian is with respect to the latents z. StyleGAN2 takes an
+    intermediate latent w instead: let :meth:`GANModule.generate` return ``(samples, {"w": w})`` and set
+    ``latents="w"``. The penalty shares the forward pass of the loss, unless ``shrink`` or ``separate`` is set, and
+    costs second derivatives.
 
     Args:
         weight: not negative.
-        decay: share of the old mean in the new one, in [0, 1].
-        every: due on every so many steps, and scaled by as much.
-        separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
-        latents: key of the extras that J is with respect to, such as ``"w"``, of shape (n, d) or (n, layers, d). None:
-            the latents that samples are made from.
-        shrink: the penalty takes one n-th of the batch; 2 in StyleGAN2.
-        include_batch: a is the mean with this batch in it, by a share of 1 − decay through which the gradient flows, as
-            in the authors' code. False: the mean of earlier batches.
+        decay: weight of the old mean in the new one, in [0, 1].
+        every: n: compute the penalty on every n-th step only, and multiply it by n.
+        separate: take an optimizer step for this penalty alone, after the player's own, as in StyleGAN2.
+        latents: key of the extras to differentiate with respect to, such as ``"w"``, of shape (n, d) or (n, layers, d).
+            None: the latents z.
+        shrink: n: compute the penalty on one n-th of the batch; 2 in StyleGAN2.
+        include_batch: a includes this batch with weight 1 − decay, and the gradient flows through that part, as in the
+            authors' code. False: a is the running mean of earlier batches.
 
     Attributes:
         means: a, a scalar; None before the first batch.
 
     Raises:
         ValueError: if an argument has a bad value.
-        MisconfigurationException: if the generator has BatchNorm in train mode, or takes no latents, or for
-            ``include_batch`` with ``accumulate``, which would see parts of the batch alone.
+        MisconfigurationException: if the generator has BatchNorm in train mode, if it takes no latents, or if
+            ``include_batch`` is used with ``accumulate``, where a would include a micro-batch only.
 
     Example:
         >>> PathLengthPenalty().every
@@ -81,18 +82,18 @@ class PathLengthPenalty(RunningMeanRegularizer):
         self.include_batch = check_bool("include_batch", include_batch)
         self.latents = None if latents is None else check_type("latents", latents, str)
         self.shrink = check_integer("shrink", shrink)
-        self._lengths: list[Tensor] = []  # of the batch at hand
+        self._lengths: list[Tensor] = []  # of the current batch
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a generator with BatchNorm, or without latents, and micro-batches where they would be wrong."""
+        """Refuse a generator with BatchNorm or without latents, and ``include_batch`` with micro-batches."""
         super().on_fit_start(trainer, pl_module)
         module = as_gan(pl_module)
         if self.latents is None:
             refuse_without_latents(self, module)
         if self.include_batch and module.accumulate > 1:
             raise MisconfigurationException(
-                "PathLengthPenalty(include_batch=True) takes the mean length of the whole batch, which accumulate="
-                f"{module.accumulate} would take apart: drop one of them."
+                "PathLengthPenalty(include_batch=True) needs the mean length of the full batch, which accumulate="
+                f"{module.accumulate} splits into micro-batches: remove one of them."
             )
 
     def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
@@ -112,20 +113,21 @@ class PathLengthPenalty(RunningMeanRegularizer):
         return (lengths - mean).square()
 
     def _by(self, outputs: GANOutputs) -> Tensor:
-        """What the samples are differentiated by."""
+        """The tensor with respect to which the samples are differentiated."""
         if self.latents is None:
             assert outputs.latents is not None
             return outputs.latents
         found = outputs.extras.get(self.latents)
         if not isinstance(found, Tensor) or not found.requires_grad:
             raise ValueError(
-                f"PathLengthPenalty differentiates by `extras[{self.latents!r}]`, but `generate` returned "
-                f"{describe(found)} there: return (samples, {{{self.latents!r}: the tensor that they are made of}})."
+                f"PathLengthPenalty differentiates with respect to `extras[{self.latents!r}]`, but `generate` returned "
+                f"{describe(found)} there: return (samples, {{{self.latents!r}: tensor}}) with the tensor that the "
+                "samples are computed from."
             )
         return found
 
     def observe(self, module: GANProtocol) -> Tensor | None:
-        """The mean length of the batch, if the penalty was due."""
+        """The mean length of the batch; None if the penalty was not computed on it."""
         lengths, self._lengths = self._lengths, []
         return at_least_float32(torch.cat(lengths)).mean() if lengths else None
 
@@ -140,14 +142,14 @@ class PathLengthPenalty(RunningMeanRegularizer):
 class ModeSeeking(Regularizer):
     """Adds weight / (mean |G(z₁) − G(z₂)| / mean |z₁ − z₂| + 10⁻⁵) to the generator's loss, against collapse.
 
-    "Mode Seeking Generative Adversarial Networks for Diverse Image Synthesis", https://arxiv.org/abs/1903.05628, with
-    second latents for the same condition. The means are over the batch of all ranks, but over the micro-batch with
-    ``accumulate``; of a tree of samples over all values. Costs a forward pass of the generator.
+    "Mode Seeking Generative Adversarial Networks for Diverse Image Synthesis", https://arxiv.org/abs/1903.05628, z₂ is
+    a second draw of latents for the same condition. The means are over the batch of all ranks; with ``accumulate``,
+    over the micro-batch. For a tree of samples they are over all values. Costs a forward pass of the generator.
 
     Args:
         weight: not negative.
-        every: due on every so many steps, and scaled by as much.
-        separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
+        every: n: compute the penalty on every n-th step only, and multiply it by n.
+        separate: take an optimizer step for this penalty alone, after the player's own, as in StyleGAN2.
 
     Raises:
         ValueError: if an argument has a bad value.
@@ -176,7 +178,7 @@ class ModeSeeking(Regularizer):
         refuse_without_latents(self, as_gan(pl_module))
 
     def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
-        """The inverse of the mean change of samples per change of latents, a scalar."""
+        """The inverse of the mean change of the samples relative to that of the latents, a scalar."""
         assert outputs.latents is not None
         others = module.noise.randn_like(outputs.latents)
         samples = module.resample(outputs, others).fake

@@ -1,4 +1,4 @@
-"""Gradient penalties as callbacks: each one is one entry in a YAML file, on any loss and any update rule."""
+"""Gradient penalties as callbacks, for any loss and any update rule."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_gan_stability.schedules import Scheduled, check_scheduled, value_
 
 
 class _ZeroCentered(Regularizer):
-    """What R1 and R2 share."""
+    """Base of R1 and R2."""
 
     per_sample = True
 
@@ -36,18 +36,19 @@ class _ZeroCentered(Regularizer):
 class R1Penalty(_ZeroCentered):
     """Adds γ/2 · E‖∇ₓD(x)‖² over real samples to the discriminator's loss.
 
-    "Which Training Methods for GANs do actually Converge?", https://arxiv.org/abs/1801.04406. ``gamma`` has the paper's
-    ½: the authors' code, which has none, says 10 where this says 20. The gradient is of the logit, with respect to the
-    sample before augmentation, and shares the forward pass of the loss.
+    "Which Training Methods for GANs do actually Converge?", https://arxiv.org/abs/1801.04406. The factor ½ is that of
+    the paper. The authors' code has none, so its value of 10 is 20 here. The gradient is that of the logit with respect
+    to the sample before augmentation. It shares the forward pass of the loss.
 
     Args:
-        gamma: γ, not negative; a number or a :class:`~lightning_gan_stability.Schedule`. It depends on data, networks
-            and loss: begin with 1, and change it by factors of ten (docs/guides/recipes.md has what the configs take,
-            and why). StyleGAN2's 0.0002 · pixels / batch size is for its own networks, and far less.
-        every: due on every so many steps, and scaled by as much. 16 costs almost nothing.
-        separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
-        patches: of a discriminator with several logits for a sample, what is differentiated: their ``"sum"``, as in
-            papers, which grows with the size of the sample, or their ``"mean"``, with which γ need not change with it.
+        gamma: γ, not negative; a number or a :class:`~lightning_gan_stability.Schedule`. A good value depends on data,
+            networks and loss: begin with 1, and change it by factors of ten (docs/guides/recipes.md explains the values
+            in the configs). StyleGAN2's rule, 0.0002 · pixels / batch size, is for its own networks and gives far
+            smaller values.
+        every: n: compute the penalty on every n-th step only, and multiply it by n. With 16 it costs almost nothing.
+        separate: take an optimizer step for this penalty alone, after the player's own, as in StyleGAN2.
+        patches: what to differentiate if the discriminator returns several logits for a sample: their ``"sum"``, as in
+            papers, which grows with the size of the sample, or their ``"mean"``, which does not.
         augmented: the gradient is with respect to what the discriminator saw, after augmentations; False: to the sample
             before them, as in the code of StyleGAN2-ADA and R3GAN.
 
@@ -77,12 +78,12 @@ class R2Penalty(_ZeroCentered):
     :class:`R1Penalty`.
 
     Args:
-        gamma: γ, not negative; a number or a :class:`~lightning_gan_stability.Schedule`. In all configs here that of
-            R1, beside which it stands.
-        every: due on every so many steps, and scaled by as much.
-        separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
-        patches: of a discriminator with several logits for a sample, what is differentiated: their ``"sum"``, as in
-            papers, which grows with the size of the sample, or their ``"mean"``, with which γ need not change with it.
+        gamma: γ, not negative; a number or a :class:`~lightning_gan_stability.Schedule`. All configs here use the same
+            value as for R1.
+        every: n: compute the penalty on every n-th step only, and multiply it by n.
+        separate: take an optimizer step for this penalty alone, after the player's own, as in StyleGAN2.
+        patches: what to differentiate if the discriminator returns several logits for a sample: their ``"sum"``, as in
+            papers, which grows with the size of the sample, or their ``"mean"``, which does not.
         augmented: the gradient is with respect to what the discriminator saw, after augmentations; False: to the sample
             before them, as in the code of StyleGAN2-ADA and R3GAN.
 
@@ -105,7 +106,7 @@ class R2Penalty(_ZeroCentered):
 
 
 class _Centered(Regularizer):
-    """What penalties share on the gradient's distance from a norm, at points that they make themselves."""
+    """Base of penalties that pull the gradient norm to a target, at points that they construct."""
 
     differentiates = ()
     per_sample = True
@@ -128,19 +129,18 @@ class GradientPenalty(_Centered):
     """Adds weight · E(‖∇ₓD(x̂)‖ − target)² over points x̂ between real and fake samples to the discriminator's loss.
 
     x̂ = αx + (1 − α)G(z), one α ~ U[0, 1] for each sample. "Improved Training of Wasserstein GANs",
-    https://arxiv.org/abs/1704.00028; ``one_sided``: max(0, ‖∇ₓD(x̂)‖ − target)², https://arxiv.org/abs/1709.08894;
-    ``target=0``, zero-centred: "Improving Generalization and Stability of Generative Adversarial Networks",
-    https://arxiv.org/abs/1902.03984. Costs a forward pass of its own.
+    https://arxiv.org/abs/1704.00028. ``one_sided=True`` gives max(0, ‖∇ₓD(x̂)‖ − target)²,
+    https://arxiv.org/abs/1709.08894. ``target=0`` gives the zero-centred penalty of "Improving Generalization and
+    Stability of Generative Adversarial Networks", https://arxiv.org/abs/1902.03984. Costs a forward pass of its own.
 
     Args:
         weight: λ, not negative: 10 for images, 0.1 for two-dimensional data.
         target: the gradient norm that costs nothing, not negative.
-        one_sided: charge only norms above the target.
-        every: due on every so many steps, and scaled by as much.
-        separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
-        patches: of a discriminator with several logits for a sample, what is differentiated: their ``"sum"``, as in
-            papers, which grows with the size of the sample, or their ``"mean"``, with which the weight need not change
-            with it.
+        one_sided: penalize only norms above the target.
+        every: n: compute the penalty on every n-th step only, and multiply it by n.
+        separate: take an optimizer step for this penalty alone, after the player's own, as in StyleGAN2.
+        patches: what to differentiate if the discriminator returns several logits for a sample: their ``"sum"``, as in
+            papers, which grows with the size of the sample, or their ``"mean"``, which does not.
 
     Raises:
         ValueError: if ``weight``, ``target`` or ``every`` has a bad value.
@@ -180,17 +180,16 @@ class DRAGANPenalty(_Centered):
     """Adds weight · E(‖∇ₓD(x̂)‖ − target)² over points x̂ around the data to the discriminator's loss.
 
     x̂ = x + ½·α·std(x)·u with α ~ U[0, 1] for each sample and u ~ U[0, 1) for each value. "On Convergence and Stability
-    of GANs", https://arxiv.org/abs/1705.07215, as in the authors' code. std(x) is of the batch of all processes,
-    but of the micro-batch with ``accumulate``. Costs a forward pass of its own.
+    of GANs", https://arxiv.org/abs/1705.07215, as in the authors' code. std(x) is computed over the batch of all
+    processes; with ``accumulate``, over the micro-batch. Costs a forward pass of its own.
 
     Args:
         weight: λ, not negative.
         target: the gradient norm that costs nothing, not negative.
-        every: due on every so many steps, and scaled by as much.
-        separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
-        patches: of a discriminator with several logits for a sample, what is differentiated: their ``"sum"``, as in
-            papers, which grows with the size of the sample, or their ``"mean"``, with which the weight need not change
-            with it.
+        every: n: compute the penalty on every n-th step only, and multiply it by n.
+        separate: take an optimizer step for this penalty alone, after the player's own, as in StyleGAN2.
+        patches: what to differentiate if the discriminator returns several logits for a sample: their ``"sum"``, as in
+            papers, which grows with the size of the sample, or their ``"mean"``, which does not.
 
     Raises:
         ValueError: if ``weight``, ``target`` or ``every`` has a bad value.
@@ -211,6 +210,6 @@ class DRAGANPenalty(_Centered):
 
 
 def _shares(module: GANProtocol, outputs: GANOutputs) -> Tensor:
-    """α ~ U[0, 1) for each sample; a pack counts as one."""
+    """α ~ U[0, 1) for each sample; all samples of a pack share one."""
     n, pack = batch_size(outputs.real), module.packing
     return module.noise.rand(n, dtype=tree_leaves(outputs.real)[0].dtype)[::pack].repeat_interleave(pack)

@@ -18,19 +18,20 @@ from lightning_gan_stability.schedules import Scheduled
 class LeCam(RunningMeanRegularizer):
     """Adds weight · E[relu(l(x) − α_F)² + relu(α_R − l(G(z)))²] to the discriminator's loss.
 
-    α_R and α_F are running means of the real and fake logits, of each discriminator its own. "Regularizing Generative
-    Adversarial Networks under Limited Data", https://arxiv.org/abs/2104.03310, with the relu of the authors' code.
-    Before step ``start`` there is no penalty, and the means are those of the last batch. For little data, of which
-    images have better: with 500 digits it made samples worse, and augmentations made them better. Costs no pass.
+    α_R and α_F are running means of the real and fake logits, kept for each discriminator separately. "Regularizing
+    Generative Adversarial Networks under Limited Data", https://arxiv.org/abs/2104.03310, with the relu of the authors'
+    code. Before step ``start`` there is no penalty, and the means are those of the last batch. It is meant for small
+    datasets. For images, try augmentations first: with 500 digits LeCam made samples worse, and augmentations made them
+    better. Costs no forward pass.
 
     Args:
         weight: λ, not negative.
-        decay: share of the old mean in the new one, in [0, 1].
+        decay: weight of the old mean in the new one, in [0, 1].
         start: steps of the discriminator without penalty, 0 or more.
-        every: due on every so many steps, and scaled by as much.
+        every: n: compute the penalty on every n-th step only, and multiply it by n.
 
     Attributes:
-        means: α_R and α_F, (2,), or (discriminators, 2) of several; None before the first batch.
+        means: α_R and α_F, (2,), or (discriminators, 2) if there are several; None before the first batch.
 
     Raises:
         ValueError: if an argument has a bad value.
@@ -58,7 +59,7 @@ class LeCam(RunningMeanRegularizer):
         return values[0] if len(values) == 1 else torch.stack([value.mean() for value in values]).sum()
 
     def observe(self, module: GANProtocol) -> Tensor | None:
-        """The means of the logits that the discriminator's gradient was taken from."""
+        """The means of the logits from the discriminator's last step."""
         rows = [[at_least_float32(logits).mean() for logits in pair[1:]] for pair in module.last_step.pairs]
         return module.loss.direction * torch.stack([torch.stack(row) for row in rows]).squeeze(0) if rows else None
 
@@ -67,14 +68,14 @@ class LeCam(RunningMeanRegularizer):
 
 
 class LogitDrift(Regularizer):
-    """Adds weight · E l(x)² over real samples to the discriminator's loss, which keeps its logits near 0.
+    """Adds weight · E l(x)² over real samples to the discriminator's loss, to keep its logits near 0.
 
-    "Progressive Growing of GANs", https://arxiv.org/abs/1710.10196. For the Wasserstein loss, which does not see a
-    constant that is added to all logits. Costs no pass.
+    "Progressive Growing of GANs", https://arxiv.org/abs/1710.10196. It is meant for the Wasserstein loss, which does
+    not change if a constant is added to all logits. Costs no forward pass.
 
     Args:
         weight: ε, not negative.
-        every: due on every so many steps, and scaled by as much.
+        every: n: compute the penalty on every n-th step only, and multiply it by n.
 
     Raises:
         ValueError: if an argument has a bad value.

@@ -1,4 +1,4 @@
-"""The generator's samples keep to targets."""
+"""Reconstruction losses: a distance between the generator's samples and targets."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ _DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class Reconstruction(Regularizer):
     """Adds weight · E d(G(x), x) to the generator's loss: by default the mean absolute difference of `fake` and `real`.
 
-    "Image-to-Image Translation with Conditional Adversarial Networks", https://arxiv.org/abs/1611.07004, with 100.
-    Several of them, under names, make the terms of a codec or a translation: a distance of spectrograms, a cycle from
-    ``extras``, an identity. The distances of a tree's leaves are summed. Validation logs it as ``val/g/<name>``.
+    "Image-to-Image Translation with Conditional Adversarial Networks", https://arxiv.org/abs/1611.07004, uses a weight
+    of 100. Several instances with different names give the terms of a codec or of image translation, such as a distance
+    of spectrograms, a cycle loss from ``extras`` and an identity loss. For a tree of samples the distances of the
+    leaves are summed. Validation logs the term as ``val/g/<name>``.
 
     Args:
         weight: not negative.
         distance: ``"l1"``, ``"l2"`` (mean squared), or a module or function of (sample, target) whose values are
-            averaged. A module (a perceptual distance, a distance of spectrograms) is kept in eval mode and frozen, and
-            moves to the device; it is no part of checkpoints.
-        target: where the target is among what the player sees: ``"real"``, ``"condition"``, ``"extras.<key>"``; further
-            keys, numbers or attributes behind dots.
-        sample: the same for what is compared with it; ``"fake"``, ``"extras.cycle"``.
+            averaged. A module (such as a perceptual distance or a distance of spectrograms) is frozen, put into eval
+            mode and moved to the device. It is not saved in checkpoints.
+        target: path of the target in :class:`GANOutputs`: ``"real"``, ``"condition"`` or ``"extras.<key>"``. Dots
+            separate further keys, indices or attributes.
+        sample: path of the sample that is compared with it, such as ``"fake"`` or ``"extras.cycle"``.
         name: of the term in the log, ``g/<name>``.
-        every: due on every so many steps, and scaled by as much.
+        every: n: compute the penalty on every n-th step only, and multiply it by n.
 
     Raises:
         ValueError: if an argument has a bad value, if there is no tensor at a path, if the shapes differ, or if the
@@ -82,12 +83,12 @@ class Reconstruction(Regularizer):
         return self.term
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Freeze a distance that is a module, and bring it to the device and the type of the networks."""
+        """Freeze a distance that is a module, and move it to the device and dtype of the networks."""
         super().on_fit_start(trainer, pl_module)
         self._place(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same where nothing is fitted."""
+        """Do the same for ``trainer.validate``."""
         self._place(pl_module)
 
     def _place(self, module: LightningModule) -> None:
@@ -96,14 +97,14 @@ class Reconstruction(Regularizer):
             self.distance.eval().requires_grad_(False).to(module.device, dtype)
 
     def penalty(self, module: GANProtocol, outputs: GANOutputs) -> Tensor:
-        """The distance of samples and targets, a scalar."""
+        """The distance between samples and targets, a scalar."""
         asker = f"Reconstruction {self.name!r}"
         sample, target = (at_path(outputs, path, asker) for path in (self.sample, self.target))
         fits = same_structure(sample, target)
         if not fits or (isinstance(self.distance, str) and shapes(sample, 0) != shapes(target, 0)):
             raise ValueError(
                 f"{asker} compares `{self.sample}` of shape {shapes(sample, 0)} with "
-                f"`{self.target}` of shape {shapes(target, 0)}: they must be the same."
+                f"`{self.target}` of shape {shapes(target, 0)}: the shapes must be equal."
             )
         total: Any = 0.0
         for x, y in zip(tree_leaves(sample), tree_leaves(target), strict=True):
@@ -114,13 +115,13 @@ class Reconstruction(Regularizer):
         trains = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tree_leaves(outputs.fake))
         if trains and not total.requires_grad:
             raise ValueError(
-                f"{asker} has no gradient: it compares nothing that the generator makes (targets have none: is "
-                "`sample` what it makes?), or its distance has none (`detach`, `no_grad`, or rounding)."
+                f"{asker} has no gradient: let `sample` name something that the generator computes (`target` is "
+                "detached), and use a distance that is differentiable (without `detach`, `no_grad` or rounding)."
             )
         return total  # type: ignore[no-any-return]
 
     def _distance(self, sample: Tensor, target: Tensor) -> Any:
-        """What the distance returns, or an error that says what it failed on."""
+        """Call the distance; an error of its own is raised again with the paths and shapes."""
         if isinstance(self.distance, str):
             return _DISTANCES[self.distance](sample, target)
         try:

@@ -1,4 +1,4 @@
-"""What penalties share that compare with running means."""
+"""Base of penalties that compare with running means."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lightning_gan_stability.schedules import Scheduled, check_scheduled, value_
 
 
 class RunningMeanRegularizer(Regularizer):
-    """A penalty that compares with running means, which move once per batch, by means over it and all processes.
+    """A penalty that compares with running means, updated once per batch with the mean over all processes.
 
     Args:
         weight: not negative.
-        every: due on every so many steps, and scaled by as much.
-        decay: share of the old mean in the new one, in [0, 1].
-        separate: it takes a step of the optimizer for itself.
+        every: n: compute the penalty on every n-th step only, and multiply it by n.
+        decay: weight of the old mean in the new one, in [0, 1].
+        separate: take an optimizer step for this penalty alone.
 
     Attributes:
         means: the running means; None before the first batch.
@@ -37,7 +37,7 @@ class RunningMeanRegularizer(Regularizer):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the means."""
+        """Update the means."""
         module = as_gan(pl_module)
         if self.player in module.moved and (seen := self.observe(module)) is not None:
             now = trainer.strategy.reduce(seen, reduce_op="mean")
@@ -45,7 +45,7 @@ class RunningMeanRegularizer(Regularizer):
             self.means = torch.lerp(now, before, self.decay_at(module.steps[self.player] - 1))
 
     def observe(self, module: GANProtocol) -> Tensor | None:
-        """What the means are of, on this batch; None if there is nothing new."""
+        """The values of this batch that enter the means; None if there are none."""
         raise NotImplementedError
 
     def start_from(self, now: Tensor) -> Tensor:
@@ -53,12 +53,12 @@ class RunningMeanRegularizer(Regularizer):
         return now
 
     def decay_at(self, step: int) -> float:
-        """The share of the old mean after a step of the player."""
+        """The weight of the old mean at a step of the player."""
         return value_at(self.decay, step)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """In less than float32 a running mean does not move.
+    """Convert to float32 if the precision is lower, in which small updates of a running mean would be lost.
 
     Example:
         >>> at_least_float32(torch.ones(1, dtype=torch.bfloat16)).dtype

@@ -17,19 +17,19 @@ from lightning_gan_stability.schedules import Scheduled
 
 
 class OrthogonalPenalty(Regularizer):
-    """Adds weight · Σ ‖(W Wᵀ) ⊙ (1 − I)‖_F² over a network's weights to its player's loss: filters at right angles.
+    """Adds weight · Σ ‖(W Wᵀ) ⊙ (1 − I)‖_F² over a network's weights to its loss, for orthogonal filters.
 
-    W is a weight as the matrix (out, in · height · width), for every parameter named ``weight`` of two or more
-    dimensions but those of embeddings; of a normalized layer, the weight before normalization. "Large Scale GAN
-    Training for High Fidelity Natural Image Synthesis", https://arxiv.org/abs/1809.11096 (BigGAN), without the ½ of the
-    authors' code. Costs no pass.
+    W is a weight, reshaped to the matrix (out, in · height · width). The sum is over every parameter named ``weight``
+    with two or more dimensions, except those of embeddings. In a normalized layer W is the weight before normalization.
+    "Large Scale GAN Training for High Fidelity Natural Image Synthesis", https://arxiv.org/abs/1809.11096 (BigGAN),
+    without the ½ of the authors' code. Costs no forward pass.
 
     Args:
         weight: β, not negative.
-        off_diagonal: leave the lengths of filters alone, as BigGAN does; False: ‖W Wᵀ − I‖_F².
-        player: whose network: ``"g"`` (BigGAN) or ``"d"``.
-        every: due on every so many steps, and scaled by as much.
-        separate: it takes a step of the optimizer for itself, after the player's own, as in StyleGAN2.
+        off_diagonal: do not penalize the norms of filters, as in BigGAN; False: ‖W Wᵀ − I‖_F².
+        player: which network: ``"g"`` (BigGAN) or ``"d"``.
+        every: n: compute the penalty on every n-th step only, and multiply it by n.
+        separate: take an optimizer step for this penalty alone, after the player's own, as in StyleGAN2.
 
     Raises:
         ValueError: if an argument has a bad value.

@@ -1,4 +1,4 @@
-"""How the players move on a batch, as entries under ``trainer.callbacks``; at most one in a run."""
+"""Update rules: callbacks that define how both players step on a batch. A run has at most one."""
 
 import lazy_loader
 

@@ -19,30 +19,32 @@ from lightning_gan_stability.update_rules.consensus import gradients
 
 
 class CompetitiveGradientDescent(UpdateRule):
-    """Each player's step is the Nash equilibrium of a local game in which the other one moves too.
+    """Steps both players to the Nash equilibrium of a local approximation of the game.
 
     (I + η_g η_d D_θψ D_ψθ) dθ = ∇_θ L_G − η_d D_θψ ∇_ψ L_D, dψ = ∇_ψ L_D + η_g D_ψθ dθ, with the mixed second
     derivatives D of L_G; then θ ← θ − η_g dθ and ψ ← ψ − η_d dψ. "Competitive Gradient Descent",
-    https://arxiv.org/abs/1905.12103. Solved by conjugate gradients from products alone; no matrix is made. ``adaptive``
-    is ACGD, "Implicit competitive regularization in GANs", https://arxiv.org/abs/1910.05852: η becomes η / (√v̂ + ε) for
-    each parameter, with Adam's v̂. Penalties join the gradients; mixed derivatives are of the adversarial loss. On min
-    max xy it is the proximal point method and converges for every η. Costs one forward pass for both players, their
-    gradients, and two products (each about a backward pass) per iteration of conjugate gradients.
+    https://arxiv.org/abs/1905.12103. Conjugate gradients solve the system from matrix-vector products, so no matrix is
+    formed. ``adaptive=True`` is ACGD, "Implicit competitive regularization in GANs", https://arxiv.org/abs/1910.05852:
+    η becomes η / (√v̂ + ε) for each parameter, with Adam's v̂. Penalties contribute to the gradients ∇; the mixed
+    derivatives D are those of the adversarial loss alone. On min max xy it is the proximal point method and converges
+    for every η. Costs one forward pass for both players, their gradients, and two products (each about a backward pass)
+    per iteration of conjugate gradients.
 
     Both optimizers must be plain ``torch.optim.SGD``: the rule takes their learning rates as η.
 
     Args:
         adaptive: scale the steps as ACGD does.
-        beta: memory of the mean of squared gradients, in [0, 1).
+        beta: decay of the running mean of squared gradients, in [0, 1).
         eps: ε, positive.
-        tolerance: conjugate gradients stop when the residual is this share of the right-hand side.
-        max_iterations: or after so many iterations.
+        tolerance: conjugate gradients stop when the norm of the residual is at most this share of that of the
+            right-hand side.
+        max_iterations: largest number of iterations of conjugate gradients.
 
     Raises:
         ValueError: if an argument has a bad value.
         MisconfigurationException: with a loss that is not zero-sum (``loss.zero_sum``), another optimizer, a gradient
             scaler, ``accumulate``, SyncBatchNorm, sparse embeddings or ModelParallelStrategy, or if ``module.plan``
-            does not move both players once on every batch.
+            does not contain both players exactly once.
 
     Example:
         >>> CompetitiveGradientDescent(adaptive=True).beta
@@ -73,12 +75,12 @@ class CompetitiveGradientDescent(UpdateRule):
         self.add_state("squares", {})  # the means of squared gradients of each player
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what cannot be solved."""
+        """Refuse losses that are not zero-sum, and other optimizers than plain SGD."""
         super().on_fit_start(trainer, pl_module)
         module = as_gan(pl_module)
         if not module.loss.zero_sum:
             raise MisconfigurationException(
-                f"CompetitiveGradientDescent solves zero-sum games, and {type(module.loss).__name__} is none: use "
+                f"CompetitiveGradientDescent solves zero-sum games, and {type(module.loss).__name__} is not one: use "
                 "Minimax, Wasserstein or FDivergence(saturating=True), or remove CompetitiveGradientDescent."
             )
         for optimizer in trainer.optimizers:
@@ -92,7 +94,7 @@ class CompetitiveGradientDescent(UpdateRule):
                 )
 
     def __call__(self, module: GANProtocol, batch: Any) -> None:
-        """Move the players on one batch."""
+        """Train the players on one batch."""
         moving = {player: module.trainable_parameters(player) for player in module.plan}
         with module.full_precision():
             losses, adversarial = module.joint_losses(batch)
@@ -103,7 +105,7 @@ class CompetitiveGradientDescent(UpdateRule):
             rates = {player: scale * _rate(module, player) for player, scale in scales.items()}
 
             def product(player: Player, vector: Tensor) -> Tensor:
-                """The mixed derivatives, from the other player's space into this one's."""
+                """Multiply the mixed derivatives with a vector of the other player's parameters."""
                 other = cross["g" if player == "d" else "d"]
                 if not other.requires_grad:
                     return torch.zeros_like(total[player])
@@ -130,7 +132,7 @@ class CompetitiveGradientDescent(UpdateRule):
         return v["g"] - product("g", rate["d"] * d_d), d_d
 
     def _scales(self, v: dict[Player, Tensor]) -> dict[Player, Tensor]:
-        """What each parameter's learning rate is multiplied by."""
+        """The factor of each parameter's learning rate."""
         if not self.adaptive:
             return {player: torch.ones_like(g) for player, g in v.items()}
         self.scaled_steps += 1
@@ -150,13 +152,13 @@ def _rate(module: GANProtocol, player: Player) -> Tensor:
 def conjugate_gradients(
     matrix: Callable[[Tensor], Tensor], right: Tensor, tolerance: float, max_iterations: int
 ) -> Tensor:
-    """Solve A x = b for a symmetric positive definite A that is known by its products.
+    """Solve A x = b for a symmetric positive definite A, given by its matrix-vector products.
 
     Args:
         matrix: x ↦ A x.
         right: b, (n,).
         tolerance: stop when ‖b − A x‖ ≤ tolerance · ‖b‖.
-        max_iterations: or after so many products.
+        max_iterations: largest number of products.
 
     Returns:
         x, (n,).

@@ -1,4 +1,4 @@
-"""Consensus optimization: a pull towards points where neither player wants to move."""
+"""Consensus optimization: a pull towards stationary points of the game."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lightning_gan_stability.schedules import Scheduled, check_scheduled, value_
 
 
 class ConsensusOptimization(UpdateRule):
-    """Adds to both players' gradients that of γ/2 · ‖v‖², which pulls them towards points where neither wants to move.
+    """Adds the gradient of γ/2 · ‖v‖² to those of both players, which pulls them towards stationary points of the game.
 
     w = v + γ Jᵥᵀv, with the joint gradient v = (∇_ψ L_D, ∇_θ L_G) and its Jacobian Jᵥ; then both optimizers step on w
     at the same time. "The Numerics of GANs", https://arxiv.org/abs/1705.10461, with its ½. Penalties are part of the
-    losses. It attracts to every stationary point, bad ones included, and noise of small batches biases ‖v‖². On min
-    max xy it converges for η < 2γ / (1 + γ²). Costs one forward pass for both players, their gradients and one
+    losses. Every stationary point attracts, bad ones included, and the noise of small batches biases ‖v‖². On min max
+    xy it converges for η < 2γ / (1 + γ²). Costs one forward pass for both players, their gradients and one
     differentiation of them: about twice the time and memory of a plain step.
 
     Args:
@@ -29,8 +29,8 @@ class ConsensusOptimization(UpdateRule):
     Raises:
         ValueError: if ``gamma`` has a bad value.
         MisconfigurationException: with a gradient scaler (``precision="16-mixed"``), ``accumulate``, SyncBatchNorm,
-            sparse embeddings or ModelParallelStrategy, or if ``module.plan`` does not move both players once on every
-            batch.
+            sparse embeddings or ModelParallelStrategy, or if ``module.plan`` does not contain both players exactly
+            once.
 
     Example:
         >>> ConsensusOptimization(gamma=0.1).gamma
@@ -45,7 +45,7 @@ class ConsensusOptimization(UpdateRule):
         self.gamma = check_scheduled("gamma", gamma)
 
     def __call__(self, module: GANProtocol, batch: Any) -> None:
-        """Move the players on one batch."""
+        """Train the players on one batch."""
         moving = {player: module.trainable_parameters(player) for player in module.plan}
         everything = [p for parameters in moving.values() for p in parameters]
         with module.full_precision():
@@ -63,7 +63,7 @@ class ConsensusOptimization(UpdateRule):
 
 
 def gradients(loss: Tensor, parameters: Sequence[Tensor], create_graph: bool = True) -> tuple[Tensor | None, ...]:
-    """The gradient of a loss, which can be differentiated again; None where it does not depend on a parameter."""
+    """The gradient of a loss, differentiable by default; None where the loss does not depend on a parameter."""
     return torch.autograd.grad(loss, parameters, create_graph=create_graph, allow_unused=True)
 
 

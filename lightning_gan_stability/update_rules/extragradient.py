@@ -1,4 +1,4 @@
-"""A look one step ahead, and the step along what was found there."""
+"""The extragradient method: a step along the gradient found one step ahead."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from lightning_gan_stability.protocols import GANProtocol
 
 
 class Extragradient(UpdateRule):
-    """Both players look one step ahead and then step, from where they were, along the gradient that they found there.
+    """Computes the gradients one step ahead, then steps both players from where they started along these gradients.
 
-    w½ = w + u(v(w)), w ← w + u(v(w½)), where v is the joint gradient and u the step that the optimizer makes of it: any
-    optimizer; Adam's moments see both gradients (ExtraAdam). "A Variational Inequality Perspective on Generative
-    Adversarial Networks", https://arxiv.org/abs/1802.10551. Both gradients are of the same batch and latents, as
-    "Revisiting Stochastic Extragradient", https://arxiv.org/abs/1905.11373, recommends; learning rate schedules step
-    once. On min max xy it converges for η < 1, by √(1 − η² + η⁴) per step. Costs twice the forward and backward passes
-    of a plain step and two copies of the parameters. Weight decay and what else an optimizer does with the parameters
-    themselves is part of u, and at w½ the second time; weights are clipped after both steps.
+    w½ = w + u(v(w)), w ← w + u(v(w½)), where v is the joint gradient and u the update that the optimizer computes from
+    it. Any optimizer works; Adam's moment estimates are updated with both gradients (ExtraAdam). "A Variational
+    Inequality Perspective on Generative Adversarial Networks", https://arxiv.org/abs/1802.10551. Both gradients are of
+    the same batch and latents, as "Revisiting Stochastic Extragradient", https://arxiv.org/abs/1905.11373, recommends.
+    Learning rate schedules step once per batch. On min max xy it converges for η < 1, by √(1 − η² + η⁴) per step. Costs
+    twice the forward and backward passes of a plain step and two copies of the parameters. Weight decay, and whatever
+    else an optimizer computes from the parameters, is part of u and is taken at w½ in the second step. Weights are
+    clipped after both steps.
 
     Raises:
         MisconfigurationException: with a gradient scaler (``precision="16-mixed"``), or if ``module.plan`` does not
-            move both players once on every batch.
+            contain both players exactly once.
 
     Example:
         >>> Extragradient.joint
@@ -38,7 +39,7 @@ class Extragradient(UpdateRule):
     joint = True
 
     def __call__(self, module: GANProtocol, batch: Any) -> None:
-        """Move the players on one batch."""
+        """Train the players on one batch."""
         moving = {player: module.trainable_parameters(player) for player in module.plan}
         away = {player: [p.detach().clone() for p in parameters] for player, parameters in moving.items()}
         start = module.noise.randomness()
@@ -55,7 +56,7 @@ class Extragradient(UpdateRule):
                     module.apply_gradients(player)
                 del away[player]
         except BaseException:
-            # a gradient that is not finite stops the run where it stood before the batch
+            # if a gradient is not finite, the run stops with the parameters as they were before the batch
             with torch.no_grad():
                 for player, parameters in away.items():
                     for p, before in zip(moving[player], parameters, strict=True):
@@ -65,7 +66,7 @@ class Extragradient(UpdateRule):
 
 @contextmanager
 def _from(optimizer: Optimizer, parameters: list[nn.Parameter], start: list[Tensor]) -> Iterator[None]:
-    """Let the step that an optimizer takes from where its parameters are lead on from where they were."""
+    """Apply the optimizer's next step, which it computes at the present parameters, to ``start`` instead."""
     with torch.no_grad():
         shifts = [before - p for before, p in zip(start, parameters, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Both gradients at the same point, then both steps."""
+"""Simultaneous updates: both gradients at the same point, then both steps."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from lightning_gan_stability.protocols import GANProtocol
 
 
 class Simultaneous(UpdateRule):
-    """Takes every player's gradient at the same point before any of them steps.
+    """Computes both players' gradients at the same point before either player steps.
 
     "The Numerics of GANs", https://arxiv.org/abs/1705.10461. Costs as much as
     :class:`~lightning_gan_stability.callback.Alternating`. On the game min max xy with step η the players spiral
     outward by √(1 + η²) per step.
 
     Raises:
-        MisconfigurationException: with a gradient scaler (``precision="16-mixed"``), or if a player stands twice in
-            ``module.plan``.
+        MisconfigurationException: with a gradient scaler (``precision="16-mixed"``), or if ``module.plan`` contains a
+            player twice.
 
     Example:
         >>> Simultaneous.holds_gradients
@@ -27,11 +27,11 @@ class Simultaneous(UpdateRule):
     holds_gradients = True
 
     def check_plan(self, module: GANProtocol) -> None:
-        """Refuse a plan in which a player stands twice."""
+        """Refuse a plan that contains a player twice."""
         check_once(self, module)
 
     def __call__(self, module: GANProtocol, batch: Any) -> None:
-        """Move the players on one batch."""
+        """Train the players on one batch."""
         for player in module.plan:
             module.compute_gradients(player, batch)
         for player in module.plan:

@@ -22,40 +22,40 @@ UnrolledObjective: TypeAlias = Literal["generator", "saddle"]
 
 
 class Unrolling(UpdateRule):
-    """The generator foresees how the discriminator will answer, which keeps the modes of points in a few dimensions.
+    """Lets the generator anticipate K steps of the discriminator, against mode collapse on low-dimensional data.
 
     ψ₀ = ψ, ψₖ₊₁ = ψₖ − step of D's optimizer on L_D(θ, ψₖ), and the generator descends d/dθ L_G(θ, ψ_K(θ)), in which
-    ψ_K depends on θ too; then ψ_K is forgotten, and the discriminator steps from where it stood. "Unrolled Generative
-    Adversarial Networks", https://arxiv.org/abs/1611.02163. The K steps are those that the discriminator's own SGD,
-    Adam, AdamW or RMSprop would take from its live moments, with due penalties, ``clip_norm``, weight clipping and
-    ``augment``, all on the batch and the latents of the generator's step; BatchNorm's statistics and spectral norm's
-    vectors do not move in them. Players move in the order of ``module.plan``. The generator's step runs in full
-    precision and uncompiled.
+    ψ_K depends on θ too. Then ψ_K is discarded, and the discriminator steps from ψ. "Unrolled Generative Adversarial
+    Networks", https://arxiv.org/abs/1611.02163. The K steps are those of the discriminator's own optimizer (SGD, Adam,
+    AdamW or RMSprop), from its current moment estimates, with penalties, ``clip_norm``, weight clipping and
+    ``augment``. All of them use the batch and the latents of the generator's step. BatchNorm's statistics and spectral
+    norm's vectors stay fixed during them. Players step in the order of ``module.plan``. The generator's step runs in
+    full precision and uncompiled.
 
-    On the ring of eight Gaussians in the paper's protocol K = 10 holds all modes with ten of ten seeds, and so does
-    :class:`~lightning_gan_stability.Packed` in a quarter of the time. Of a thousand modes of images it held 37 in
-    the CPU time in which ``Packed`` and :class:`~lightning_gan_stability.R1Penalty` hold all
-    (``examples/benchmarks/ring.py``, ``stacked_digits.py``): add these first to images.
+    On the ring of eight Gaussians, in the paper's protocol, K = 10 keeps all modes with ten of ten seeds;
+    :class:`~lightning_gan_stability.Packed` does so too, in a quarter of the time. On images with a thousand modes it
+    kept 37 in the CPU time in which ``Packed`` and :class:`~lightning_gan_stability.R1Penalty` keep all
+    (``examples/benchmarks/ring.py``, ``stacked_digits.py``). For images, try these two first.
 
-    Costs K forward and backward passes of the discriminator on real and fake samples, and their differentiation, for
-    each step of the generator: three (small MLPs) to seven times (DCGAN) a plain step with K = 5. Memory grows linearly
-    in K.
+    For each step of the generator it costs K forward and backward passes of the discriminator on real and fake samples,
+    and their differentiation. With K = 5 a step takes three (small MLPs) to seven times (DCGAN) as long as a plain one.
+    Memory grows linearly in K.
 
     Args:
-        steps: K. 5 to 10 in the paper; with a high learning rate of the discriminator too many diverge.
-        second_order: False: ψ_K is taken for a constant. It halves the cost and is an approximation, which keeps the
-            modes of a ring of Gaussians with four of ten seeds where the real method does with nine.
+        steps: K, 5 to 10 in the paper. With a high learning rate of the discriminator, too many inner steps diverge.
+        second_order: differentiate through the inner steps. False treats ψ_K as a constant, which halves the cost. This
+            approximation keeps the modes of a ring of Gaussians with four of ten seeds, the full method with nine.
         objective: ``"generator"``: the module's own generator loss at ψ_K; ``"saddle"``: the paper's −L_D(θ, ψ_K), of
             the adversarial loss, with its real and its fake term.
-        checkpoint: keep only weights and moments between inner steps, and take the steps again on the way back: the
-            memory of one step, a fifth to a third more time, the same gradient.
-        simultaneous: take both gradients before either player steps, as the paper does.
+        checkpoint: keep only weights and moments between inner steps, and recompute the steps in the backward pass.
+            This needs the memory of one step and a fifth to a third more time, and gives the same gradient.
+        simultaneous: compute both gradients before either player steps, as in the paper.
 
     Raises:
         ValueError: if an argument has a bad value.
         MisconfigurationException: with another optimizer of the discriminator, with ``accumulate``, with recurrent
-            layers or sparse embeddings in the discriminator, in second order with SyncBatchNorm, or with
-            ``simultaneous`` under a gradient scaler or if a player stands twice in ``module.plan``.
+            layers or sparse embeddings in the discriminator, or with ``second_order`` and SyncBatchNorm. With
+            ``simultaneous``, also under a gradient scaler, or if ``module.plan`` contains a player twice.
         ValueError: if a layer of the discriminator uses activation checkpoints (``torch.utils.checkpoint``).
 
     Example:
@@ -82,22 +82,22 @@ class Unrolling(UpdateRule):
         self.checkpoint = check_bool("checkpoint", checkpoint)
         self.simultaneous = self.holds_gradients = check_bool("simultaneous", simultaneous)
         if checkpoint and not second_order:
-            raise ValueError("`checkpoint` saves nothing with `second_order=False`, which keeps no graph: drop one.")
-        # whether the discriminator draws noise: two ways to the same gradient, which differ by rounding
+            raise ValueError("`checkpoint` saves nothing with `second_order=False`, which keeps no graph: remove one.")
+        # whether the discriminator draws random numbers; either way gives the same gradient up to rounding
         self.add_state("random", True)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Until the discriminator has shown that it draws no noise of its own, it counts as one that does."""
+        """Assume that the discriminator draws random numbers until a batch has shown that it does not."""
         super().setup(trainer, pl_module, stage)
         self.random = True
 
     def check_plan(self, module: GANProtocol) -> None:
-        """With ``simultaneous``, refuse a plan in which a player stands twice."""
+        """With ``simultaneous``, refuse a plan that contains a player twice."""
         if self.simultaneous:
             check_once(self, module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what cannot be unrolled."""
+        """Refuse a discriminator or an optimizer that cannot be unrolled."""
         super().on_fit_start(trainer, pl_module)
         try:
             _InnerSteps(self, as_gan(pl_module))
@@ -108,10 +108,10 @@ class Unrolling(UpdateRule):
             ) from error
 
     def __call__(self, module: GANProtocol, batch: Any) -> None:
-        """Move the players on one batch."""
+        """Train the players on one batch."""
         for player in module.plan:
             inner = _InnerSteps(self, module) if player == "g" else None
-            # a discriminator whose parameters are all frozen will not answer
+            # a discriminator whose parameters are all frozen does not step, so there is nothing to unroll
             module.compute_gradients(player, batch, inner if inner is not None and inner.parameters else None)
             if not self.simultaneous:
                 module.apply_gradients(player)
@@ -126,14 +126,14 @@ class _InnerSteps:
     def __init__(self, rule: Unrolling, module: GANProtocol) -> None:
         self.rule, self.module = rule, module
         module.sharding.reshard()
-        self.parameters = module.trainable_parameters("d")  # asked for here, for the generator's turn freezes them
+        self.parameters = module.trainable_parameters("d")  # read here, because the generator's step freezes them
         self.generator = module.trainable_parameters("g")
         limit = module.clip_norm.get("d") if isinstance(module.clip_norm, Mapping) else module.clip_norm
         self.step = Differentiable(
             module.optimizer("d").optimizer, self.parameters, limit, lambda weights: [*module.constrain("d", weights)]
         )
         self.run_with = module.substitute(self.parameters)
-        # for the generator's penalties, whose forward passes move its statistics
+        # for the generator's penalties: their forward passes update the generator's statistics
         self.run_generator_with = module.substitute(self.parameters, frozen=module.discriminator)
 
     def __call__(self, batch: Any) -> tuple[GANOutputs, Tensor, Terms]:
@@ -149,7 +149,7 @@ class _InnerSteps:
         else:
             parts = None
             for k in range(rule.steps):
-                # a discriminator that draws (dropout) must draw the same in every step, also in the first
+                # a discriminator that draws random numbers (dropout) must draw the same ones in every step
                 judged = k == 0 and not rule.random
                 weights, parts = self.advance(outputs, weights, parts, rule.second_order, judged)
         return self._objective(outputs, weights)
@@ -162,7 +162,7 @@ class _InnerSteps:
         graph: bool,
         judged: bool = False,
     ) -> tuple[list[Tensor], list[Part]]:
-        """One step of the discriminator, with a graph or as leaves without."""
+        """One step of the discriminator. Without ``graph`` the weights that it returns are leaves."""
         module = self.module
 
         def gradients() -> tuple[Tensor | None, ...]:
@@ -196,9 +196,9 @@ class _InnerSteps:
 class _Checkpointed(torch.autograd.Function):
     """The discriminator's weights after all inner steps, as a function of samples and of the generator's parameters.
 
-    Of the parameters, because a penalty of the discriminator may ask for samples of its own. Forward keeps the weights
-    and moments before every step; backward takes the steps again, from the last to the first, each with its graph.
-    (torch.utils.checkpoint would start over at every gradient that is taken inside of a step.)
+    It takes the generator's parameters because a penalty of the discriminator may generate samples of its own. Forward
+    keeps the weights and moments before every step. Backward recomputes the steps from the last to the first, each with
+    its graph. (torch.utils.checkpoint would recompute everything at every gradient that is taken inside of a step.)
     """
 
     @staticmethod
@@ -243,10 +243,10 @@ def _leaf_like(tensor: Tensor) -> Tensor:
 
 
 def _separate(outputs: GANOutputs, graph: bool) -> GANOutputs:
-    """The outputs with samples as tensors of their own, that the weights of the steps before do not depend on.
+    """The outputs with new tensors for the samples, on which the weights of earlier steps do not depend.
 
-    A penalty's gradient with respect to samples is partial: not through the weights, which earlier steps have made
-    from the same samples.
+    A penalty takes the partial derivative with respect to the samples. It must not include the path through the
+    weights, which earlier steps computed from the same samples.
     """
     if graph:
         real, fake = (tree_map(lambda x: x.view_as(x), tree) for tree in (outputs.real, outputs.fake))
