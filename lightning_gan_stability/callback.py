@@ -113,8 +113,8 @@ class GANCallback(Callback):
     ``setup`` or ``on_train_start`` calls ``super()``.
 
     In a second fit of the same module, declared state is kept if the module has not trained without the callback.
-    Monitors reset theirs under a new Trainer, which counts its steps from zero unless it resumes from a checkpoint: steps
-    in their records never go backwards.
+    Monitors reset theirs under a new Trainer, which counts its steps from zero unless it resumes from a checkpoint, so
+    that steps in their records never go backwards.
 
     Attributes:
         iteration: the module's iteration at the end of the last batch on which the callback was in use.
