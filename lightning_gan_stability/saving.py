@@ -18,10 +18,11 @@ class WholeCheckpointIO(TorchCheckpointIO):
     the newest date.
 
     Example:
-        >>> import torch
-        >>> WholeCheckpointIO().save_checkpoint({"weights": torch.ones(1)}, "here.ckpt")
-        >>> sorted(path.name for path in Path().glob("here.*"))
-        ['here.ckpt']
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     WholeCheckpointIO().save_checkpoint({"step": 1}, f"{folder}/last.ckpt")
+        ...     [path.name for path in Path(folder).iterdir()]
+        ['last.ckpt']
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
