@@ -1,4 +1,4 @@
-"""What looks at a run and leaves it as it is, as entries under ``trainer.callbacks``."""
+"""Callbacks that observe a run without changing it, to be listed under ``trainer.callbacks``."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Steering a run: settings race against each other inside of it, and the best one goes on."""
+"""Autopilot: candidate settings compete in short races within a run, and training continues with the best one."""
 
 from __future__ import annotations
 
@@ -71,69 +71,70 @@ ANSWERED = (
 
 
 class Autopilot(GANCallback):
-    r"""Finds learning rates, momentum and penalty for a run while it trains, and brings it back when it goes wrong.
+    r"""Tunes learning rates, momentum and penalties of a run while it trains, and recovers from failures.
 
-    Whether a GAN trains hangs on its hyperparameters more than on its loss ("Are GANs Created Equal?",
-    https://arxiv.org/abs/1711.10337). Here settings race inside of the run, as in successive halving
-    (https://arxiv.org/abs/1603.06560) and population based training (https://arxiv.org/abs/1711.09846). From one state
-    of networks and optimizers, the settings of the user and some others, known to be good for many, train for some
-    steps each; the best two go on for twice as many, and the better one stays. Rates fall at the end of each turn,
-    because high ones look bad until they fall. A runner is judged by the energy distance of generated to real samples,
-    2 E‖x − y‖ − E‖x − x′‖ − E‖y − y′‖, of validation data where there are any (without
-    ``overfit_batches``); the mean of that of the average of its generator and of the generator as it is, so that who
-    circles loses. Two rules more: who has hardly moved while others have loses to them, even if they went away from the
-    data at first, as games do that circle; and among those that are as near as can be told, within four times the
-    distance of real data to themselves, the order counts, in which settings come that are known to be good for most.
+    Whether a GAN trains depends on its hyperparameters more than on its loss ("Are GANs Created Equal?",
+    https://arxiv.org/abs/1711.10337). The autopilot therefore compares settings in races within the run, as in
+    successive halving (https://arxiv.org/abs/1603.06560) and population based training
+    (https://arxiv.org/abs/1711.09846). All candidates start from the same state of networks and optimizers: the user's
+    settings and some others that are known to work for many GANs. Each trains for some steps; the best two continue for
+    twice as many, and the better one wins. Learning rates decay at the end of each candidate's steps, because high
+    rates look bad until they decay. A candidate is scored by the energy distance of generated to real samples,
+    2 E‖x − y‖ − E‖x − x′‖ − E‖y − y′‖, computed on validation data if there are any (and ``overfit_batches`` is not
+    set). The score is the mean of the distances of the averaged generator and of the current one, so that a candidate
+    that oscillates loses. There are two further rules. A candidate that has hardly moved loses to candidates that have,
+    even if these first moved away from the data, as happens in games that circle. Candidates within four times the
+    distance between two sets of real data count as equally good, and are ordered by how widely their settings work.
 
-    What is steered: learning rates of both players, each by itself; β₁ and β₂ of optimizers that have them; γ of
-    :class:`~lightning_gan_stability.R1Penalty` and :class:`~lightning_gan_stability.R2Penalty`, which it brings along
-    and lets rest at γ = 0, unless the discriminator has BatchNorm or the run has another penalty for it; an average of
-    the generator, unless the run has one; and rates that fall to zero at the end, unless a scheduler sets them.
+    The autopilot controls the learning rate of each player; β₁ and β₂ of optimizers that have them; and γ of
+    :class:`~lightning_gan_stability.R1Penalty` and :class:`~lightning_gan_stability.R2Penalty`. It adds these two
+    penalties with γ = 0, unless the discriminator has BatchNorm or the run has another penalty for it. It also keeps an
+    average of the generator, unless the run has one, and decays rates to zero at the end, unless a scheduler sets them.
 
-    With ``when="trouble"`` it looks on until something is wrong: a verdict of the run's
+    With ``when="trouble"`` it only observes until something is wrong: a verdict of the run's
     :class:`~lightning_gan_stability.CollapseDetector` or :class:`~lightning_gan_stability.HealthMonitor` that other
-    settings may help against, a loss that is not finite, a distance that is four times its best since the last race in
-    two measurements in a row, or one far from the data that has not become smaller in ten. Until then the run is the
-    same as without it, bit for bit. Then there is a race: from the beginning if little was learned, else from the best
-    state so far with calmer settings. With ``when="always"`` the run begins with a race; later it looks on in the same
-    way. While an :class:`~lightning_gan_stability.AdversarialStart` keeps the players apart, there is nothing to
-    compare: it waits until the adversarial term is there.
+    settings may help against, a loss that is not finite, a distance above four times its best since the last race in
+    two measurements in a row, or a distance far from the data that has not decreased in ten. Until then the run is
+    bitwise identical to one without the autopilot. Then a race starts: from the beginning of the run if little was
+    learned, otherwise from the best state so far with more cautious settings. With ``when="always"`` the run begins
+    with a race, and the autopilot then observes in the same way. While an
+    :class:`~lightning_gan_stability.AdversarialStart` disables the adversarial term, settings cannot be compared, so
+    the autopilot waits until the term is enabled.
 
-    What is tried and thrown away are batches of the run: ``trainer.global_step`` counts them, while
-    ``module.iteration`` goes back. Loggers, monitors and checkpoints that are due during a race see the runner whose
-    turn it is. Every action has a reason: it is logged as ``autopilot/<setting>``, stands in the table at the end and
-    in the report, and is resumed exactly. All processes decide from the same numbers.
+    Batches of candidates that lose are batches of the run: ``trainer.global_step`` counts them, while
+    ``module.iteration`` is set back. Loggers, monitors and checkpoints that are due during a race see the current
+    candidate. Each action and its reason are logged as ``autopilot/<setting>``, appear in the final table and in the
+    report, and are restored exactly on resume. All processes decide from the same numbers.
 
     It costs fifty measurements of ``n_samples`` samples, and memory: copies of both networks and optimizers, in main
-    memory and in checkpoints, two outside of a race and up to four in one.
+    memory and in checkpoints, two outside of a race and up to four during one.
 
     Args:
         when: ``"trouble"`` or ``"always"``.
-        limits: by ``"g_lr"``, ``"d_lr"``, ``"beta1"``, ``"beta2"`` and ``"gamma"`` the smallest and the largest number
-            that it may set; None: it leaves that alone. What is not named has the limits of
-            :data:`~lightning_gan_stability.monitors.steering.LIMITS`. The settings of the user are tried as they are.
+        limits: smallest and largest number that it may set, by ``"g_lr"``, ``"d_lr"``, ``"beta1"``, ``"beta2"`` and
+            ``"gamma"``; None for a name: leave that setting unchanged. Names that are missing have the limits of
+            :data:`~lightning_gan_stability.monitors.steering.LIMITS`. The user's settings are tried as they are.
         average: keep an average of the generator, whose half-life is a fiftieth of the steps so far.
-        fall: share of the run, its last one, in which rates fall to zero in a line, in [0, 1); 0: they do not fall. So
-            they do in each turn of a race: high rates look bad until they fall. A run whose length is not known has no
-            fall but those.
+        fall: final share of the run in which rates decay linearly to zero, in [0, 1); 0: no decay. The same share
+            applies to each candidate's steps in a race. A run of unknown length has only the decay in races.
         search: share of the run that a race takes, in (0, 1).
-        extractor: from samples to features (n, ...), between which distances are taken. None: vectors are their own,
-            and images, series and volumes are seen by
+        extractor: maps samples to features (n, ...), between which distances are computed. None: vectors are used as
+            they are, and images, series and volumes go through
             :class:`~lightning_gan_stability.metrics.RandomConvolutions`, so that nothing is downloaded.
-        n_samples: generated and real samples of a measurement.
-        every: steps between measurements. None: fifty in a run.
-        max_races: after so many it only lowers rates, as often, and then looks on.
+        n_samples: number of generated and of real samples in a measurement.
+        every: steps between measurements. None: fifty measurements in a run.
+        max_races: maximum number of races. After these it only lowers rates, at most as many times, and then observes.
         explain: print each action and its reason.
 
     Attributes:
-        actions: what it did: step, what, why.
-        settings: the numbers that stand.
+        actions: list of its actions with step, change and reason.
+        settings: the current values of the settings.
 
     Raises:
-        ValueError: if an argument has a bad value, or if nothing is left to steer.
-        MisconfigurationException: beside callbacks that set the same numbers (OptimizerSchedule) or put the run back
-            too (``CollapseDetector(action="rollback")``); under ModelParallelStrategy; with limits that leave no other
-            settings than the user's.
+        ValueError: if an argument has a bad value, or if no setting is left to control.
+        MisconfigurationException: with callbacks that set the same numbers (OptimizerSchedule) or also restore earlier
+            states (``CollapseDetector(action="rollback")``); under ModelParallelStrategy; with limits that allow no
+            settings other than the user's.
 
     Example:
         >>> Autopilot(when="always", limits={"gamma": None}).limits["g_lr"]
@@ -220,7 +221,7 @@ class Autopilot(GANCallback):
     # ---------- before a run
 
     def companions(self, trainer: Trainer, module: GANProtocol) -> Sequence[Callback]:
-        """R1 and R2, which rest, where the run has no penalty of its own for the discriminator."""
+        """Add R1 and R2 with γ = 0 if the run has no penalty of its own for the discriminator."""
         others = [c for c in callbacks_of(trainer, Regularizer) if c not in self._brought]  # type: ignore[type-abstract]
         own = {type(c) for c in others if c.player == "d"}
         possible = own <= {R1Penalty, R2Penalty} and not any(map(has_batch_norm, module.discriminator.modules()))
@@ -234,7 +235,7 @@ class Autopilot(GANCallback):
         return self._brought
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what would steer against it; make room for the average."""
+        """Refuse callbacks that set the same numbers; reserve a place for the average."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
@@ -273,7 +274,7 @@ class Autopilot(GANCallback):
             module.average_rests = False
 
     def count_anew(self, module: GANProtocol) -> None:
-        """Go on with the settings and the average that were found; what was done and measured is of another run."""
+        """Keep the settings and the average that were found; actions and measurements belong to another run."""
         if not self.steers or self.leg_ends >= 0:  # the user's own settings, or those of some runner
             self.reset(module)
             return
@@ -283,7 +284,7 @@ class Autopilot(GANCallback):
             setattr(self, name, value)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read what the user has set; begin a race, or go on as before."""
+        """Read the user's settings; begin a race, or continue as before."""
         super().on_train_start(trainer, pl_module)
         module: GANModule = pl_module  # type: ignore[assignment]
         self._steering = Steering(trainer, module, self._brought, self.limits)
@@ -318,7 +319,7 @@ class Autopilot(GANCallback):
             self._begin(trainer, module, "the run begins")
 
     def _begin(self, trainer: Trainer, module: GANModule, why: str) -> None:
-        """The adversarial game is on: race, or keep the state that a first race begins with."""
+        """Called when the adversarial game starts: begin a race, or keep the state for a first race to start from."""
         if self.when == "always":
             self._race(trainer, module, self._steering.candidates(self.own), why)
         else:
@@ -327,7 +328,7 @@ class Autopilot(GANCallback):
     # ---------- during a run
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Let rates fall."""
+        """Apply the decay of the learning rates."""
         if not self.steers:
             return
         for player in PLAYERS:
@@ -337,7 +338,7 @@ class Autopilot(GANCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the average; end the turn of a runner, or look whether something is wrong."""
+        """Update the average; end a candidate's steps, or check whether something is wrong."""
         module: GANModule = pl_module  # type: ignore[assignment]
         if self._moving is not None:
             self._moving.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -353,14 +354,14 @@ class Autopilot(GANCallback):
             self._look(trainer, module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End a race that the run has no steps left for: the best runner so far stays, or else what was before."""
+        """End a race for which the run has no steps left: the best candidate so far wins, or else the earlier state."""
         if self.leg_ends >= 0:
             ranking = sorted((one for one in self.runners if one["state"]), key=_rank)
             self.runners = ranking[:1]
             self._finish(trainer, pl_module)  # type: ignore[arg-type]
 
     def rescue(self, trainer: Trainer, module: GANProtocol) -> bool:
-        """A runner whose loss is not finite has lost; outside of a race, go back and begin one."""
+        """During a race, the candidate whose loss is not finite loses; otherwise restore a state and begin a race."""
         gan: GANModule = module  # type: ignore[assignment]
         if self.leg_ends >= 0:
             self._end_leg(trainer, gan, [])
@@ -368,10 +369,10 @@ class Autopilot(GANCallback):
             return True
         return self._act(trainer, gan, "the loss or a gradient is not finite", went_wrong=True)
 
-    # ---------- looking on
+    # ---------- observing
 
     def _look(self, trainer: Trainer, module: GANModule) -> None:
-        """Measure; act if something is wrong."""
+        """Measure the distance; act if something is wrong."""
         if module.steps["g"] == self.moved:
             return  # it waits for the discriminator
         self.moved = module.steps["g"]
@@ -390,11 +391,11 @@ class Autopilot(GANCallback):
             self._act(trainer, module, why, went_wrong=wrong)
 
     def _looks(self) -> list[float]:
-        """The distances since the last race, without its own, which is one of rates that had fallen."""
+        """The distances since the last race, without the race's own, which was measured at decayed rates."""
         return [distance for _, distance in self.history[1 if self.races else 0 :]]
 
     def _trouble(self, trainer: Trainer, looks: list[float], wrong: bool) -> str:
-        """What is wrong, or nothing."""
+        """A description of what is wrong; empty if nothing is."""
         events = _verdicts(trainer)
         new, self.answered = len(events) > self.answered, len(events)
         if new:
@@ -409,7 +410,7 @@ class Autopilot(GANCallback):
         return ""
 
     def _act(self, trainer: Trainer, module: GANModule, why: str, went_wrong: bool) -> bool:
-        """Begin a race, from the beginning or from the best state; say whether something was done."""
+        """Begin a race, from the beginning or from the best state; return whether something was done."""
         left = math.inf if self._horizon is None else self._horizon - trainer.global_step
         first = self.history[0][1] if self.history else math.inf
         learned = self.best is not None and (self.races > 0 or self.best["distance"] < first / 2)
@@ -440,7 +441,7 @@ class Autopilot(GANCallback):
         return True
 
     def _take_over(self, trainer: Trainer, module: GANModule) -> None:
-        """From here on the run is not the user's alone: there is an average, and rates fall."""
+        """Take control of the run: average the generator, and let the rates decay."""
         self.steers = True
         if self._ema is not None:
             make_room(module)
@@ -503,7 +504,7 @@ class Autopilot(GANCallback):
             self._finish(trainer, module)
 
     def _finish(self, trainer: Trainer, module: GANModule) -> None:
-        """The best runner goes on."""
+        """Continue with the best candidate."""
         self.leg_ends = -1
         self.answered = len(_verdicts(trainer))  # of runners that are no more
         if not self.runners:
@@ -524,7 +525,7 @@ class Autopilot(GANCallback):
         self.runners, self.start, self.start_seen, self.first = [], None, None, None
 
     def _take(self, trainer: Trainer, module: GANModule) -> dict[str, Any]:
-        """Everything that training moves, and the settings that it belongs to."""
+        """Everything that training changes, and the settings that it belongs to."""
         kept = {"settings": dict(self.settings), "average": deepcopy(self.measured), "step": trainer.global_step}
         return take(trainer, module) | kept
 
@@ -545,10 +546,10 @@ class Autopilot(GANCallback):
         self._steering.apply(settings, self.settings, self._fall_at(trainer))
         self.settings = dict(settings)
 
-    # ---------- judging
+    # ---------- scoring
 
     def _see(self, trainer: Trainer, module: GANModule) -> list[Tensor]:
-        """Features of samples: of the average, if there is one, and of the generator as it is."""
+        """Features of samples of the averaged generator, if there is one, and of the current generator."""
         with isolate_rng(), module.noise.of("autopilot"):
             real = self._read(trainer, module)
             seen = [self._draw(module, real)] if module.generator_ema is not None else []
@@ -559,13 +560,13 @@ class Autopilot(GANCallback):
         return self._features(generated(module, real, self.n_samples, self._at_once, "autopilot"))
 
     def _distance(self, trainer: Trainer, seen: list[Tensor]) -> float:
-        """The energy distance to real samples; infinite if they are not finite."""
+        """The energy distance to real samples; infinite if features are not finite."""
         if self._real is None or not _finite(seen):
             return math.inf
         return _mean_distance(trainer, self._real.seen.features, seen, self._within)
 
     def _stands(self, trainer: Trainer, seen: list[Tensor]) -> bool:
-        """Whether samples are hardly others than at the beginning of the race, where they were far from the data."""
+        """Whether samples have hardly changed since the beginning of the race, where they were far from the data."""
         assert self.start_seen is not None
         if self.start_distance <= NEAR * self._null or not _finite(seen):
             return False
@@ -603,20 +604,20 @@ class Autopilot(GANCallback):
         assert self.extractor is not None
         return interleaved(torch.cat([features_of(self.extractor, samples) for samples in parts]))
 
-    # ---------- small things
+    # ---------- helpers
 
     @property
     def tries(self) -> bool:  # type: ignore[override]
-        """Settings race against each other, and what is measured is of one of them."""
+        """Whether a race is running, so that measurements belong to one of several candidates."""
         return self.leg_ends >= 0
 
     @property
     def _moving(self) -> GeneratorEMA | None:
-        """The average that is its own, from where it steers the run."""
+        """The average that it updates itself, once it controls the run."""
         return self._ema if self.steers else None
 
     def _steps_of(self, trainer: Trainer) -> int | None:
-        """How many batches the run has, if that is known."""
+        """The number of batches in the run, if known."""
         steps = trainer.estimated_stepping_batches
         return int(steps) if math.isfinite(steps) else None
 
@@ -626,7 +627,7 @@ class Autopilot(GANCallback):
         return 500 if self._horizon is None else max(1, self._horizon // CHECKS)
 
     def _fall_at(self, trainer: Trainer) -> float:
-        """The factor of rates that no scheduler sets: they fall at the end of the run, and of each turn in a race."""
+        """The decay factor of rates without a scheduler, at the end of the run and of each turn in a race."""
         if not self.fall:
             return 1.0
         left = 1.0 if self._horizon is None else 1 - trainer.global_step / self._horizon
@@ -645,7 +646,7 @@ class Autopilot(GANCallback):
             logger.log_metrics({f"autopilot/{k}": v for k, v in values.items()}, step=trainer.global_step)
 
     def outcome(self, trainer: Trainer) -> Outcome:
-        """What it did and why, and the course of the distance."""
+        """Its actions and their reasons, and the history of the distance."""
         actions = [Action(one["step"], "Autopilot", one["what"], one["why"]) for one in self.actions]
         courses = []
         if self.history:
@@ -655,12 +656,12 @@ class Autopilot(GANCallback):
 
 
 def _game_rests(trainer: Trainer, module: GANModule) -> bool:
-    """Whether the generator does not meet the discriminator yet, so that settings of the game cannot be compared."""
+    """Whether the adversarial term is disabled, so that settings of the game cannot be compared."""
     return not all(callback.allows_adversarial(module) for callback in callbacks_of(trainer, GANCallback))
 
 
 def _verdicts(trainer: Trainer) -> list[dict[str, Any]]:
-    """What monitors have said that settings may help against, in the order of steps."""
+    """Verdicts of monitors that other settings may help against, in the order of steps."""
     events = [event for detector in callbacks_of(trainer, CollapseDetector) for event in detector.events]
     events += [verdict for monitor in callbacks_of(trainer, HealthMonitor) for verdict in monitor.verdicts]
     return sorted((e for e in events if e["verdict"] in ANSWERED), key=lambda event: event["step"])
@@ -693,7 +694,7 @@ def _finite(seen: list[Tensor]) -> bool:
 
 
 def _mean_distance(trainer: Trainer, real: Tensor, seen: list[Tensor], within: float | None = None) -> float:
-    """The same on all ranks; ``within`` is the mean distance of the real samples, if it is known."""
+    """The mean distance, the same on all ranks; ``within`` is that among the real samples, if known."""
     within = mean_distance(real) if within is None else within
     mean = sum(energy_distance(real, fake, within) for fake in seen) / len(seen)
     found: float = trainer.strategy.broadcast(mean)

@@ -1,4 +1,4 @@
-"""Knowing in code that a generator has collapsed, and what to do then."""
+"""CollapseDetector: detects in code that a generator has collapsed, and reacts."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ GAIN = 0.05  # what counts as progress of a share; of FID, twice that part of it
 
 
 def is_bad(values: Mapping[str, float], best: Mapping[str, float], null: Mapping[str, float]) -> bool:
-    """Whether one measurement, for itself, is that of a generator in trouble.
+    """Whether a single measurement is that of a failing generator.
 
-    It misses more than 3 % of the real data's mass; or its samples are less than a tenth as far from each other as real
-    ones; or coverage is below 2 % of its null; or recall and coverage have both fallen below half of their best; or
-    samples depend on their conditions less than a quarter as much as real ones, or than half of their best; or a class
-    varies less than a fifth as much as real samples of it.
+    This is the case if samples miss more than 3 % of the real data's mass; if they are less than a tenth as far from
+    each other as real ones; if coverage is below 2 % of its null; if recall and coverage are both below half of their best; if
+    samples depend on their conditions less than a quarter as much as real ones, or less than half of their best; or if
+    a class varies less than a fifth as much as its real samples.
 
     Args:
         values: a measurement of :class:`~lightning_gan_stability.monitors.quality.QualityMonitor`.
         best: the best of each value so far.
-        null: each value for real data.
+        null: the value of each metric for real data.
 
     Example:
         >>> is_bad({"missing": 0.125, "coverage": 0.8}, {}, {"coverage": 0.96})
@@ -88,15 +88,16 @@ def _fell(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
 
 
 def _ignores(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
-    """Whether samples do not belong to their conditions, or did so more than twice as much before."""
+    """Whether samples do not match their conditions, or match them less than half as well as before."""
     names = [name for name in ("dependence", "class_consistency") if name in values]
     return any(values[name] < max(IGNORED, best.get(name, 0.0) / 2) for name in names)
 
 
 def has_lost(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
-    """Whether modes are missed that were held before, 3 % of the real data's mass or more; nothing makes up for that.
+    """Whether modes with 3 % of the real data's mass or more are missing that were held before.
 
-    They were held (:func:`held`) when the samples also lay on the data: a young generator's are all over the place.
+    Modes count as held (:func:`held`) only if the samples also lay on the data, because samples of a young generator
+    are spread everywhere. No other improvement makes up for lost modes.
 
     Example:
         >>> has_lost({"missing": 0.1}, {"held": 0.0})
@@ -106,14 +107,14 @@ def has_lost(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
 
 
 def name_trouble(recent: Sequence[Mapping[str, float]]) -> Verdict:
-    """What bad measurements in a row have in common.
+    """Name the failure that bad measurements in a row have in common.
 
     * ``"divergence"``: values are not finite, or samples lie off the data without being concentrated anywhere.
-    * ``"mode hopping"``: most of the mass is in few modes (imbalance ≥ ½), and in others each time (moved ≥ ½).
-    * ``"collapse"``: most of the mass stays in few modes, or samples are all alike.
+    * ``"mode hopping"``: most of the mass is in few modes (imbalance ≥ ½), which change each time (moved ≥ ½).
+    * ``"collapse"``: most of the mass stays in few modes, or all samples are alike.
     * ``"partial collapse"``: less than half of the mass is missed.
-    * ``"ignored condition"``, ``"class collapse"``: nothing is missed as a whole, but samples do not depend on their
-      conditions or do not look like their class; or samples of a class are all alike.
+    * ``"ignored condition"``, ``"class collapse"``: no mode is missed overall, but samples do not depend on their
+      conditions or do not look like their class; or all samples of a class are alike.
 
     Example:
         >>> name_trouble([{"missing": 0.9, "imbalance": 0.9, "moved": 0.0, "diversity": 0.1}])
@@ -134,7 +135,7 @@ def name_trouble(recent: Sequence[Mapping[str, float]]) -> Verdict:
 
 
 def of_conditions(recent: Sequence[Mapping[str, float]]) -> list[Verdict]:
-    """What all of some measurements say of conditions: ``"ignored condition"``, ``"class collapse"``, or both.
+    """Failures of conditions that all given measurements share: ``"ignored condition"``, ``"class collapse"``, or both.
 
     Example:
         >>> of_conditions([{"dependence": 0.0}, {"dependence": 0.1}])
@@ -149,13 +150,13 @@ def of_conditions(recent: Sequence[Mapping[str, float]]) -> list[Verdict]:
 
 
 def stuck(course: Sequence[Mapping[str, float]], null: Mapping[str, float]) -> Verdict | None:
-    """What a generator suffers from that never was good, whatever its FID does.
+    """Name the failure of a generator that never was good, whatever its FID does.
 
-    * ``"no variation"``: no measurement has a fifth of the real data's diversity, and it has not grown.
-    * ``"never learned"``: in none do samples lie among the data: coverage is below 2 % of its null, and precision and
+    * ``"no variation"``: no measurement has a fifth of the real data's diversity, and diversity has not grown.
+    * ``"never learned"``: samples never lie among the data: coverage is below 2 % of its null, and precision and
       recall are below 2 %.
-    * ``"ignored condition"``: in none do samples depend on their conditions a quarter as much as real ones, and it has
-      not grown.
+    * ``"ignored condition"``: samples never depend on their conditions a quarter as much as real ones, and the
+      dependence has not grown.
 
     Example:
         >>> stuck([{"diversity": 0.1}, {"diversity": 0.1}], {})
@@ -175,7 +176,7 @@ def stuck(course: Sequence[Mapping[str, float]], null: Mapping[str, float]) -> V
 def is_progress(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
     """Whether a measurement is better than the best so far: in FID by 10 %, or in a share by 0.05.
 
-    A young generator covers little and gets better; one that has collapsed covers little and does not.
+    This tells a young generator, which covers little but improves, from a collapsed one, which does not improve.
 
     Example:
         >>> is_progress({"missing": 0.5, "coverage": 0.2}, {"missing": 0.5, "coverage": 0.1})
@@ -193,10 +194,10 @@ def is_progress(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
 
 
 def held(recent: Sequence[Mapping[str, float]], null: Mapping[str, float], patience: int) -> float:
-    """The share that is missed by a generator that has surely learned the other modes; 1 if it is not yet sure.
+    """The missed share of a generator that has certainly learned the other modes; 1 if that is not yet certain.
 
-    Sure is one measurement with a coverage of a tenth of its null, or ``patience`` in a row with 2 % of it. ``recent``
-    are the last ones, ``patience`` at most.
+    It is certain after one measurement with a coverage of a tenth of its null, or after ``patience`` in a row with 2 %
+    of it. ``recent`` holds the last measurements, at most ``patience``.
 
     Example:
         >>> held([{"missing": 0.0, "coverage": 0.5}], {"coverage": 0.9}, patience=3)
@@ -231,53 +232,52 @@ Action: TypeAlias = Act | Callable[[Trainer, Any, Event], None]
 
 
 class CollapseDetector(GANCallback):
-    """Says that a generator has collapsed, how, and acts.
+    """Detects that a generator has collapsed, names the kind of collapse, and reacts.
 
-    After each measurement of the run's :class:`~lightning_gan_stability.monitors.quality.QualityMonitor` it asks two
-    questions: is this bad (:func:`is_bad`), and is it better than ever before (:func:`is_progress`)? ``patience``
-    measurements in a row that are bad, and none of them progress (or all the same modes are lost that were held before,
-    :func:`has_lost`), are a ``"collapse"``, ``"partial collapse"``, ``"mode hopping"``, ``"divergence"``,
-    ``"ignored condition"`` or ``"class collapse"`` (:func:`name_trouble`). Three times as many in a row that do not
-    vary, do not lie among the data, or ignore their conditions are ``"no variation"``, ``"never learned"`` or
-    ``"ignored condition"`` (:func:`stuck`), after step 500. Samples that are not finite are a divergence at
+    After each measurement of the run's :class:`~lightning_gan_stability.monitors.quality.QualityMonitor` it checks
+    whether the measurement is bad (:func:`is_bad`) and whether it is better than all before (:func:`is_progress`).
+    ``patience`` bad measurements in a row without progress, or all of which lack modes that were held before
+    (:func:`has_lost`), give a ``"collapse"``, ``"partial collapse"``, ``"mode hopping"``, ``"divergence"``,
+    ``"ignored condition"`` or ``"class collapse"`` (:func:`name_trouble`). After step 500, three times as many in a row
+    whose samples do not vary, do not lie among the data, or ignore their conditions give ``"no variation"``,
+    ``"never learned"`` or ``"ignored condition"`` (:func:`stuck`). Samples that are not finite give a divergence at
     once. All ranks decide from the same reduced values.
 
-    Such measurements are a suspicion, since few samples miss modes by chance. Before it is said it is confirmed with
-    2,500 samples or more that nobody has seen, and as many real ones, by exact tests
-    (:mod:`lightning_gan_stability.metrics.decisions`), of which the i-th has the level 6 / (π i)² times
-    ``false_alarms``: a generator that holds every mode with a fifth of its share, varies a fifth as much as the data,
-    and covers a tenth of what real data cover, or half of the best so far where it lost that; with conditions, that
-    depends on them half as much as real samples do, and whose classes look like themselves half as often and vary a
-    fifth as much, is accused in a share of ``false_alarms`` of the runs at most.
+    So far this is only a suspicion, since few samples miss modes by chance. Before it is reported, it is confirmed with
+    2,500 or more new samples and as many real ones, by exact tests
+    (:mod:`lightning_gan_stability.metrics.decisions`). The i-th test has the level 6 / (π i)² times ``false_alarms``.
+    A false alarm is one for a generator that holds every mode with a fifth of its share, varies a fifth as much as the
+    data, and covers a tenth of what real data cover, or half of the best so far where coverage was lost. With
+    conditions, such a generator also depends on them half as much as real samples do, and its classes look like
+    themselves half as often and vary a fifth as much. At most a share of ``false_alarms`` of its runs gets a verdict.
 
-    Every event has ``step`` (Trainer's), ``verdict``, ``action`` and ``evidence``: the measurement, the best so far,
-    and ``p``, the p-value of a healthy generator. It goes into ``events``, to the loggers as ``health/<verdict>`` and
-    ``collapse/<evidence>``, and is a warning. The same trouble is one event, unless the action is a rollback, until a
-    measurement is good or progress.
+    Every event has ``step`` (the Trainer's), ``verdict``, ``action`` and ``evidence``: the measurement, the best so
+    far, and ``p``, the p-value under a healthy generator. It is appended to ``events``, logged as ``health/<verdict>``
+    and ``collapse/<evidence>``, and raised as a warning. The same failure is reported once, until a measurement is good
+    or shows progress; with rollbacks it is reported each time.
 
     Args:
-        action: ``"warn"``; ``"alert"``: also an alert of Weights & Biases; ``"stop"``: training ends; ``"rollback"``:
-            networks, optimizers, schedulers, GAN counters, averages (Lightning's ``WeightAveraging``, too) and what
-            a :class:`~lightning_gan_stability.GANCallback` has declared go back to the last healthy measurement, or to
-            the start; data, ``global_step``, monitors and other callbacks of Lightning go on. Or a function of
-            (trainer, module, event).
-        patience: measurements in a row before a verdict.
-        max_rollbacks: after so many, it only warns.
-        remedy: what a rollback changes, so that the same does not happen again:
+        action: ``"warn"``; ``"alert"``: also send an alert of Weights & Biases; ``"stop"``: end training;
+            ``"rollback"``: restore the last healthy measurement's state, or that of the start: networks, optimizers,
+            schedulers, GAN counters, averages (also Lightning's ``WeightAveraging``) and the declared state of each
+            :class:`~lightning_gan_stability.GANCallback`. Data, ``global_step``, monitors and other callbacks of
+            Lightning are not restored. Or a function of (trainer, module, event).
+        patience: number of bad measurements in a row before a verdict.
+        max_rollbacks: maximum number of rollbacks; after these it only warns.
+        remedy: what to change with each rollback, so that the failure does not recur:
             :class:`~lightning_gan_stability.monitors.rollback.ScaleLearningRate`, ``ScalePenalty``, functions of
-            (trainer, module), or a list of these. Applied anew with each rollback.
-        folder: where the healthy state lies, a file per process. None: in memory, and in checkpoints.
+            (trainer, module), or a list of these. It is applied again with each rollback.
+        folder: folder for the healthy state, one file per process. None: in memory, and in checkpoints.
         alert_every: seconds between alerts.
-        false_alarms: share of healthy runs in which something may be said, in (0, 1).
-        monitor: the ``name`` of the QualityMonitor to decide from, if the run has several; None: the first one.
+        false_alarms: largest share of healthy runs that get a verdict, in (0, 1).
+        monitor: ``name`` of the QualityMonitor to use, if the run has several; None: the first one.
 
     Attributes:
-        events: what has happened.
+        events: list of all events.
 
     Raises:
         ValueError: if an argument has a bad value.
-        MisconfigurationException: without a QualityMonitor, or with none of the name; or if there is no WandbLogger to
-            alert by.
+        MisconfigurationException: if there is no QualityMonitor (of that name), or no WandbLogger for alerts.
 
     Example:
         >>> CollapseDetector(action="rollback", remedy=lambda trainer, module: None).events
@@ -342,7 +342,7 @@ class CollapseDetector(GANCallback):
         self.best, self.seen, self.course, self.recent, self.said = {}, [], [], [], []
 
     def reset(self, module: GANProtocol) -> None:
-        """Begin anew, without the remedies of the module before."""
+        """Reset the state, and undo the remedies applied to the previous module."""
         super().reset(module)
         give_weights(module.trainer, self._given)
         self._given = []
@@ -350,7 +350,7 @@ class CollapseDetector(GANCallback):
     # ---------- what the Trainer calls
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a run without measurements, or without somebody to alert."""
+        """Refuse a run without measurements, or without a logger for alerts."""
         self._monitor(trainer)
         if self.action == "alert" and not any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
             raise MisconfigurationException(
@@ -359,7 +359,7 @@ class CollapseDetector(GANCallback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the state at the start; give penalties the weights that remedies gave them before a resume."""
+        """Keep the state at the start; after a resume, give penalties the weights set by earlier remedies."""
         super().on_train_start(trainer, pl_module)
         self._given = self._given or weights_of(trainer)
         give_weights(trainer, self.weights)
@@ -378,7 +378,7 @@ class CollapseDetector(GANCallback):
     # ---------- deciding
 
     def _warn_of_few(self, monitor: QualityMonitor) -> None:
-        """Say what cannot be decided from the samples that there are, and how many it takes."""
+        """Warn of what cannot be decided from the available samples, and how many are needed."""
         self._warned, first, n = True, level(self.false_alarms, 1), monitor.n_seen
         if monitor.n_real is not None and n >= monitor.n_real:
             return  # more may be read to confirm a suspicion
@@ -428,13 +428,13 @@ class CollapseDetector(GANCallback):
         self._act(trainer, module, verdict, evidence)
 
     def _has_said(self, verdict: Verdict) -> bool:
-        """Whether this trouble has been said already, maybe under another name."""
+        """Whether this failure has been reported already, perhaps under another name."""
         if verdict in CONCENTRATED:
             return any(said in CONCENTRATED for said in self.said)
         return verdict in self.said
 
     def _suspicions(self, module: GANModule, finite: bool, null: Values) -> list[Verdict]:
-        """What the last measurements look like, the most serious first."""
+        """Failures that the last measurements suggest, the most serious first."""
         if len(self.recent) == self.patience or not finite:
             verdict = name_trouble(self.recent)
             # samples that are all alike, or nowhere, do not depend on conditions either
@@ -452,7 +452,7 @@ class CollapseDetector(GANCallback):
         best: Values,
         suspected: Sequence[Verdict],
     ) -> dict[Verdict, float]:
-        """By verdict the p-value of a healthy generator, from samples that nobody has seen; all of them together."""
+        """For each verdict the p-value under a healthy generator, from new samples; all verdicts tested together."""
         self.looks += 1
         least = COVERED * monitor.null.get("coverage", 1.0)
         if self.recent and all(_fell(values, best) for values in self.recent):
@@ -504,7 +504,7 @@ class CollapseDetector(GANCallback):
         return named[0]
 
     def outcome(self, trainer: Trainer) -> Outcome:
-        """The events; the last one lasts while no measurement has been good since."""
+        """The events; the last one is ongoing while no measurement has been good since."""
         troubles = [
             Trouble(
                 event["step"],

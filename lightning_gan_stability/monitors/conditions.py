@@ -1,4 +1,4 @@
-"""What a generator makes of its conditions, beside what real samples do."""
+"""Metrics of how much generated samples depend on their conditions, relative to real samples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEAST = 0.05  # real samples that depend on their conditions less than this say 
 
 
 def as_labels(condition: Condition) -> Tensor | None:
-    """The labels (n,) of a condition that is nothing else; None for others.
+    """The labels (n,) of a condition that consists of labels only; None for others.
 
     Example:
         >>> as_labels(torch.tensor([[3], [1]]))
@@ -36,7 +36,7 @@ def as_labels(condition: Condition) -> Tensor | None:
 
 
 def described(condition: Condition) -> Tensor:
-    """A row of numbers (n, d) for each condition: its values, means of neighbouring ones if they are many.
+    """A row of numbers (n, d) for each condition: its values, or means of neighbouring values if there are many.
 
     Example:
         >>> described({"source": torch.zeros(2, 1, 64, 64), "angle": torch.ones(2)}).shape
@@ -50,7 +50,7 @@ def described(condition: Condition) -> Tensor:
 
 
 def parts_of(condition: Condition) -> list[int]:
-    """How many of the numbers of :func:`described` each tensor of a condition has.
+    """The number of columns of :func:`described` that each tensor of a condition takes.
 
     Example:
         >>> parts_of({"source": torch.zeros(2, 1, 64, 64), "angle": torch.ones(2)})
@@ -60,19 +60,19 @@ def parts_of(condition: Condition) -> list[int]:
 
 
 class Told:
-    """Conditions of real samples, and how much these depend on them.
+    """Conditions of real samples, and how much the samples depend on them.
 
-    Of a condition of several tensors each is looked at alone, and the one that samples depend on least counts: a
-    generator may hear one and not another.
+    In a condition of several tensors each is measured separately, and the one that samples depend on least counts,
+    because a generator may use one and ignore another.
 
     Args:
         conditions: labels (n,), or rows (n, d) that describe conditions.
         real: features (n, d) of the real samples of these conditions.
-        parts: of the rows, see :func:`parts_of`; None: they are one.
+        parts: numbers of columns of the parts, see :func:`parts_of`; None: the rows have one part.
 
     Attributes:
-        names: what can be measured.
-        classes: by label, what was measured last.
+        names: the metrics that can be computed.
+        classes: the last measurement of each label.
     """
 
     def __init__(self, conditions: Tensor, real: Tensor, parts: Sequence[int] | None = None) -> None:
@@ -95,7 +95,7 @@ class Told:
                 self.names = ("dependence", "class_consistency", "class_diversity")
 
     def measure(self, fake: Tensor) -> dict[str, float]:
-        """The values of samples (m, d) that were made for the first m conditions."""
+        """The metrics of samples (m, d) that were generated for the first m conditions."""
         if not self.names:
             return {}
         n = min(MOST, len(fake))
@@ -111,7 +111,7 @@ class Told:
         return {name: min(parts) for name, parts in known.items() if parts}
 
     def p_values(self, fake: Tensor) -> dict[str, float]:
-        """Those of a healthy generator; see :mod:`lightning_gan_stability.metrics.decisions`."""
+        """The p-values under a healthy generator; see :mod:`lightning_gan_stability.metrics.decisions`."""
         if not self.names:
             return {}
         n = len(fake)

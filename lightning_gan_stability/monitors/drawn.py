@@ -1,4 +1,4 @@
-"""Pictures and sounds on their way to loggers and files."""
+"""Sends pictures and sounds to loggers and files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Drawn(NamedTuple):
-    """What is logged: pictures by their keys, and sounds (channels, t) by key and caption."""
+    """What to log: pictures by their keys, and sounds (channels, t) by key and caption."""
 
     pictures: dict[str, Image]
     sounds: dict[str, dict[str, Tensor]]
@@ -29,15 +29,15 @@ class Drawn(NamedTuple):
 
 
 def log_everywhere(trainer: Trainer, drawn: Drawn, name: str) -> list[str]:
-    """Give pictures and sounds to all loggers of a run, or files where there is none, from the first rank.
+    """Send pictures and sounds to all loggers of a run, or to files if there is none, from the first rank.
 
     Args:
-        trainer: whose run; to be called on all ranks.
-        drawn: what is logged; of other ranks than the first nothing.
-        name: what the keys begin with, and the folder of files.
+        trainer: the run's Trainer; call this on all ranks.
+        drawn: what to log; ignored on ranks other than the first.
+        name: prefix of the keys, and the folder of files.
 
     Returns:
-        Where a reader finds them; on other ranks nothing.
+        Where a reader finds them; empty on other ranks.
     """
     folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
     loggers: Sequence[Logger | None] = (trainer.loggers or [None]) if trainer.is_global_zero else []
@@ -47,14 +47,14 @@ def log_everywhere(trainer: Trainer, drawn: Drawn, name: str) -> list[str]:
 
 
 def log_drawn(logger: Logger | None, drawn: Drawn, name: str, folder: Path, step: int) -> None:
-    """Give pictures and sounds to Weights & Biases or TensorBoard, or else write them into files.
+    """Send pictures and sounds to Weights & Biases or TensorBoard, or else write them into files.
 
     Args:
-        logger: where they go; None, or one that takes no pictures: files.
-        drawn: what is logged.
-        name: what the keys begin with, and the folder of files: ``<name>/<step>.png``.
-        folder: where that folder lies.
-        step: of the Trainer.
+        logger: the logger; None, or one that does not support pictures: write files.
+        drawn: what to log.
+        name: prefix of the keys, and the folder of files: ``<name>/<step>.png``.
+        folder: parent of that folder.
+        step: the Trainer's step.
     """
     if isinstance(logger, WandbLogger):
         for key, image in drawn.pictures.items():
@@ -80,7 +80,7 @@ def log_drawn(logger: Logger | None, drawn: Drawn, name: str, folder: Path, step
 
 
 def place_of(logger: Logger | None, name: str, folder: Path) -> str:
-    """Where a reader finds what was given to a logger; see :func:`log_drawn`.
+    """Where a reader finds what a logger was given; see :func:`log_drawn`.
 
     Example:
         >>> place_of(None, "samples", Path("logs"))
@@ -101,14 +101,14 @@ def key_of(name: str, part: object) -> str:
 
 
 def named(tree: Sample) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a tree with their paths, ``"a.b"``; a tensor alone has the name ""."""
+    """The tensors of a tree with their paths, ``"a.b"``; a single tensor has the name ""."""
     accessors, leaves, _ = optree.tree_flatten_with_accessor(tree)
     for accessor, leaf in zip(accessors, leaves, strict=True):
         yield ".".join(str(getattr(entry, "field", entry.entry)) for entry in accessor), leaf
 
 
 def plain(leaf: Tensor) -> Tensor:
-    """On the CPU, in a type that NumPy knows."""
+    """The tensor on the CPU, in a dtype that NumPy supports."""
     leaf = leaf.detach().cpu()
     return leaf.float() if leaf.is_floating_point() else leaf
 
@@ -129,11 +129,11 @@ def _clipped(sound: Tensor) -> Tensor:
 
 
 def write_wave(file: Path, sound: Tensor, sample_rate: int) -> None:
-    """A sound (channels, t) in [-1, 1] as a file of 16 bits, without soundfile.
+    """Write a sound (channels, t) in [-1, 1] as a 16-bit file, without soundfile.
 
     Args:
-        file: where it goes.
-        sound: what is louder is clipped.
+        file: the file to write.
+        sound: the waveform; values outside of [-1, 1] are clipped.
         sample_rate: in Hz.
 
     Example:

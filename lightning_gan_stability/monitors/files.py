@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes of files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
-    """A place for a file that is moved where it belongs when it is written: what was there is there until then.
+    """Yield a path to write to, and move the file to its place when it is complete; until then an old file stays.
 
     Example:
         >>> import tempfile
@@ -31,7 +31,7 @@ def written_whole(file: Path) -> Iterator[Path]:
 
 
 def save_atomically(state: object, file: Path) -> None:
-    """Write tensors and plain data, all of it or nothing: a reader never sees half a file.
+    """Write tensors and plain data atomically: a reader never sees half a file.
 
     Example:
         >>> import tempfile

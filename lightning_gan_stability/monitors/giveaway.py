@@ -1,4 +1,4 @@
-"""Real and generated samples of a run, side by side, in search of what gives the generated ones away."""
+"""Compares real and generated samples of a run, to find what gives the generated ones away."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SAMPLES, LEAST = 256, 64  # of all processes: as many as are there, and as many 
 def strongest_giveaway(trainer: Trainer, module: GANModule) -> Giveaway | None:
     """The strongest finding of :func:`~lightning_gan_stability.metrics.find_giveaways` on training data, on all ranks.
 
-    None where there is none, where the data cannot be read without taking them away from training, or where there are
-    fewer than 64 samples of one shape. Of a tree of samples each leaf is looked at by itself.
+    None if there is no finding, if reading the data would take them away from training, or if there are fewer than 64
+    samples of one shape. Each leaf of a tree of samples is tested separately.
     """
     try:
         with isolate_rng():

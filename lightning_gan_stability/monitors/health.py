@@ -1,4 +1,4 @@
-"""Why a GAN does not train: cheap signals of every step, and verdicts with advice."""
+"""HealthMonitor: why a GAN does not train, from cheap signals of every step, with advice for each verdict."""
 
 from __future__ import annotations
 
@@ -79,9 +79,10 @@ def vanishing_gradient(windows: Sequence[Window]) -> Evidence | None:
 
 
 def exploding_gradient(windows: Sequence[Window]) -> Evidence | None:
-    """The generator's gradient is above a hundred times what it was at first, and in the median or ten windows ago.
+    """The generator's gradient is above 100 times its size at first, and 100 times its median or that ten windows ago.
 
-    Ten windows ago, because what explodes early is the median itself. One that comes back does not explode.
+    The size ten windows ago is compared too because an early explosion raises the median itself. A gradient that
+    returns to its earlier size does not count as an explosion.
     """
     before = [w["g_norm"] for w in windows[:-1] if math.isfinite(w["g_norm"])] or [math.inf]
     usual = max(median(before[:3]), min(median(before), median(before[-10:][:3])), 1e-12)
@@ -96,9 +97,9 @@ def noisy_gradient(windows: Sequence[Window]) -> Evidence | None:
 
 
 def weak_discriminator(windows: Sequence[Window]) -> Evidence | None:
-    """The discriminator guesses, though generated samples have other means or deviations than real ones.
+    """The discriminator guesses, although generated samples differ from real ones in means or standard deviations.
 
-    And they do not come closer: neither these nor the FID, if it is measured, fell by a tenth in the last windows.
+    Nor do the samples improve: neither these differences nor the FID, if measured, fell by a tenth in the last windows.
     """
     now, before = windows[-1], windows[-4:-1]
     closer = any(now.get(sign, math.nan) < 0.9 * w.get(sign, 0.0) for w in before for sign in ("apart", "fid"))
@@ -116,16 +117,17 @@ def overfitting_discriminator(windows: Sequence[Window]) -> Evidence | None:
 
 
 def not_finite(windows: Sequence[Window]) -> Evidence | None:
-    """On most steps a gradient overflows: a gradient scaler skips these, so that training stands still in silence."""
+    """A gradient overflows on most steps; a gradient scaler skips these silently, so that training stands still."""
     return {"overflows": share} if (share := windows[-1]["overflows"]) > 0.5 else None
 
 
 def rotation(positions: Tensor) -> Evidence | None:
-    """Whether the players circle: how the directions of their moves, k moves apart, are alike.
+    """Whether the players circle, from the similarity of the directions of moves that are k moves apart.
 
-    C(k) = E cos∠(u_t, u_{t+k}) of the moves u is cos ωk for a rotation by ω per move, and below e^(−λk) if it damps or
-    wanders. A trough below −½ and then a peak above ½ are a period; moves of the last half that are not smaller than
-    nine tenths of the first half's do not damp. Positions are (n, d), of both players, every so many steps.
+    For a rotation by ω per move, C(k) = E cos∠(u_t, u_{t+k}) of the moves u is cos ωk; for damped or random motion it
+    is below e^(−λk). A trough below −½ followed by a peak above ½ counts as a period. Moves count as undamped if those
+    of the last half are at least nine tenths as large as those of the first. Positions are (n, d), of both players,
+    taken at regular intervals.
     """
     moves = positions.double().diff(dim=0)
     norms = moves.norm(dim=1)
@@ -144,7 +146,7 @@ def rotation(positions: Tensor) -> Evidence | None:
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's ρ: the correlation of ranks, ties at their mean.
+    """Spearman's ρ: the correlation of ranks, with ties at their mean rank.
 
     Example:
         >>> rank_correlation([1.0, 2.0, 3.0], [10.0, 30.0, 20.0])
@@ -156,7 +158,7 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def loss_tells_nothing(losses: Sequence[float], fids: Sequence[float]) -> Evidence | None:
-    """Over eight measurements or more, a lower generator loss does not go with a lower FID: ρ < 0.3."""
+    """Over eight or more measurements, a lower generator loss does not go with a lower FID: ρ < 0.3."""
     if len(fids) < 8 or len(set(losses)) < 2 or len(set(fids)) < 2:
         return None
     rho = rank_correlation(losses, fids)
@@ -179,45 +181,47 @@ DECISIONS: dict[str, tuple[Callable[[Sequence[Window]], Evidence | None], str]] 
 
 
 class HealthMonitor(GANCallback):
-    """Watches every step for the failures that make GANs hard to train, and says what to add.
+    """Detects, on every step, the failures that make GANs hard to train, and advises what to add.
 
-    * ``vanishing_gradient``: the generator's gradient below 10⁻³ of its largest, accuracy above 95 %. "Towards
+    * ``vanishing_gradient``: the generator's gradient is below 10⁻³ of its largest, and accuracy above 95 %. "Towards
       Principled Methods for Training Generative Adversarial Networks", https://arxiv.org/abs/1701.04862.
-    * ``exploding_gradient``, ``noisy_gradient``: above 100 times what is usual; varying by more than 3 times its mean.
-    * ``weak_discriminator``: accuracy below 55 %, though means and deviations of fake samples differ from
-      those of real ones (squared distance over the real variance above 0.1 and chance) and come no closer.
-    * ``oscillation``: the joint moves of both players turn with a period, and do not get smaller (:func:`rotation`).
+    * ``exploding_gradient``: the gradient is above 100 times its usual size. ``noisy_gradient``: it varies by more than
+      3 times its mean.
+    * ``weak_discriminator``: accuracy is below 55 %, although means and standard deviations of fake samples differ from
+      those of real ones (squared distance over the real variance above 0.1 and chance) and do not approach them.
+    * ``oscillation``: the joint moves of both players rotate with a period and are not damped (:func:`rotation`).
       "The Numerics of GANs", https://arxiv.org/abs/1705.10461.
-    * ``overfitting_discriminator``: r_v above 0.6 (:func:`overfitting_discriminator`), if there is held-out data.
+    * ``overfitting_discriminator``: r_v is above 0.6 (:func:`overfitting_discriminator`), with held-out data only.
       "Training Generative Adversarial Networks with Limited Data", https://arxiv.org/abs/2006.06676.
-    * ``silent_adversarial``, ``dominant_adversarial``: beside a reconstruction, the adversarial terms (feature matching
-      is one) have less than 1 % of the generator's gradient with respect to its samples, and accuracy is above 95 % (or
-      less than 0.01 %, and above 75 %);
-      or more than 90 %, and the reconstruction is a fifth worse than it was.
-    * ``head_start``: accuracy above 95 % at the step from which the generator meets the discriminator, without a ramp,
-      or a reconstruction that gets more than twice as large from there on; said at once.
-    * ``codebook_collapse``: of the codes in ``extras`` (integer tensors named like "codes", "tokens" or "indices")
-      in effect less than a tenth of the codebook is used after step 500, or less than a quarter of what was, or one
-      code alone; each book by itself.
+    * ``silent_adversarial``, ``dominant_adversarial``: for generators with a reconstruction loss. The adversarial terms
+      (including feature matching) have less than 1 % of the generator's gradient with respect to its samples while
+      accuracy is above 95 % (or less than 0.01 % while it is above 75 %);
+      or they have more than 90 %, and the reconstruction is a fifth worse than it was.
+    * ``head_start``: accuracy is above 95 % at the step at which the adversarial loss starts without a ramp, or the
+      reconstruction loss more than doubles from there on; reported at once.
+    * ``codebook_collapse``: of the codes in ``extras`` (integer tensors named like "codes", "tokens" or "indices"),
+      after step 500, effectively less than a tenth of the codebook is used, or less than a quarter of what was used
+      before, or a single code. Each codebook is checked separately.
       "Neural Discrete Representation Learning", https://arxiv.org/abs/1711.00937.
-    * ``giveaway``: accuracy above 95 %, and one number of a sample tells real and generated samples of the training
-      data apart (:func:`~lightning_gan_stability.metrics.find_giveaways`, looked for once, after step 500).
+    * ``giveaway``: accuracy is above 95 %, and a single statistic of a sample tells generated from training samples
+      (:func:`~lightning_gan_stability.metrics.find_giveaways`, which runs once, after step 500).
     * ``not_finite``: a loss or gradient was not finite, or a gradient scaler skips more than half of the steps.
     * ``loss_tells_nothing``: the rank correlation of generator loss and FID is below 0.3; for information.
 
-    Signals are kept on the device and averaged over ranks every ``every`` steps; a verdict takes ``patience`` of these
-    in a row. It is a warning when it comes up first, in ``verdicts`` (``step``, ``verdict``, ``evidence``, ``advice``),
-    in the log as ``health/<verdict>`` (1 or 0), and in the table at the end of the run. If the generator's loss has
-    other terms than the adversarial one, the log also has ``g/share/<term>``: ‖∇_x L_i‖ / Σ_j ‖∇_x L_j‖ for the terms
-    with all their weights, 0 for one that does not depend on the samples; and ``g/perplexity/<codes>``, of the worst
-    book. A run is the same with and without the monitor. Costs a copy of 256 numbers and a few scalars per step, and
-    forward passes every ``every``; for shares a backward pass from each term to the samples, on one batch in ``every``.
-    Compiled networks have no shares, as their graphs run once; that is said.
+    Signals are kept on the device and averaged over ranks every ``every`` steps. A verdict needs ``patience`` of these
+    decisions in a row. It gives a warning when it first appears, an entry in ``verdicts`` (``step``, ``verdict``,
+    ``evidence``, ``advice``), the logged value ``health/<verdict>`` (1 or 0), and a row in the table at the end of the
+    run. If the generator's loss has other terms than the adversarial one, the monitor also logs ``g/share/<term>``:
+    ‖∇_x L_i‖ / Σ_j ‖∇_x L_j‖ for the terms with all their weights, 0 for one that does not depend on the samples. For
+    codebooks it logs ``g/perplexity/<codes>``, the lowest of all books. A run is the same with and without the monitor.
+    It costs a copy of 256 numbers and a few scalars per step, forward passes every ``every`` steps, and for shares one
+    backward pass from each term to the samples, on one batch in ``every``. Compiled networks have no shares, because
+    compiled graphs run only once; a warning says so.
 
     Args:
         every: steps between decisions.
-        patience: decisions in a row that a verdict takes.
-        held_out: look at held-out data too, if the run has a validation loader.
+        patience: number of decisions in a row before a verdict.
+        held_out: also evaluate held-out data, if the run has a validation loader.
 
     Raises:
         ValueError: if an argument has a bad value.
@@ -284,7 +288,7 @@ class HealthMonitor(GANCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep this step's signals; decide if it is time."""
+        """Keep this step's signals; make a decision if one is due."""
         module: GANModule = pl_module  # type: ignore[assignment]
         plain = [name for name, kind in self.kinds.items() if kind == "reconstruction"]
         self.rows.append(_signals(module, plain))
@@ -294,7 +298,7 @@ class HealthMonitor(GANCallback):
         self._watched += 1
 
     def watch_terms(self, module: GANProtocol, player: Player, outputs: GANOutputs, terms: Terms) -> None:
-        """Count codes, and measure each term's gradient the first time that it is there since the last decision."""
+        """Count codes; measure each term's gradient once between two decisions."""
         if player == "d" or not module.noise.in_step:
             return
         self._count_codes(module, outputs)
@@ -331,7 +335,7 @@ class HealthMonitor(GANCallback):
             count(self.counted[name], rows)
 
     def logged(self, trainer: Trainer) -> dict[str, Cadence]:
-        """A key for each verdict, new every ``every`` steps."""
+        """A key for each verdict, updated every ``every`` steps."""
         return {f"health/{name}": self.every for name in HEALTH}
 
     def _keep(self, position: Tensor) -> None:
@@ -341,12 +345,12 @@ class HealthMonitor(GANCallback):
         self.positions_seen += 1
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Note a loss or gradient that was not finite; the table says what came before it."""
+        """Record a loss or gradient that was not finite, for the table at the end of the run."""
         if isinstance(exception, NotFinite):
             self._say(trainer, "not_finite", {})
 
     def outcome(self, trainer: Trainer) -> Outcome:
-        """The verdicts, and for how many steps it has watched."""
+        """The verdicts, and the number of steps observed."""
         troubles = [
             Trouble(
                 said["step"],
@@ -378,7 +382,7 @@ class HealthMonitor(GANCallback):
         self._log(trainer)
 
     def _lasts(self, verdict: str) -> bool:
-        """Whether it is so at the last decision; what is for information is no trouble then."""
+        """Whether the verdict holds at the last decision; verdicts for information do not count."""
         needed = self._patience_for(verdict)
         return verdict != "loss_tells_nothing" and self.counts.get(verdict, needed) >= needed
 
@@ -395,7 +399,7 @@ class HealthMonitor(GANCallback):
             logger.log_metrics(state, step=trainer.global_step)
 
     def _note_quality(self, trainer: Trainer, window: dict[str, float]) -> bool:
-        """Add the last FID to a window; say whether it is a new measurement, of a generator that has moved."""
+        """Add the last FID to a window; return whether it is a new measurement of a generator that has changed."""
         fid = float(trainer.callback_metrics.get("quality/fid", math.nan))
         new = math.isfinite(fid + window["g_loss"]) and (not self.fids or self.fids[-1][1] != fid)
         self.fids = [*self.fids, (window["g_loss"], fid)][-32:] if new else self.fids
@@ -417,7 +421,7 @@ class HealthMonitor(GANCallback):
         return window | self._shares(trainer, module) | self._perplexities(trainer, module)
 
     def _shares(self, trainer: Trainer, module: GANModule) -> dict[str, float]:
-        """Shares of the generator's gradient, where terms have been measured on samples that they depend on."""
+        """Shares of the generator's gradient, for terms that were measured on samples that they depend on."""
         kinds = trainer.strategy.broadcast({name: self.kinds[name] for name in self.squares})
         zero = torch.zeros((), device=module.device)
         squares = [self.squares.get(name, zero) for name in kinds]
@@ -430,7 +434,7 @@ class HealthMonitor(GANCallback):
         return found if others > 0 else found | nothing
 
     def _perplexities(self, trainer: Trainer, module: GANModule) -> dict[str, float]:
-        """How many codes of each codebook are in effect used, where there are enough of them to tell."""
+        """The effective number of codes used in each codebook, where there are enough of them to tell."""
         found: dict[str, float] = {}
         sizes = trainer.strategy.broadcast({name: tuple(counts.shape) for name, counts in self.counted.items()})
         for name, (books, cells) in sizes.items():
@@ -451,7 +455,7 @@ class HealthMonitor(GANCallback):
         return found | {"perplexity": lowest, "step": float(trainer.global_step)}
 
     def _giveaway(self, trainer: Trainer, module: GANModule) -> Evidence | None:
-        """What was found, nothing if there is none; None where nobody has looked, because D is not always right."""
+        """The finding, or an empty one; None if nothing was checked because D is not always right."""
         last = self.windows[-self.patience :]
         always = len(last) == self.patience and all(window["accuracy"] > LIKELY for window in last)
         if self.finding is None and always and trainer.global_step >= YOUTH and len(self.windows) >= EARLY:
@@ -464,7 +468,7 @@ class HealthMonitor(GANCallback):
         return self.finding if always else {}
 
     def _probe(self, module: GANModule, batch: Any) -> dict[str, Tensor]:
-        """How far fake samples are from real ones, and logits of training, held-out and fake samples."""
+        """The distance of fake samples to real ones, and logits of training, held-out and fake samples."""
         with isolate_rng(), module.noise.of("health"):  # a user's `unpack` may draw
             real, condition = module.unpack(batch)
         n = batch_size(real)

@@ -1,4 +1,4 @@
-"""Latents that are the same at each look."""
+"""Latents that are the same in each measurement."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lightning_gan_stability.noise import generator
 
 
 def fixed_latents(module: GANModule, n: int, *key: object) -> Tensor | None:
-    """The same n latents each time, on the module's device, in the type that its generator computes in.
+    """The same n latents each time, on the module's device, in the dtype that its generator computes in.
 
     Args:
-        module: for whose generator; None is returned if it takes no latents.
-        n: how many.
-        key: tells the looks of different callbacks apart.
+        module: the GAN; None is returned if its generator takes no latents.
+        n: number of latents.
+        key: tells the latents of different callbacks apart.
     """
     if module.latent_dim is None:
         return None

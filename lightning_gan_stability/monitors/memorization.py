@@ -1,4 +1,4 @@
-"""Knowing during training that a generator copies its training data, with the pairs side by side."""
+"""MemorizationMonitor: detects during training that a generator copies its training data, and draws the pairs."""
 
 from __future__ import annotations
 
@@ -65,64 +65,64 @@ class Look(NamedTuple):
 
 
 class MemorizationMonitor(GANCallback):
-    """Says whether the generator copies its training data, and draws the pairs that are most alike.
+    """Tests whether the generator copies its training data, and draws the most similar pairs.
 
-    A generator that repeats training samples has an excellent FID. Every ``every`` steps, and at the end of a fit, it
-    is tested whether generated samples are nearer to training than to held-out samples
+    A generator that repeats training samples has an excellent FID. Every ``every`` steps, and at the end of a fit, this
+    monitor tests whether generated samples are closer to training samples than to held-out ones
     (:func:`~lightning_gan_stability.metrics.copying_test`). Values go to the loggers and to
     ``trainer.callback_metrics``:
 
-    * ``memorization/copied``: the estimated share of generated samples that are copies, in [0, 1]; 0 where p is above
+    * ``memorization/copied``: the estimated share of generated samples that are copies, in [0, 1]; 0 if p is above
       5 %.
-    * ``memorization/p``: the p-value: how often training samples, which are only some draws of the distribution to a
-      generator that copies nothing, are nearer to its samples than held-out ones by as much.
+    * ``memorization/p``: the p-value: for a generator that copies nothing, training samples are draws like any other,
+      and p is how often they are closer to its samples than held-out ones by as much.
     * ``memorization/nearer``: the share of pairs of a generated and a held-out sample in which the generated one is
-      nearer to the training data (:func:`~lightning_gan_stability.metrics.memorization_test`). A generator of typical
-      samples alone has more than ½, too: it decides nothing.
+      closer to the training data (:func:`~lightning_gan_stability.metrics.memorization_test`). It is also above ½ for a
+      generator of typical samples only, so it is not used for decisions.
 
-    The i-th look speaks if p is at most 6 / (π i)² times ``false_alarms``, so that all looks together accuse a
-    generator that does not copy in a share of ``false_alarms`` of the runs at most. It is an event in ``events``
-    (``step``, ``verdict``, ``evidence``), a warning with what to do, and ``health/memorization`` for the loggers. The
-    same trouble is one event, until p is above ``false_alarms`` again.
+    The i-th measurement gives a verdict if p is at most 6 / (π i)² times ``false_alarms``. All measurements together
+    therefore accuse a generator that does not copy in at most a share of ``false_alarms`` of the runs. A verdict is an
+    entry in ``events`` (``step``, ``verdict``, ``evidence``), a warning with advice, and ``health/memorization`` for
+    the loggers. It is not repeated until p has been above ``false_alarms`` again.
 
-    With an event, and at the end of a fit, the ``pairs`` nearest pairs are drawn as by
+    With an event, and at the end of a fit, the ``pairs`` closest pairs are drawn as by
     :class:`~lightning_gan_stability.SampleLogger`: generated samples beside their training samples, under the key
-    ``memorization``, or as ``memorization/<step>.png``. For that the training data are read again up to the rows that
-    are drawn. Where they are other ones by then, because a data set draws from a generator of its own, a sampler of
-    your own has another order or a stream has moved on, the nearest samples of those that are read now are drawn.
+    ``memorization``, or as ``memorization/<step>.png``. For this the training data are read again up to the rows to be
+    drawn. They may have changed by then, because a data set draws from its own generator, a custom sampler has another
+    order or a stream has moved on. In this case the closest samples of those read now are drawn.
 
-    The features of all training samples are kept, and nothing else of them. Samples of random augmentations in the data
-    set are seen as they are when they are read. Conditional generators get the conditions of held-out samples, not of
-    training samples, to which a good translation is near: the same ones again with other latents, or without latents at
-    most as many samples as of these. Latents are the same each time, networks are in eval mode, with the average if
-    there is one. All ranks share the work and decide alike. A run is the same with and without the monitor, bit for
-    bit.
+    The monitor keeps the features of all training samples, but not the samples. Random augmentations in the data set
+    are seen as they are when read. Conditional generators get the conditions of held-out samples, because a good
+    translation is close to its training sample. Conditions are reused with other latents; without latents, there are at
+    most as many generated samples as conditions. Latents are the same each time, and networks are in eval mode, with
+    the average if there is one. All ranks share the work and reach the same decision. A run is bitwise the same with
+    and without the monitor.
 
     Args:
-        extractor: from samples to features (n, ...), which are flattened. None: vectors are their own features, images
-            (n, c, h, w) are seen by :class:`~lightning_gan_stability.metrics.extractors.Inception`.
+        extractor: maps samples to features (n, ...), which are flattened. None: vectors are their own features, images
+            (n, c, h, w) go through :class:`~lightning_gan_stability.metrics.extractors.Inception`.
         every: steps between measurements.
-        n_samples: generated; ten times as many held-out samples are read, at most. What is found depends on how many
-            training samples have a copy among these, and on how many held-out samples there are.
-        n_train: training samples that are read, or ``"all"``: copies of others are not found. A number for loaders
-            without an end.
-        pairs: in a picture; 0: no pictures.
-        false_alarms: share of healthy runs in which something may be said, in (0, 1).
+        n_samples: number of generated samples; at most ten times as many held-out samples are read. The power of the
+            test depends on how many training samples have a copy among these, and on the number of held-out samples.
+        n_train: number of training samples to read, or ``"all"``; copies of other samples are not found. Pass a number
+            for loaders without an end.
+        pairs: number of pairs in a picture; 0: no pictures.
+        false_alarms: largest share of healthy runs that get a verdict, in (0, 1).
         held_out: batches of samples that the generator is not trained on, as the loaders give them. None: those of the
             (first) validation loader.
-        name: what the log's keys begin with, and the folder of files; several monitors in a run, for several
-            extractors, have names of their own.
+        name: prefix of the log's keys, and the folder of files. Several monitors in a run, for several extractors, need
+            different names.
 
     Attributes:
         values: the last measurement, without ``memorization/``.
-        events: what has been said.
-        drawn: the pairs of the last picture, generated and training samples (1, ...), the nearest first.
+        events: list of all events.
+        drawn: the pairs of the last picture, generated and training samples (1, ...), the closest first.
 
     Raises:
-        ValueError: if an argument has a bad value, or features have.
-        MisconfigurationException: before the first batch, without held-out samples, with so few of them that copies
-            alone would not be found, if they are training samples, if a sampler repeats training samples and
-            ``held_out`` are not given, or if there is no picture of samples.
+        ValueError: if an argument or the features have a bad value.
+        MisconfigurationException: before the first batch, if there are no held-out samples, too few to detect a
+            generator that only copies, or if they are training samples; if a sampler repeats training samples and
+            ``held_out`` is not given; or if samples cannot be drawn.
         RuntimeError: if Inception's weights cannot be downloaded.
 
     Example:
@@ -171,13 +171,13 @@ class MemorizationMonitor(GANCallback):
 
     @property
     def state_key(self) -> str:
-        """What its state is called in checkpoints."""
+        """Its key in checkpoints."""
         return type(self).__qualname__ if self.name == "memorization" else f"{type(self).__qualname__}({self.name})"
 
     # ---------- what the Trainer calls
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at training and held-out data."""
+        """Read training and held-out data."""
         super().on_train_start(trainer, pl_module)
         self._look, self._drawn_at, self._drawn_to = None, -1, []
         with isolate_rng():
@@ -193,7 +193,7 @@ class MemorizationMonitor(GANCallback):
             self._measure(trainer, pl_module)  # type: ignore[arg-type]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure what training ends with, and draw it."""
+        """Measure the final generator, and draw the pairs."""
         module: GANModule = pl_module  # type: ignore[assignment]
         if trainer.global_step and (self._look is None or self.measured_at != trainer.global_step):
             self._measure(trainer, module)
@@ -201,7 +201,7 @@ class MemorizationMonitor(GANCallback):
             self._draw(trainer, module, self._look)
 
     def logged(self, trainer: Trainer) -> dict[str, Cadence]:
-        """A key for each value, new every ``every`` steps."""
+        """A key for each value, updated every ``every`` steps."""
         return {f"{self.name}/{name}": self.every for name in VALUES}
 
     # ---------- real data
@@ -322,11 +322,11 @@ class MemorizationMonitor(GANCallback):
     # ---------- measuring
 
     def measure(self, trainer: Trainer, module: GANModule) -> Values:
-        """Test a generator as it is, whatever the history of a fit is; see the class for the values.
+        """Test the current generator, independently of a fit's history; see the class for the values.
 
         Args:
-            trainer: after ``trainer.validate`` or ``trainer.test``, whose training and held-out data are read.
-            module: whose samples.
+            trainer: a Trainer after ``validate`` or ``test``, whose training and held-out data are read.
+            module: the GAN.
         """
         with isolate_rng():
             self._prepare(trainer, module)
@@ -368,10 +368,10 @@ class MemorizationMonitor(GANCallback):
     # ---------- saying so
 
     def is_news(self, p: float) -> bool:
-        """Whether the next look says what none before it has said; it counts as a look.
+        """Whether the next measurement gives a new verdict; it counts as a measurement.
 
         Args:
-            p: its p-value.
+            p: the measurement's p-value.
         """
         if math.isnan(p):
             return False
@@ -390,7 +390,7 @@ class MemorizationMonitor(GANCallback):
             logger.log_metrics({"health/memorization": 1.0}, step=step)
 
     def outcome(self, trainer: Trainer) -> Outcome:
-        """The events, of which the last one may last, and where pairs are drawn."""
+        """The events, of which the last one may be ongoing, and where pairs are drawn."""
         troubles = [
             Trouble(
                 event["step"],

@@ -1,4 +1,4 @@
-"""What generated samples are worth beside their targets, and what codebooks hold: measured in validation."""
+"""PairedMonitor: measures generated samples against their targets, and the use of codebooks, in validation."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Inputs = Mapping[str, Sequence[str]]
 class PairedMonitor(GANCallback):
     """Measures generated samples against their targets in every validation, with any metric of torchmetrics.
 
-    For vocoders, codecs, tokenizers, super-resolution and translation, where each sample has a target, unlike those of
-    :class:`~lightning_gan_stability.QualityMonitor`. Samples are made by the average of the generator when there is
-    one, and from the same noise each time. Values go to the loggers and to ``trainer.callback_metrics`` as
+    For vocoders, codecs, tokenizers, super-resolution and translation, where each sample has a target, as opposed to
+    :class:`~lightning_gan_stability.QualityMonitor`. Samples come from the average of the generator if there is one,
+    and from the same noise each time. Values go to the loggers and to ``trainer.callback_metrics`` as
     ``quality/<metric>``, so that ``ModelCheckpoint(monitor="quality/psnr", mode="max")`` and ``EarlyStopping`` work. A
-    metric is updated with (sample, target) of each validation batch, or with what ``inputs`` names:
+    metric is updated with (sample, target) of each validation batch, or with the values that ``inputs`` names:
 
     * ``PeakSignalNoiseRatio(data_range=(-1.0, 1.0))`` and ``StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))``
       of ``torchmetrics.image``; ``LearnedPerceptualImagePatchSimilarity``, which downloads its weights.
@@ -35,18 +35,18 @@ class PairedMonitor(GANCallback):
     * :class:`~lightning_gan_stability.metrics.CodebookUsage` and
       :class:`~lightning_gan_stability.metrics.CodebookPerplexity`, with ``inputs={"perplexity": ["extras.codes"]}``.
 
-    Of several validation loaders the first one is measured.
+    If there are several validation loaders, the first one is measured.
 
     Args:
-        metrics: by the names under which they are logged.
-        inputs: by the name of a metric, the paths of what it is updated with: ``"fake"``, ``"real"``, ``"condition"``,
-            ``"extras.<key>"``, and further keys behind dots, such as ``["extras.cycle.a", "real.a"]``. None, or a
-            metric that is not named: ``["fake", "real"]``.
-        name: what the log's keys begin with.
+        metrics: the metrics by the names under which they are logged.
+        inputs: for the name of a metric, the paths of the values to update it with: ``"fake"``, ``"real"``,
+            ``"condition"``, ``"extras.<key>"``, with further keys behind dots, such as ``["extras.cycle.a",
+            "real.a"]``. None, or a metric that is not named: ``["fake", "real"]``.
+        name: prefix of the log's keys.
 
     Raises:
         ValueError: if an argument has a bad value; in validation, if there is nothing at a path, or if a metric does
-            not take what is there.
+            not accept the values there.
 
     Example:
         >>> from torchmetrics.image import PeakSignalNoiseRatio
@@ -77,23 +77,23 @@ class PairedMonitor(GANCallback):
         return f"{type(self).__qualname__}({self.name}: {', '.join(self.metrics)})"
 
     def logged(self, trainer: Trainer) -> dict[str, Cadence]:
-        """A key for each metric, new in every validation."""
+        """A key for each metric, updated in every validation."""
         return {f"{self.name}/{name}": "validation" for name in self.metrics if will_validate(trainer)}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so when nothing will be measured."""
+        """Warn if nothing will be measured."""
         super().on_fit_start(trainer, pl_module)
         if not trainer.enable_validation:
             warn_without_validation(self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same for an empty loader."""
+        """Warn if the validation loader is empty."""
         super().on_train_start(trainer, pl_module)
         if validates_nothing(trainer):
             warn_without_validation(self)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew."""
+        """Reset the metrics."""
         for metric in self.metrics.values():
             metric.to(pl_module.device)
             metric.reset()
@@ -107,7 +107,7 @@ class PairedMonitor(GANCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Make samples for a batch, and update the metrics."""
+        """Generate samples for a batch, and update the metrics."""
         module: Any = as_gan(pl_module)
         if dataloader_idx:
             return
@@ -124,7 +124,7 @@ class PairedMonitor(GANCallback):
                     ) from error
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the metrics, and keep those of a fit."""
+        """Log the metrics; in a fit, add them to the history."""
         if trainer.sanity_checking:
             return
         values = {name: metric.compute().float() for name, metric in self.metrics.items()}
@@ -138,24 +138,24 @@ class PairedMonitor(GANCallback):
     on_test_epoch_end = on_validation_epoch_end
 
     def outcome(self, trainer: Trainer) -> Outcome:
-        """The course of each metric."""
+        """The history of each metric."""
         higher = {name: metric.higher_is_better for name, metric in self.metrics.items()}
         lower = {name: None if better is None else not better for name, better in higher.items()}
         return Outcome(courses_of(self.name, self.history, lower))
 
 
 def validates_nothing(trainer: Trainer) -> bool:
-    """Whether the loaders of validation are there, and have no batches."""
+    """Whether there are validation loaders, but none has batches."""
     return trainer.enable_validation and trainer.val_dataloaders is not None and not sum(trainer.num_val_batches)
 
 
 def will_validate(trainer: Trainer) -> bool:
-    """Whether there is validation, as far as is known; an empty loader is one from the first batch on."""
+    """Whether there will be validation, as far as known; an empty loader counts until the first batch."""
     return bool(trainer.enable_validation) and not validates_nothing(trainer)
 
 
 def warn_without_validation(monitor: GANCallback) -> None:
-    """Say that a monitor will measure nothing."""
+    """Warn that a monitor will measure nothing."""
     name = type(monitor).__name__
     rank_zero_warn(
         f"{name} measures in validation, and this run has none: give it a validation loader that is not empty (data "
@@ -168,5 +168,5 @@ def _are_paths(paths: Any) -> bool:
 
 
 def _float(value: Any) -> Any:
-    """What metrics compute with: tensors in a full type."""
+    """Convert tensors to full precision, in which metrics compute."""
     return value.float() if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value

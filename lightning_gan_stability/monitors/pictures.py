@@ -1,4 +1,4 @@
-"""Pictures of samples of any kind, drawn with Pillow."""
+"""Draws samples of any kind as pictures, with Pillow."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ LIMITS = (-1.0, 1.0)  # of images
 
 
 def kind_of(samples: Tensor, sound: bool = False) -> Kind | None:
-    """What samples are taken for, by their shape; None if there is no picture of it.
+    """The kind of samples, guessed from their shape; None if they cannot be drawn.
 
     Args:
         samples: with the batch first.
-        sound: one or two channels are sound, however short.
+        sound: samples with one or two channels are sound, however short.
 
     Example:
         >>> kind_of(torch.zeros(4, 3, 8, 8)), kind_of(torch.zeros(4, 1, 4096)), kind_of(torch.zeros(4, 1, 1, 1, 1, 1))
@@ -67,16 +67,16 @@ def picture(
     """Draw samples as one picture.
 
     Args:
-        samples: images (n, c, h, w) in [-1, 1], of which the first channel or the first three are drawn, or anything
-            else that :func:`kind_of` knows.
-        real: real samples, which set the axes; of images they are drawn if they are targets.
-        sources: what samples were made from, of which each gets a column.
+        samples: images (n, c, h, w) in [-1, 1], of which the first channel or the first three are drawn, or any other
+            kind that :func:`kind_of` recognizes.
+        real: real samples, which determine the axes; real images are drawn only if they are targets.
+        sources: inputs that the samples were generated from, one column each.
         paired: real samples are the targets of generated ones, row by row.
         sound: see :func:`kind_of`.
-        target: what the targets are called.
+        target: caption of the targets.
 
     Raises:
-        ValueError: if there is no picture of such samples.
+        ValueError: if such samples cannot be drawn.
 
     Example:
         >>> picture(torch.zeros(4, 1, 8, 8)).size
@@ -127,10 +127,10 @@ def table_picture(fake: Mapping[str, Any], real: Mapping[str, Any], discrete: Se
 
 
 def as_image(made: object) -> Image:
-    """The picture that a user's function has made.
+    """Convert what a user's function has drawn to a picture.
 
     Raises:
-        ValueError: if it is neither an image of Pillow nor a figure of matplotlib.
+        ValueError: if it is neither a Pillow image nor a matplotlib figure.
 
     Example:
         >>> from PIL import Image
@@ -153,7 +153,7 @@ def as_image(made: object) -> Image:
 
 
 def limits_of(values: Tensor, kind: Kind) -> Limits:
-    """The least and the greatest value of an axis or of a grey scale: [-1, 1] for images, else those of real samples.
+    """The minimum and maximum of an axis or a grey scale: [-1, 1] for images, otherwise those of real samples.
 
     Example:
         >>> limits_of(torch.tensor([[0.0, 3.0, 2.0]]), "vector")
@@ -175,13 +175,13 @@ def limits_of(values: Tensor, kind: Kind) -> Limits:
 
 
 def sheet(columns: Sequence[Sequence[Image]], caption: str = "", gap: int = 2) -> Image:
-    """Panels in columns that belong together row by row; rows stand side by side too, so that the whole is near square.
+    """Arrange panels in columns that belong together row by row; rows are wrapped so that the sheet is nearly square.
 
-    Panels are enlarged to the height of the highest one.
+    Panels are enlarged to the height of the tallest one.
 
     Args:
-        columns: of panels; a column may end before another.
-        caption: a line above.
+        columns: lists of panels; they may differ in length.
+        caption: a line of text at the top.
         gap: pixels between panels.
 
     Example:

@@ -1,4 +1,4 @@
-"""What samples are worth: measured during training, without a trace in it."""
+"""QualityMonitor: measures the quality of samples during training without changing the run."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ _VALUES: tuple[tuple[tuple[Name, ...], Callable[[Tensor, Tensor], Sequence[float
 
 
 def values_of(real: Tensor, fake: Tensor, wanted: Collection[str]) -> Values:
-    """The metrics of two sets of features alone, of those that are wanted.
+    """The metrics in ``wanted`` that need only the two sets of features.
 
     Example:
         >>> values_of(torch.tensor([[0.0], [2.0]]), torch.tensor([[3.0], [5.0]]), {"fid", "modes"})
@@ -124,12 +124,12 @@ def values_of(real: Tensor, fake: Tensor, wanted: Collection[str]) -> Values:
 
 
 class Measurement(NamedTuple):
-    """What a monitor measures of a generator, and the features that it measured it of.
+    """A measurement of a generator, and the features that it was computed from.
 
     Attributes:
-        values: by the names of metrics.
-        null: what the metrics give for one half of the real data against the other.
-        protocol: what a value depends on besides the generator.
+        values: values by the names of metrics.
+        null: the metrics of one half of the real data against the other.
+        protocol: everything besides the generator that a value depends on.
         real: features (n, d) of the real samples.
         fake: features (m, d) of the generated ones.
     """
@@ -142,72 +142,72 @@ class Measurement(NamedTuple):
 
 
 class QualityMonitor(GANCallback):
-    """Measures the samples' quality every so many steps: FID, KID, precision, recall, density, coverage, modes.
+    """Measures sample quality at regular intervals: FID, KID, precision, recall, density, coverage, modes.
 
-    Losses of a GAN do not say how good its samples are; these do ("Are GANs Created Equal?",
+    The losses of a GAN do not tell how good its samples are; these metrics do ("Are GANs Created Equal?",
     https://arxiv.org/abs/1711.10337). Values go to the loggers and to ``trainer.callback_metrics`` as
-    ``quality/<name>``. The patience of ``EarlyStopping("quality/recall", mode="max")`` counts measurements, and
-    ``ModelCheckpoint(monitor="quality/fid", every_n_train_steps=...)`` saves at multiples of ``every``: files bear the
-    value of their own weights; other steps are refused. The first measurement is that of the untrained generator.
-    Of generators with conditions that real samples depend on, by default:
+    ``quality/<name>``. The patience of ``EarlyStopping("quality/recall", mode="max")`` counts measurements.
+    ``ModelCheckpoint(monitor="quality/fid", every_n_train_steps=...)`` saves at multiples of ``every``, so that each
+    file name has the value of its own weights; other intervals are refused. The first measurement is that of the
+    untrained generator. For generators with conditions that real samples depend on, the default also includes:
 
-    * ``quality/dependence``: how much samples depend on their conditions, as a part of what real ones do: the ratio of
-      the squared distance correlations (:func:`~lightning_gan_stability.metrics.condition_dependence`); near 0 if they
-      are ignored, or taken from another row. Of a condition of several tensors it is that of the least heard one.
-    * ``quality/class_consistency``, ``quality/class_diversity``, with integer labels: the smallest over classes of the
-      share of samples that look like their class, and of the mean distance of two samples of it, both as parts of what
-      real samples have (:func:`~lightning_gan_stability.metrics.class_report`).
+    * ``quality/dependence``: how much samples depend on their conditions, relative to real samples: the ratio of the
+      squared distance correlations (:func:`~lightning_gan_stability.metrics.condition_dependence`). It is near 0 if
+      conditions are ignored or belong to other rows. For a condition of several tensors it is the smallest of theirs.
+    * ``quality/class_consistency``, ``quality/class_diversity``, with integer labels: the share of samples that look
+      like their class, and the mean distance of two samples of a class, each relative to real samples and for the class
+      in which it is smallest (:func:`~lightning_gan_stability.metrics.class_report`).
 
-    Besides ``metrics``:
+    In addition to ``metrics``:
 
-    * ``quality/missing``: the share of the real data in modes, or else in K-means cells of the features, that get less
-      than a fifth of that share of the generated samples (each counted for the nearest centre or likeliest class).
+    * ``quality/missing``: the share of the real data in modes that get less than a fifth of that share of the generated
+      samples. Without known modes, K-means cells of the features are used. Each sample counts for the nearest centre or
+      likeliest class.
     * ``quality/imbalance``: total variation ½ Σ |q − p| between generated and real shares of the modes or cells.
-    * ``quality/moved``: total variation between this measurement's generated shares and the last one's; near 1 if a
-      collapsed generator hops from mode to mode.
-    * ``quality/fluctuation``, from the third measurement on: how much the samples of the same latents come and go from
-      one measurement to the next, in the last five, as a part of their variance
+    * ``quality/moved``: total variation between the generated shares of this measurement and of the previous one; near
+      1 if a collapsed generator hops from mode to mode.
+    * ``quality/fluctuation``, from the third measurement on: how much samples of the same latents fluctuate from one
+      measurement to the next, over the last five, relative to their variance
       (:func:`~lightning_gan_stability.metrics.checkpoint_fluctuation`). 0: all change is steady.
-    * ``quality/time_share``, for loggers alone: the part of the run's time that measuring took.
+    * ``quality/time_share``, for loggers only: the share of the run's time spent on measuring.
 
     Real features are extracted once. Fake samples have the same latents each time, networks are in eval mode, and the
-    generator's average is used if there is one. A run is the same with and without the monitor, bit for bit. All ranks
-    share the work and get the same values. The protocol (extractor, number of samples, split, and ``null``: what the
-    metrics give for one half of the real data against the other) is added to the loggers' hyperparameters, because
-    values under another protocol do not compare. Modes are known if the data module has ``centers`` and ``std``
-    (:class:`~lightning_gan_stability.data.Ring`), or the extractor has a method ``classify(samples)`` that gives
+    generator's average is used if there is one. A run is bitwise the same with and without the monitor. All ranks share
+    the work and get the same values. The protocol (extractor, number of samples, split, and ``null``: the metrics of
+    one half of the real data against the other) is added to the loggers' hyperparameters, because values of different
+    protocols are not comparable. Modes are known if the data module has ``centers`` and ``std``
+    (:class:`~lightning_gan_stability.data.Ring`), or if the extractor has a method ``classify(samples)`` that returns
     probabilities (:class:`~lightning_gan_stability.metrics.extractors.DigitClassifier`).
 
     Args:
-        extractor: from samples to features (n, ...), which are flattened. None: vectors are their own features, images
-            (n, c, h, w) are seen by :class:`~lightning_gan_stability.metrics.extractors.Inception`.
+        extractor: maps samples to features (n, ...), which are flattened. None: vectors are their own features, images
+            (n, c, h, w) go through :class:`~lightning_gan_stability.metrics.extractors.Inception`.
         metrics: which of ``fid``, ``kid``, ``precision``, ``recall``, ``density``, ``coverage``, ``diversity`` (mean
             pairwise distance, relative to real), ``modes`` (with ``high_quality`` and ``reverse_kl``), ``dependence``,
-            ``class_consistency``, ``class_diversity``, ``fluctuation`` and ``ndb``. None: all but ``ndb``; ``modes``
-            if they are known, those of conditions if there are any.
-        n_samples: generated; with conditions at most as many as there are real samples. FIDs that are published have
-            50,000.
-        n_real: real samples at most, or ``"all"``, as published FIDs have it. None: ``n_samples``.
+            ``class_consistency``, ``class_diversity``, ``fluctuation`` and ``ndb``. None: all but ``ndb``, with
+            ``modes`` if they are known, and those of conditions if there are any.
+        n_samples: number of generated samples; with conditions at most as many as there are real samples. Published
+            FIDs use 50,000.
+        n_real: maximum number of real samples, or ``"all"``, as for published FIDs. None: ``n_samples``.
         every: steps between measurements.
-        split: real samples of the ``"train"`` or the (first) ``"val"`` loader. FID is mostly against training data.
-            They are read as the run reads them: its sampler says which there are, and how often, and with
-            ``overfit_batches`` the first batches are all; a data set whose samples depend on how often it was read is
-            moved by that. ``trainer.validate``
-            measures against the same split, or against validation data where it knows no training data;
-            ``trainer.test`` against test data.
+        split: compare with real samples of the ``"train"`` or the (first) ``"val"`` loader. FID is mostly computed
+            against training data. They are read as in the run: its sampler determines which samples there are and how
+            often, and with ``overfit_batches`` only the first batches are read. A data set whose samples depend on how
+            often it was read is affected by that. ``trainer.validate`` measures against the same split, or against
+            validation data if it has no training data; ``trainer.test`` against test data.
         truncation: ψ of the generated samples; see :meth:`GANModule.sample`.
-        name: what the log's keys begin with. Several monitors in a run have names of their own, for several
-            extractors, splits or truncations.
-        cache: folder for real features, by a hash of data and extractor. None: they are extracted in each fit.
+        name: prefix of the log's keys. Several monitors in a run, for several extractors, splits or truncations, need
+            different names.
+        cache: folder for real features, keyed by a hash of data and extractor. None: extract them in each fit.
 
     Attributes:
         values: the last measurement, without ``quality/``.
         history: all measurements, with their ``step``; at the end of a fit also a table in Weights & Biases.
-        null: what the metrics give for real data.
+        null: the metrics of real data.
         classes: the last measurement of each class, for integer labels.
 
     Raises:
-        ValueError: if an argument has a bad value, or features or data have.
+        ValueError: if an argument, the features or the data have a bad value.
         MisconfigurationException: with less than 20 samples in the split, with ``modes`` that are not known, or with
             metrics of conditions that real samples do not depend on.
         RuntimeError: if Inception's weights cannot be downloaded.
@@ -261,14 +261,14 @@ class QualityMonitor(GANCallback):
         self._wanted: frozenset[str] = frozenset()  # of this run, as soon as its data are known
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget what the data of another run have."""
+        """Reset what depends on the data of another run."""
         super().setup(trainer, pl_module, stage)
         self._wanted = frozenset()
 
     # ---------- what the Trainer calls
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the real data, and at the untrained generator."""
+        """Read the real data, and measure the untrained generator."""
         super().on_train_start(trainer, pl_module)
         module: GANModule = pl_module  # type: ignore[assignment]
         self._started, self._spent = time.monotonic(), 0.0
@@ -284,7 +284,7 @@ class QualityMonitor(GANCallback):
         self.observe(trainer, pl_module)  # type: ignore[arg-type]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure in ``trainer.validate`` and ``trainer.test``, whatever the history of a fit is."""
+        """Measure in ``trainer.validate`` and ``trainer.test``, independently of a fit's history."""
         if trainer.state.fn == "fit":
             return  # which measures every so many steps
         self.measure(trainer, pl_module)  # type: ignore[arg-type]
@@ -293,7 +293,7 @@ class QualityMonitor(GANCallback):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give Weights & Biases the table of all measurements."""
+        """Send the table of all measurements to Weights & Biases."""
         columns = list(dict.fromkeys(name for row in self.history for name in row))
         rows = [[row.get(name) for name in columns] for row in self.history]
         for logger in trainer.loggers:
@@ -301,7 +301,7 @@ class QualityMonitor(GANCallback):
                 logger.log_table(f"{self.name}/table", columns, rows, step=trainer.global_step)
 
     def observe(self, trainer: Trainer, module: GANModule) -> bool:
-        """Measure if this step is due and has not been measured; say whether there is a measurement of this step."""
+        """Measure if this step is due and not measured yet; return whether there is a measurement of this step."""
         if trainer.global_step % self.every:  # the clock of checkpoints, which a rollback does not put back
             return False
         if self.measured_at != trainer.global_step:
@@ -309,7 +309,7 @@ class QualityMonitor(GANCallback):
         return True
 
     def logged(self, trainer: Trainer) -> dict[str, Cadence]:
-        """A key for each value, new every ``every`` steps."""
+        """A key for each value, updated every ``every`` steps."""
         wanted: Iterable[str] | None = self._wanted or self.metrics
         if wanted is None:
             known = hasattr(self.extractor, "classify") or _modes_of(trainer) is not None
@@ -318,18 +318,18 @@ class QualityMonitor(GANCallback):
         return {f"{self.name}/{name}": self.every for name in (*wanted, *more, "missing", "imbalance", "moved")}
 
     def measure(self, trainer: Trainer, module: GANModule) -> Measurement:
-        """Measure a generator as it is, whatever the history of a fit is.
+        """Measure the current generator, independently of a fit's history.
 
         Args:
-            trainer: in ``trainer.validate`` or ``trainer.test``, or after them: their data are compared with.
-            module: whose samples.
+            trainer: a Trainer in ``validate`` or ``test``, or after them; its data are compared with.
+            module: the GAN.
         """
         self._prepare(trainer, module)
         fake, _ = self._look(trainer, module)
         return Measurement(self.values, self.null, self.protocol, self._real.seen.features, fake.features)
 
     def outcome(self, trainer: Trainer) -> Outcome:
-        """The course of each metric, and of the share of the data that is missed."""
+        """The history of each metric, and of the share of the data that is missed."""
         real = self.null | dict.fromkeys(OF_CONDITIONS, 1.0)
         return Outcome(courses_of(self.name, self.history, LOWER_IS_BETTER, real, LIMITS))
 
@@ -356,7 +356,7 @@ class QualityMonitor(GANCallback):
         return fake, shares
 
     def _track(self, fake: Seen) -> None:
-        """Add what came and went in the last measurements."""
+        """Add fluctuations over the last measurements."""
         if "fluctuation" not in self._wanted:
             return
         features = fake.features[:TRACKED, :: math.ceil(fake.features.shape[1] / WIDTH)].float().cpu()
@@ -397,7 +397,7 @@ class QualityMonitor(GANCallback):
 
     @contextmanager
     def _isolated(self) -> Iterator[None]:
-        """Without a trace in random states, and with an eye on the clock."""
+        """Preserve random states, and measure the time spent."""
         start = time.monotonic()
         with isolate_rng():
             yield
@@ -454,7 +454,7 @@ class QualityMonitor(GANCallback):
         """The metrics that are measured.
 
         Raises:
-            MisconfigurationException: if one of them cannot be.
+            MisconfigurationException: if one of them cannot be measured.
         """
         there = self.of_conditions
         if self.metrics is not None:
@@ -471,27 +471,27 @@ class QualityMonitor(GANCallback):
 
     @property
     def state_key(self) -> str:
-        """What its state is called in checkpoints."""
+        """Its key in checkpoints."""
         return type(self).__qualname__ if self.name == "quality" else f"{type(self).__qualname__}({self.name})"
 
     @property
     def classes(self) -> dict[int, ClassReport]:
-        """The last measurement class by class, of samples with integer labels."""
+        """The last measurement of each class, for samples with integer labels."""
         return {} if self._real.told is None else self._real.told.classes
 
     @property
     def of_conditions(self) -> tuple[str, ...]:
-        """The metrics of conditions that this run's data have."""
+        """The metrics of conditions that apply to this run's data."""
         return () if self._real.told is None else self._real.told.names
 
     @property
     def n_seen(self) -> int:
-        """How many real samples there were to read, ``n_real`` at most."""
+        """The number of real samples that were read, at most ``n_real``."""
         return len(self._real.seen.features)
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What a value of this monitor depends on, besides the generator."""
+        """Everything besides the generator that a value of this monitor depends on."""
         return {
             "extractor": type(self.extractor).__name__,
             "n_real": len(self._real.seen.features),
@@ -514,7 +514,7 @@ class QualityMonitor(GANCallback):
         return reading
 
     def _describe(self, part: Unpacked) -> Tensor:
-        """What the generator is told, as labels or as rows of numbers; of the samples' kind, as their features."""
+        """Conditions as labels or as rows of numbers; they have the samples' type, like their features."""
         labels = as_labels(part.condition)
         if labels is not None:
             return labels
@@ -534,17 +534,18 @@ class QualityMonitor(GANCallback):
     # ---------- looking again
 
     def confirm(self, trainer: Trainer, module: GANModule, least_coverage: float) -> Values:
-        """Look again, at samples that nobody has seen and as many as it takes: p-values of a healthy generator.
+        """Measure again with new samples, as many as needed, and return p-values under a healthy generator.
 
         Args:
-            trainer: whose run.
-            module: whose samples.
-            least_coverage: what a healthy generator covers at least.
+            trainer: the run's Trainer.
+            module: the GAN.
+            least_coverage: smallest coverage of a healthy generator.
 
         Returns:
-            By ``"missing"``, ``"diversity"`` and ``"coverage"``; see :mod:`lightning_gan_stability.metrics.decisions`.
-            With ``"mass"``, the share of the data that is surely missed. Of conditions that real samples depend on by
-            ``"dependence"``, of labels also by ``"class_consistency"`` and ``"class_diversity"``.
+            p-values for ``"missing"``, ``"diversity"`` and ``"coverage"``; see
+            :mod:`lightning_gan_stability.metrics.decisions`. Also ``"mass"``, the share of the data that is certainly
+            missed. For conditions that real samples depend on also ``"dependence"``, and for labels
+            ``"class_consistency"`` and ``"class_diversity"``.
         """
         with self._isolated():
             if self._confirming is None:
@@ -574,7 +575,7 @@ class QualityMonitor(GANCallback):
         } | ({} if told is None else told.p_values(fake.features))
 
     def _show(self, trainer: Trainer) -> None:
-        """Give the last measurement to callbacks, and the most telling values of it to the progress bar."""
+        """Give the last measurement to callbacks, and its most important values to the progress bar."""
         trainer.callback_metrics.update(self._named())
         shown = [name for name in SHOWN if name in self.values] or [*self.values][:1]
         trainer.progress_bar_metrics.update({f"{self.name}/{name}": self.values[name] for name in shown})

@@ -1,4 +1,4 @@
-"""What monitors see of real and of generated samples: their features, and what they were generated from."""
+"""Features of real and generated samples for monitors, and the conditions that samples were generated from."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ KEPT = 2**27  # bytes of conditions that are kept
 
 
 def extractor_for(samples: Sample, asker: str) -> nn.Module:
-    """What sees samples where no extractor is given: vectors are their own features, others are images.
+    """The default extractor: vectors are their own features, and images go through Inception.
 
     Args:
-        samples: some of them.
-        asker: who takes it, for a message.
+        samples: some of the samples.
+        asker: name of the caller, for the error message.
 
     Example:
         >>> extractor_for(torch.zeros(4, 2), "QualityMonitor")
@@ -53,14 +53,14 @@ def extractor_for(samples: Sample, asker: str) -> nn.Module:
 
 
 def features_of(extractor: nn.Module, samples: Sample) -> Tensor:
-    """Features (n, d) of samples, in eval mode and full precision, on the device on which values are computed.
+    """Features (n, d) of samples, in eval mode and full precision, on the device that metrics are computed on.
 
     Args:
-        extractor: from samples to features (n, ...); it is moved to their device.
+        extractor: maps samples to features (n, ...); it is moved to their device.
         samples: (n, ...), or a tree of such tensors.
 
     Raises:
-        ValueError: if there is not one row of features for each sample.
+        ValueError: if there is not exactly one row of features for each sample.
 
     Example:
         >>> features_of(nn.Identity(), torch.zeros(4, 1, 8, 8)).shape
@@ -79,19 +79,19 @@ def features_of(extractor: nn.Module, samples: Sample) -> Tensor:
 
 
 def home(device: torch.device) -> torch.device:
-    """Where values are computed: on the device, if it knows float64."""
+    """The device that metrics are computed on: the given one if it supports float64, otherwise the CPU."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def interleaved(rows: Tensor) -> Tensor:
-    """The rows of all ranks, in the order of one process that takes every rank's rows in turn."""
+    """The rows of all ranks, in the order of a single process that takes one row of each rank in turn."""
     parts = gather_rows(rows)
     whole = _woven(parts)
     return torch.cat(parts) if whole is None else whole
 
 
 def _woven(parts: list[Tensor]) -> Tensor | None:
-    """Rows of ranks in turn; None unless each rank has its share of them."""
+    """Interleave the rows of ranks; None unless each rank has its share of them."""
     if len(parts) == 1:
         return parts[0]
     whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
@@ -103,7 +103,7 @@ def _woven(parts: list[Tensor]) -> Tensor | None:
 
 
 def is_conditional(module: GANModule) -> bool:
-    """Whether a module's samples can depend on conditions: data may have labels that its generator is not told.
+    """Whether a module's samples can depend on conditions; data may have labels that its generator does not take.
 
     Example:
         >>> from lightning_gan_stability.nets import MLP
@@ -119,7 +119,7 @@ def is_conditional(module: GANModule) -> bool:
 
 
 class Kept:
-    """Conditions, in main memory while they are small."""
+    """Conditions, kept in main memory while they are small."""
 
     def __init__(self) -> None:
         self.parts: list[Condition] | None = []
@@ -138,10 +138,10 @@ class Reading:
     """Real samples as they were read: their features, and the conditions of this rank.
 
     Args:
-        data: what is read.
-        condition: of the first batch, which says whether there are conditions to keep.
-        repeated: conditions are taken again, from the first one on, for more samples than there are of them.
-        describe: from what was read to labels (n,) or rows of numbers (n, d) that describe its conditions.
+        data: the real data.
+        condition: conditions of the first batch, which tell whether there are any to keep.
+        repeated: reuse conditions from the first one on, if more samples are wanted than there are conditions.
+        describe: maps what was read to labels (n,) or to rows of numbers (n, d) that describe its conditions.
 
     Attributes:
         seen: features of the real samples of all ranks.
@@ -174,7 +174,7 @@ class Reading:
             yield part.real
 
     def see(self, seen: Seen) -> None:
-        """Take the features of all ranks."""
+        """Store the features of all ranks."""
         self.seen, self.n = seen, len(seen.features)
         sizes = gather_objects({tuple(rows.shape[1:]) for rows in self._described})
         several = not all(sizes) or len(set.union(*sizes)) > 1
@@ -185,18 +185,18 @@ class Reading:
         self._described = []
 
     def finite(self) -> Reading:
-        """Itself, without the samples whose features are not finite."""
+        """The same reading, without samples whose features are not finite."""
         good = self.seen.features.isfinite().all(1)
         if not bool(good.all()):
             self.seen, self.told = Seen(*(column[good] for column in self.seen)), None
         return self
 
     def conditions_of(self, n: int) -> int:
-        """How many samples can be generated where n are wanted: with conditions as many as there are, or repeated."""
+        """The number of samples that can be generated if n are wanted: at most that of conditions, unless repeated."""
         return n if self.conditions is None or self.repeated else min(n, self.n)
 
     def each_condition(self, n: int, at_once: int) -> Iterator[Condition]:
-        """The conditions of n samples, some at a time; their number, where there are no conditions."""
+        """The conditions of n samples, in parts; the size of each part if there are no conditions."""
         if self.conditions is None:
             yield from (min(at_once, n - start) for start in range(0, n, at_once))
             return
@@ -215,7 +215,7 @@ class Reading:
 
 
 def samples_at_once(samples: Sample) -> int:
-    """How many samples are generated at once, of the size of given ones.
+    """The number of samples to generate at once, given samples of the same size.
 
     Example:
         >>> samples_at_once(torch.zeros(4, 2)), samples_at_once(torch.zeros(4, 3, 1024, 1024))
@@ -226,16 +226,16 @@ def samples_at_once(samples: Sample) -> int:
 
 
 def generated(module: GANModule, real: Reading, n: int, at_once: int, *key: object, **asked: Any) -> Iterator[Sample]:
-    """This rank's share of n generated samples, some at a time: of the same latents and conditions each time.
+    """This rank's share of n generated samples, in parts, from the same latents and conditions each time.
 
-    Rank r of w makes the samples r, r + w, r + 2w, ...; with conditions there are at most as many as of these, unless
-    they are repeated.
+    Rank r of w generates the samples r, r + w, r + 2w, ...; there are at most as many samples as conditions, unless
+    these are repeated.
 
     Args:
-        module: whose samples, in eval mode.
-        real: whose conditions.
-        n: samples of all ranks.
-        at_once: samples at a time.
+        module: the GAN, in eval mode.
+        real: the real data with their conditions.
+        n: number of samples of all ranks.
+        at_once: number of samples in a part.
         key: tells the latents of different monitors apart.
         asked: further arguments of :meth:`GANModule.sample`.
     """

@@ -1,4 +1,4 @@
-"""Real data of a run, read as their owner reads them, while the run's loaders stay where they are."""
+"""Reads real data of a run as the run itself does, without advancing the run's loaders."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ LARGE = 1000  # values: arrays with more of them are shared by copies, as nobody
 class RealData:
     """This rank's share of n real samples of a loader, batch by batch, on its device: the same ones each time.
 
-    The sampler says which samples there are and how often, and of these a random choice is read, in batches as large as
-    the loader's, with its workers and its ``collate_fn``. A loader that is no ``DataLoader`` gives its first batches.
-    Loaders, data sets and samplers stay where they are, with their own generators. Read it while random states are
-    isolated.
+    The sampler determines which samples there are and how often. A random choice of these is read, in batches as large
+    as the loader's, with its workers and its ``collate_fn``. A loader that is not a ``DataLoader`` gives its first
+    batches. Loaders, data sets and samplers are not advanced, and neither are their generators. Read the data while
+    random states are isolated.
 
     Args:
-        trainer: whose run.
+        trainer: the run's Trainer.
         loader: any iterable of batches, or a dict or list of such iterables.
-        n: samples of all ranks; None: all.
+        n: number of samples of all ranks; None: all.
 
     Raises:
-        MisconfigurationException: where it cannot be read without moving it.
+        MisconfigurationException: if the loader cannot be read without advancing it.
     """
 
     def __init__(self, trainer: Trainer, loader: Any, n: int | None) -> None:
@@ -77,19 +77,19 @@ class RealData:
 
 
 def loader_to_read(trainer: Trainer, split: Split) -> Any:
-    """The loader of a split: of several validation loaders the first; an empty list if there is none.
+    """The loader of a split: the first of several validation loaders; an empty list if there is none.
 
-    Of training data that the Trainer cuts short in the same way in every epoch, by ``overfit_batches``, or by
-    ``limit_train_batches`` where the order of samples stands, it gives what the run trains on.
+    The Trainer may cut training data short in the same way in every epoch, by ``overfit_batches``, or by
+    ``limit_train_batches`` if the order of samples is fixed. Then this returns only what the run trains on.
     """
     loader = loader_of(trainer, split)
     return _first_of(loader) if split == "val" else _trained_on(trainer, loader)
 
 
 def loader_of_stage(trainer: Trainer, split: Split) -> tuple[Any, str]:
-    """The loader to compare with, and its name: in a fit that of a split, in a test that of the test.
+    """The loader to compare with, and its name: that of the split in a fit, that of the test in a test.
 
-    ``trainer.validate`` may be called without training data; those that it validates on then stand for them.
+    ``trainer.validate`` may be called without training data; then its validation data are used instead.
     """
     stage = trainer.state.fn
     if stage == "test":
@@ -108,7 +108,7 @@ def loader_of_stage(trainer: Trainer, split: Split) -> tuple[Any, str]:
 
 
 def _first_of(loader: Any) -> Any:
-    """Of several loaders the first."""
+    """The first of several loaders."""
     while isinstance(loader, Mapping | list | tuple) and len(loader):
         loader = next(iter(loader.values() if isinstance(loader, Mapping) else loader))
     return loader
@@ -119,14 +119,14 @@ def _first_of(loader: Any) -> Any:
 
 @dataclass
 class _First:
-    """A loader of which a run sees the first batches."""
+    """A loader of which a run reads only the first batches."""
 
     loader: Any
     batches: int
 
 
 def _trained_on(trainer: Trainer, loader: Any) -> Any:
-    """What a run trains on in every epoch, or the whole loader where other samples come in other epochs."""
+    """What a run trains on in every epoch, or the whole loader if epochs have different samples."""
     limit = trainer.limit_train_batches
     whole = limit == 0 or (isinstance(limit, float) and limit == 1.0)
     if whole or trainer.fast_dev_run:  # type: ignore[attr-defined]  # which tries the code of a whole run
@@ -174,7 +174,7 @@ def _first_rows(trainer: Trainer, loader: Any) -> Any:
 
 
 def overfits(trainer: Trainer) -> bool:
-    """Whether a run is to learn some batches by heart: ``Trainer(overfit_batches=...)``.
+    """Whether a run is to memorize some batches: ``Trainer(overfit_batches=...)``.
 
     Example:
         >>> overfits(Trainer(overfit_batches=1))
@@ -184,7 +184,7 @@ def overfits(trainer: Trainer) -> bool:
 
 
 def _limited(trainer: Trainer, of: Any) -> int:
-    """How many batches an epoch has, of a number of them or of a loader."""
+    """The number of batches in an epoch, given a number of them or a loader."""
     limit = trainer.limit_train_batches
     if isinstance(limit, int):
         return limit
@@ -192,7 +192,7 @@ def _limited(trainer: Trainer, of: Any) -> int:
 
 
 def rebatched(parts: Iterable[Any], size: int) -> Iterator[Any]:
-    """Batches of one size, from parts of any sizes; parts whose samples have other shapes are not joined.
+    """Batches of one size, from parts of any sizes; parts whose samples have different shapes are not joined.
 
     Example:
         >>> [len(part) for part in rebatched([torch.zeros(3), torch.zeros(4)], 5)]
@@ -217,12 +217,12 @@ def rebatched(parts: Iterable[Any], size: int) -> Iterator[Any]:
 
 
 def from_start(loader: Any, n: int | None, rank: int, world: int) -> Generator[Any]:
-    """A loader's batches, of one rank's share of n samples or more, without moving it.
+    """Batches of one rank's share of at least n samples of a loader, without advancing it.
 
     Args:
         loader: any iterable of batches, or a dict or list of such iterables.
-        n: samples of all ranks; None: all.
-        rank: whose share.
+        n: number of samples of all ranks; None: all.
+        rank: the rank.
         world: number of ranks.
     """
     if isinstance(loader, Stream):
@@ -309,13 +309,13 @@ def _indices(sampler: Any, dataset: Any, n: int | None) -> tuple[Sequence[Any], 
 
 
 def repeated_share(loader: Any, n: int | None = None) -> float:
-    """Which part of the rows that samplers give in an epoch has come before in it; of several loaders the largest one.
+    """The share of the rows of an epoch that samplers repeat; for several loaders the largest one.
 
-    0 where there are no rows to know of, as in streams and loaders of somebody's own.
+    0 if the rows are not known, as in streams and custom loaders.
 
     Args:
         loader: any iterable of batches, or a dict or list of such iterables.
-        n: rows to look at, where a sampler has no end.
+        n: number of rows to check if a sampler has no end.
 
     Example:
         >>> repeated_share(DataLoader(range(3), sampler=[0, 0, 1, 2])), repeated_share(DataLoader(range(3)))
@@ -349,7 +349,7 @@ def _has_length(sampler: Any) -> bool:
 
 
 def _fetched(loader: Any, parts: Sequence[Any]) -> Iterator[Any]:
-    """Batches of a data set that this process reads; its own generators are put back."""
+    """Batches of a data set that this process reads; the data set's own generators are restored."""
     dataset, collate = loader.dataset, loader.collate_fn
     with _put_back(_generators_of(dataset, collate)):
         for part in parts:
@@ -374,7 +374,7 @@ def _of_iterable_dataset(loader: Any) -> Generator[Any]:
 
 
 def _like(loader: Any, dataset: Any, num_workers: int, how: dict[str, Any]) -> DataLoader[Any]:
-    """A new loader, with workers of its own and seeds that are the same each time."""
+    """A new loader, with its own workers and the same seeds each time."""
     own = generator("workers")
     options = {"collate_fn": loader.collate_fn, "num_workers": num_workers, "generator": own}
     if num_workers:
@@ -383,7 +383,7 @@ def _like(loader: Any, dataset: Any, num_workers: int, how: dict[str, Any]) -> D
 
 
 def _of_others(loader: Any) -> Generator[Any]:
-    """Batches of a loader of which nothing is known but that it can be iterated over."""
+    """Batches of a loader that is only known to be iterable."""
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
         state = deepcopy(loader.state_dict())
         try:
@@ -401,7 +401,7 @@ def _of_others(loader: Any) -> Generator[Any]:
 
 @contextmanager
 def _refused_if_stuck(data: Any) -> Iterator[None]:
-    """Refuse what cannot be copied, and so not be read twice."""
+    """Refuse data that cannot be copied, and so cannot be read twice."""
     try:
         yield
     except Exception as error:
@@ -416,7 +416,7 @@ def _refused_if_stuck(data: Any) -> Iterator[None]:
 
 
 def _copied(thing: Any, *kept: Any) -> Any:
-    """A deep copy that shares large arrays, and what is to be kept, with the original."""
+    """A deep copy that shares large arrays and the objects in ``kept`` with the original."""
     memo = {id(part): part for part in kept}
     for part in _parts_of(thing, *kept):
         if (isinstance(part, Tensor) and part.numel() > LARGE) or (isinstance(part, np.ndarray) and part.size > LARGE):
@@ -426,7 +426,7 @@ def _copied(thing: Any, *kept: Any) -> Any:
 
 @contextmanager
 def _untouched(thing: Any, *kept: Any) -> Iterator[Any]:
-    """A copy; where there can be none the thing itself, whose generators are put back."""
+    """A copy; if that is impossible the object itself, whose generators are restored."""
     try:
         copy = _copied(thing, *kept)
     except Exception:  # of open files, locks and the like
@@ -445,7 +445,7 @@ def _generators_of(*things: Any) -> list[RandomSource]:
 
 @contextmanager
 def _put_back(generators: list[RandomSource]) -> Iterator[None]:
-    """Leave generators as they were."""
+    """Restore the state of generators."""
     before = [_state(one) for one in generators]
     try:
         yield
@@ -470,7 +470,7 @@ def _set_state(one: RandomSource, state: Any) -> None:
 
 
 def _parts_of(*things: Any) -> Iterator[Any]:
-    """Objects, and what they hold in attributes, lists, tuples and dicts; of a long list the first element alone."""
+    """Objects and what they hold in attributes, lists, tuples and dicts; only the first element of a long list."""
     seen: set[int] = set()
     waiting = [*things]
     while waiting:

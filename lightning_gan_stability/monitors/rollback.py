@@ -1,4 +1,4 @@
-"""The state of a run, kept and put back, and the remedies that are applied then."""
+"""Saves and restores the state of a run for rollbacks, and the remedies that a rollback applies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Weights: TypeAlias = Sequence[tuple[str, float | dict[str, Any]]]
 
 
 def take(trainer: Trainer, module: GANModule) -> State:
-    """A copy, in CPU memory, of everything that training moves, but the data's position and ``global_step``."""
+    """A copy in CPU memory of everything that training changes, except the data's position and ``global_step``."""
     state = {
         "module": dict(module.state_dict()),
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
@@ -41,7 +41,7 @@ def take(trainer: Trainer, module: GANModule) -> State:
 
 
 def put_back(trainer: Trainer, module: GANModule, state: State) -> None:
-    """Let training go on from what was taken."""
+    """Restore a state, so that training continues from it."""
     state = deepcopy(state)
     module.load_state_dict(state["module"])
     for optimizer, kept in zip(trainer.optimizers, state["optimizers"], strict=True):
@@ -59,13 +59,13 @@ def put_back(trainer: Trainer, module: GANModule, state: State) -> None:
 
 
 def weights_of(trainer: Trainer) -> Weights:
-    """The name and the weight, or the arguments of its schedule, of each regularizer."""
+    """The name of each regularizer and its weight, or the arguments of its schedule."""
     weights = [(type(penalty).__name__, penalty.weight) for penalty in _penalties(trainer)]
     return [(name, asdict(weight) if isinstance(weight, Schedule) else weight) for name, weight in weights]
 
 
 def give_weights(trainer: Trainer, weights: Weights) -> None:
-    """Set what :func:`weights_of` gave, to the regularizers of the same names in their order."""
+    """Set the weights that :func:`weights_of` returned, for regularizers of the same names in their order."""
     left = list(weights)
     for penalty in _penalties(trainer):
         mine = next((entry for entry in left if entry[0] == type(penalty).__name__), None)
@@ -76,7 +76,7 @@ def give_weights(trainer: Trainer, weights: Weights) -> None:
 
 
 def _rolled_back(trainer: Trainer) -> list[GANCallback]:
-    """The callbacks whose state is part of the training; monitors remember what was, whatever is put back."""
+    """The callbacks whose state belongs to the training; monitors keep their record."""
     return [callback for callback in callbacks_of(trainer, GANCallback) if callback.rolled_back]
 
 
@@ -87,7 +87,7 @@ def _averages(trainer: Trainer) -> list[tuple[WeightAveraging, AveragedModel]]:
 
 
 class Remedy(abc.ABC):
-    """What a rollback changes so that the same does not happen again: a class, which a YAML file can name.
+    """Base class of remedies: changes that a rollback makes so that a failure does not recur; YAML files can name them.
 
     Example:
         >>> class Clip(Remedy):
@@ -103,10 +103,10 @@ class Remedy(abc.ABC):
 
 
 class ScaleLearningRate(Remedy):
-    """A remedy: multiplies learning rates, those that schedulers start from included.
+    """A remedy that multiplies learning rates, including the base rates of schedulers.
 
     Args:
-        factor: above 0.
+        factor: a number above 0.
         player: ``"d"`` or ``"g"``; None: both.
 
     Raises:
@@ -150,10 +150,10 @@ class ScaleLearningRate(Remedy):
 
 
 class ScalePenalty(Remedy):
-    """A remedy: multiplies the weight of every regularizer in the run.
+    """A remedy that multiplies the weight of every regularizer in the run.
 
     Args:
-        factor: above 0.
+        factor: a number above 0.
 
     Raises:
         ValueError: if ``factor`` has a bad value.

@@ -1,4 +1,4 @@
-"""Pictures, and sounds, of the same samples in the course of a run."""
+"""SampleLogger: pictures and sounds of the same samples over the course of a run."""
 
 from __future__ import annotations
 
@@ -33,51 +33,51 @@ SOUNDS = 4  # of a picture
 
 
 class SampleLogger(GANCallback):
-    """Draws a picture of the generator's samples every so many steps, of the same latents and conditions each time.
+    """Draws a picture of generated samples at regular intervals, from the same latents and conditions each time.
 
-    By the shape of a sample, with the batch first:
+    The shape of a sample, with the batch first, determines how it is drawn:
 
     * (n, c, h, w): images in [-1, 1] in a grid; their first channel, or the first three.
     * (n, 2): points in a scatter plot, real grey, generated red, sources blue.
     * (n, 1), (n,): a histogram.
     * (n, d): a curve of each vector.
-    * (n, 1, t), (n, 2, t) with t of at least 1,024, or with ``sample_rate`` given: sound, as waveforms and spectrograms
-      in decibels; with a known sample rate also the sounds of the first four.
-    * (n, d, t), (n, t, d) with the smaller size d of at most 16: series, a curve of each of d channels.
-    * (n, h, w): grey pictures, from the least real value to the greatest.
-    * (n, c, d, h, w): volumes, their middle slices across the three axes.
+    * (n, 1, t), (n, 2, t) with t of at least 1,024, or with ``sample_rate``: sound, as waveforms and spectrograms in
+      decibels; if the sample rate is known also the sounds of the first four.
+    * (n, d, t), (n, t, d) whose smaller size d is at most 16: series, a curve for each of the d channels.
+    * (n, h, w): grey pictures, scaled from the smallest to the largest real value.
+    * (n, c, d, h, w): volumes, as their middle slices across the three axes.
     * rows of :class:`~lightning_gan_stability.TableSynthesis`: the marginals of each column, as histograms, or as bars
       of the most frequent categories.
 
-    A dict, list or named tuple of samples has a picture for each of its tensors, with their names in the key. A
-    generator without latents, or with a condition of the samples' kind, as of translation, reconstruction,
-    super-resolution and vocoders, has columns from left to right: sources, generated, target; in a reconstruction
-    generated and target. Of other samples than images and points real ones stand beside generated ones to compare.
-    Samples of a generator with integer labels are in the order of their labels.
+    A dict, list or named tuple of samples gets a picture for each of its tensors, with their names in the key. For a
+    generator without latents, or with conditions of the same kind as its samples, as in translation, reconstruction,
+    super-resolution and vocoders, the columns are source, generated and target from left to right; for a reconstruction
+    generated and target. Samples other than images and points are drawn beside real ones for comparison. Samples of a
+    generator with integer labels are sorted by label.
 
-    Conditions, and real samples where they are drawn, are rows of the first training batches, up to ``n``, or up to
-    those that there are at the first picture; checkpoints keep them. Networks are in eval mode, with the average if
-    there is one, and what they draw is the same each time: the pictures of a generator that rests are equal. A run is
-    the same with and without the callback, bit for bit. Samples are made and drawn once before the first batch, to see
-    that it can be done.
+    Conditions, and real samples if they are drawn, are rows of the first training batches: up to ``n``, or as many as
+    there are at the first picture. Checkpoints keep them. Networks are in eval mode, with the average if there is one,
+    and draw the same random numbers each time, so that pictures of an unchanged generator are equal. A run is bitwise
+    the same with and without the callback. Samples are generated and drawn once before the first batch, to check that
+    this works.
 
-    Pictures go to Weights & Biases and TensorBoard when these are the run's loggers, under the key ``samples``, and
-    otherwise as ``samples/<step>.png`` into the log folder; sounds as ``samples/sound``, and as ``.wav`` files.
+    Pictures go to Weights & Biases and TensorBoard if these are the run's loggers, under the key ``samples``, and
+    otherwise to ``samples/<step>.png`` in the log folder. Sounds are logged as ``samples/sound``, or as ``.wav`` files.
 
     Args:
         every: steps between pictures.
         n: number of samples in a picture.
-        draw: a function (generated, real, condition) that makes the picture in place of all this: an image of Pillow, a
-            figure of matplotlib, or a dict of these by names. It gets tensors, or trees of them, on the CPU. In YAML:
-            the class path of a function, or of a class whose instances are callable.
-        sample_rate: of sounds, in Hz; None: the attribute ``sample_rate`` of the module or of the data module; without
-            one there are no sounds, only pictures of them.
-        name: the key in the log and the folder of files; several of these callbacks in a run have different ones.
+        draw: a function (generated, real, condition) that replaces the drawing described above. It returns a Pillow
+            image, a matplotlib figure, or a dict of these by names. It gets tensors, or trees of them, on the CPU. In
+            YAML: the class path of a function, or of a class whose instances are callable.
+        sample_rate: of sounds, in Hz; None: the attribute ``sample_rate`` of the module or of the data module. Without
+            one, sounds are drawn but not saved as sounds.
+        name: the key in the log and the folder of files; several of these callbacks in a run need different names.
 
     Raises:
         ValueError: if an argument has a bad value, or ``draw`` does not return pictures.
         MisconfigurationException: before the first batch, if samples have none of these shapes.
-        ModuleNotFoundError: if Weights & Biases is to get sounds, and soundfile is not installed.
+        ModuleNotFoundError: if sounds are logged to Weights & Biases and soundfile is not installed.
 
     Example:
         >>> SampleLogger(every=100, n=16).every
@@ -114,21 +114,21 @@ class SampleLogger(GANCallback):
 
     @property
     def state_key(self) -> str:
-        """Tells callbacks with different names apart."""
+        """A key that tells callbacks with different names apart."""
         return f"{type(self).__qualname__}({self.name})"
 
     # ---------- what the Trainer calls
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the first batch anew."""
+        """Reset what is chosen at the first batch."""
         super().on_train_start(trainer, pl_module)
         self._structure, self._drawn_to = None, []
 
     def count_anew(self, module: GANProtocol) -> None:
-        """Show the same rows as before: pictures are named by the module's iteration."""
+        """Keep the same rows; pictures are named by the module's iteration."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Choose rows from the first batches; before the first one refuse what cannot be drawn."""
+        """Choose rows from the first batches; before the first one, refuse samples that cannot be drawn."""
         module: GANModule = pl_module  # type: ignore[assignment]
         first = self._structure is None
         if self.complete and not first:
@@ -165,7 +165,7 @@ class SampleLogger(GANCallback):
     # ---------- rows
 
     def _choose(self, real: Sample, condition: Condition) -> None:
-        """Add rows of a batch, as many as are missing."""
+        """Add rows of a batch, as many as are still needed."""
         chosen = [*self.real_rows, *self.condition_rows]
         missing = self.n - (len(chosen[0]) if chosen else 0)
         leaves = [*tree_leaves(real), *tree_leaves(condition)]
@@ -182,7 +182,7 @@ class SampleLogger(GANCallback):
         self.complete = not grown or len(grown[0]) >= self.n
 
     def _forget_others(self, module: GANProtocol, real: Sample, condition: Condition) -> None:
-        """Choose anew where the rows of a checkpoint are of other trees, or none that are needed now."""
+        """Choose new rows if those of a checkpoint have another structure, or do not fit what is drawn now."""
         expected = [len(tree_leaves(real)) if self._keeps_real else 0, len(tree_leaves(condition))]
         found = [len(self.real_rows), len(self.condition_rows)]
         if (any(found) and found != expected) or (self.complete and not any(found) and any(expected)):
@@ -227,7 +227,7 @@ class SampleLogger(GANCallback):
         return real, optree.tree_unflatten(self._structure[1], rows[1])
 
     def _sample(self, module: GANModule) -> Sample:
-        """Samples of the same latents, conditions and draws each time; on all ranks, which may share a generator."""
+        """Samples of the same latents, conditions and noise each time; on all ranks, which may share a generator."""
         _, condition = self._rows()
         n = batch_size(condition) if self.condition_rows else self.n
         latents = fixed_latents(module, self.n, "pictures")

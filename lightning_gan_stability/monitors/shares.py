@@ -1,4 +1,4 @@
-"""What a generator learns from beside a discriminator: shares of its gradient by term, and the use of its codebooks."""
+"""Shares of the generator's gradient by loss term, and the use of its codebooks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lightning_gan_stability.callback import Regularizer
 from lightning_gan_stability.outputs import GANOutputs, Terms, batch_size, tree_leaves
 from lightning_gan_stability.protocols import GANProtocol
 
-#: What a term is: of the adversarial game, as feature matching is; a reconstruction that is there on every step, or on
-#: some; or something else.
+#: The kind of a term: adversarial (feature matching included), a reconstruction that is present on every step or only
+#: on some, or something else.
 Kind: TypeAlias = Literal["adversarial", "reconstruction", "lazy reconstruction", "other"]
 
 SILENT, DOMINANT = 0.01, 0.9  # shares of the gradient
@@ -46,11 +46,11 @@ SIZES = (
 
 
 def silent_adversarial(windows: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
-    """The adversarial terms have less than a hundredth of the generator's gradient, and it does not become more.
+    """The adversarial terms have less than a hundredth of the generator's gradient, and their share does not grow.
 
-    And the discriminator is nearly always right, or mostly, if it is less than a ten-thousandth. A small share alone is
-    no fault: a distance of spectrograms has steep gradients with respect to samples, beside which HiFi-GAN's
-    adversarial terms have some thousandths.
+    In addition the discriminator is nearly always right, or mostly right if the share is below a ten-thousandth. A
+    small share alone is no failure: a distance of spectrograms has steep gradients with respect to samples, and the
+    adversarial terms of HiFi-GAN have some thousandths beside it.
     """
     now, share = windows[-1], windows[-1]["adversarial_share"]
     before = [w["adversarial_share"] for w in windows[-4:-1] if math.isfinite(w["adversarial_share"])]
@@ -64,7 +64,7 @@ def silent_adversarial(windows: Sequence[Mapping[str, float]]) -> dict[str, floa
 def dominant_adversarial(windows: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
     """The adversarial terms have more than nine tenths of the generator's gradient, and the reconstruction gets worse.
 
-    It is a fifth above its lowest. By itself a large share is no fault.
+    The reconstruction is a fifth above its lowest. A large share alone is no failure.
     """
     now = windows[-1]
     lowest = min((w["reconstruction"] for w in windows if math.isfinite(w["reconstruction"])), default=math.nan)
@@ -82,10 +82,10 @@ def dominant_adversarial(windows: Sequence[Mapping[str, float]]) -> dict[str, fl
 
 
 def head_start(windows: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
-    """As the adversarial terms begin to count for the generator, the discriminator is right on more than 95 %.
+    """When the adversarial terms start for the generator, the discriminator is right on more than 95 %.
 
-    Or the reconstruction gets more than twice as large, in this window or the next. And they have more than a twentieth
-    of the gradient at once, without a ramp.
+    Or the reconstruction more than doubles, in this window or the next. In both cases the adversarial terms have more
+    than a twentieth of the gradient at once, without a ramp.
     """
     known = [w for w in windows if not math.isnan(w["adversarial_share"])]
     begun = next((i for i in (1, 2) if len(known) > i and known[-i - 1]["adversarial_share"] == 0), None)
@@ -106,11 +106,11 @@ def head_start(windows: Sequence[Mapping[str, float]]) -> dict[str, float] | Non
 
 
 def codebook_collapse(windows: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
-    """Less than a tenth of a codebook is in effect used, after its youth, or less than a quarter of what was.
+    """After its first steps, less than a tenth of a codebook is effectively used, or less than a quarter of its best.
 
-    Or a single code is, whatever the size. And it does not come into use: it is less than a twentieth above the mean of
-    the last ten windows. In effect used are exp(−Σ p log p) codes, with p the shares of codes in a window. Of several
-    books the worst counts.
+    Or a single code is used, whatever the size. In addition its use does not grow: it is less than a twentieth above
+    the mean of the last ten windows. The effective number of codes is exp(−Σ p log p), with p the shares of codes in a
+    window. Of several books the one with the lowest use counts.
     """
     now, found = windows[-1], list[dict[str, float]]()
     for name in (name for name in now if name.startswith("perplexity/")):
@@ -131,11 +131,11 @@ def codebook_collapse(windows: Sequence[Mapping[str, float]]) -> dict[str, float
 def squared_norms(
     module: GANProtocol, outputs: GANOutputs, terms: Terms, names: Sequence[str]
 ) -> dict[str, tuple[Tensor, Kind]]:
-    """What weighed terms of the generator's loss ask of its samples on a (micro-)batch, and of which kind they are.
+    """Squared norms of the gradients of weighted terms of the generator's loss with respect to its samples, and kinds.
 
-    (n ‖∇_x L_i‖)², with n the number of samples and the norm over all leaves of x: the sum over micro-batches and over
-    processes is that of the whole batch, up to a factor that all terms share. A lazy term counts as in the mean over
-    steps. 0 for a term that does not depend on the samples, such as a codebook's.
+    They are (n ‖∇_x L_i‖)², with n the number of samples and the norm over all leaves of x. Their sum over
+    micro-batches and processes is that of the full batch, up to a factor that all terms share. A lazy term counts with
+    its mean over steps. A term that does not depend on the samples, such as a codebook's, has 0.
     """
     samples = [leaf for leaf in tree_leaves(outputs.fake) if leaf.requires_grad]
     due = {module.term_name(regularizer): regularizer for regularizer in module.due("g")}
@@ -160,7 +160,7 @@ def _kind(name: str, regularizer: Regularizer | None, depends: bool) -> Kind:
 
 
 def shares(squares: Tensor, kinds: Mapping[str, Kind]) -> dict[str, float]:
-    """The part that each term, by its name, and each kind has of the sum of norms.
+    """The share of each term, by its name, and of each kind in the sum of norms.
 
     Args:
         squares: squared norms, in the order of ``kinds``.
@@ -182,7 +182,7 @@ def shares(squares: Tensor, kinds: Mapping[str, Kind]) -> dict[str, float]:
 
 
 def codes_of(extras: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The codes among what the generator returned: integer tensors whose names say so.
+    """The codes in a generator's extras: integer tensors whose names indicate codes.
 
     Example:
         >>> [name for name, _ in codes_of({"codes": torch.zeros(2, 3).long(), "length": torch.zeros(2).long()})]
@@ -198,11 +198,11 @@ def codes_of(extras: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def by_book(codes: Tensor, dims: int) -> Tensor:
-    """Codes as (books, codes of each): several books are the second dimension, or the last if that is the smaller one.
+    """Arrange codes as (books, codes of each): the books are the second dimension, or the last if that is smaller.
 
     Args:
-        codes: (n, ...), one for each place; or with one dimension more for the books of a residual quantizer.
-        dims: dimensions of the samples, (n, channels, places...).
+        codes: (n, ...), one for each position; or with one more dimension for the books of a residual quantizer.
+        dims: number of dimensions of the samples, (n, channels, places...).
 
     Example:
         >>> by_book(torch.zeros(2, 4, 25).long(), 3).shape, by_book(torch.zeros(2, 8, 8).long(), 4).shape
@@ -220,7 +220,7 @@ def count(counts: Tensor, rows: Tensor) -> None:
 
 
 def perplexities(counts: Tensor) -> list[float]:
-    """How many codes of each book are in effect used.
+    """The effective number of codes used in each book.
 
     Example:
         >>> perplexities(torch.tensor([[5, 5, 0], [0, 7, 0]]))
@@ -247,7 +247,7 @@ def worst_books(window: Mapping[str, float]) -> dict[str, float]:
 
 
 def known_size(network: nn.Module) -> int | None:
-    """How many codes a network's quantizer has, if its layers say one number; None if they say none, or several.
+    """The number of codes of a network's quantizer, if its layers have exactly one such number; otherwise None.
 
     Example:
         >>> known_size(nn.Sequential(nn.Linear(2, 8), nn.Embedding(256, 8)))

@@ -1,4 +1,4 @@
-"""The numbers of a run that may be steered while it trains: where they stand, how they are set, and which to try."""
+"""Settings that can be changed during training: how to read and set them, and which ones to try."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_gan_stability.regularizers.gradient import R1Penalty, R2Penalty
 
 Settings: TypeAlias = dict[str, float]
 
-#: What may be steered, and between which numbers by default.
+#: Settings that can be changed, and their default limits.
 LIMITS: dict[str, tuple[float, float]] = {
     "g_lr": (1e-7, 1.0),
     "d_lr": (1e-7, 1.0),
@@ -57,17 +57,17 @@ CALMER = (
 
 
 class Steering:
-    """Reads and sets the numbers of a run.
+    """Reads and sets learning rates, momentum and penalty of a run.
 
     Args:
-        trainer: of the run.
-        module: whose optimizers.
-        brought: R1 and R2 that belong to the one who steers, and rest at first.
-        limits: of what may be steered at all, by name.
+        trainer: the run's Trainer.
+        module: the GAN.
+        brought: R1 and R2 penalties that belong to the caller and have γ = 0 at first.
+        limits: limits of the settings that may be changed, by name.
 
     Attributes:
-        shares: of the rates of each player's parameter groups, in that of the first.
-        adaptive: both optimizers are Adam's kin, with ``betas``: rates mean the same for all networks.
+        shares: learning rates of each player's parameter groups, relative to that of the first group.
+        adaptive: both optimizers are variants of Adam, with ``betas``, so that rates mean the same for all networks.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class Steering:
         self.brought = [penalty for penalty in brought if penalty in self.penalties.values()]
 
     def scheduled(self, player: Player) -> bool:
-        """Whether a scheduler of the user's sets a player's rate."""
+        """Whether a scheduler of the user sets a player's rate."""
         optimizer = self.module.optimizer(player).optimizer
         return any(config.scheduler.optimizer is optimizer for config in self.trainer.lr_scheduler_configs)
 
     def read(self) -> Settings:
-        """The numbers as they stand; of several parameter groups those of the first, of a scheduled rate its base."""
+        """The current settings: those of the first parameter group, and for a scheduled rate its base."""
         found: Settings = {}
         for player in PLAYERS:
             group = self.module.optimizer(player).param_groups[0]
@@ -106,9 +106,9 @@ class Steering:
         """Set the numbers.
 
         Args:
-            new: what they shall be.
-            old: what those of schedulers and of further parameter groups stand for now.
-            fall: factor of the rates that no scheduler sets.
+            new: the new settings.
+            old: the settings that rates of schedulers and further parameter groups correspond to now.
+            fall: decay factor of the rates that no scheduler sets.
         """
         for player in PLAYERS:
             name = f"{player}_lr"
@@ -136,7 +136,7 @@ class Steering:
         return any(s.optimizer is optimizer and getattr(s, "cycle_momentum", False) for s in schedulers)
 
     def note_rates(self) -> None:
-        """Keep the relations of a player's parameter groups."""
+        """Store the ratios of rates between a player's parameter groups."""
         self.shares = {
             player: [float(g["lr"]) / float(groups[0]["lr"] or 1.0) for g in groups]
             for player in PLAYERS
@@ -151,7 +151,7 @@ class Steering:
     # ---------- what to try
 
     def candidates(self, own: Settings) -> list[Settings]:
-        """The user's own settings, and others to try beside them, each once."""
+        """The user's own settings and alternatives to try, without duplicates."""
         found = [own]
         if self.adaptive:
             for g_lr, d_lr, beta1, beta2, gamma in PORTFOLIO:
@@ -164,7 +164,7 @@ class Steering:
         return distinct(within(settings, own, self.limits) for settings in found)
 
     def calmer(self, now: Settings) -> list[Settings]:
-        """The settings that stand, and calmer ones."""
+        """The current settings, and more cautious ones."""
         found = [now]
         for g, d, gamma in CALMER:
             stronger = {name: max(gamma * now[name], 0.1) for name in self.penalties}
@@ -176,7 +176,7 @@ class Steering:
 
 
 def penalties_of(trainer: Trainer) -> dict[str, Regularizer]:
-    """R1 and R2 of a run by name, if their weights are numbers and nobody else regularizes the discriminator."""
+    """R1 and R2 of a run by name, if their weights are numbers and nothing else regularizes the discriminator."""
     found: dict[str, Regularizer] = {}
     kinds: dict[type[Regularizer], str] = {R1Penalty: "r1", R2Penalty: "r2"}
     for penalty in callbacks_of(trainer, Regularizer):  # type: ignore[type-abstract]
@@ -190,7 +190,7 @@ def penalties_of(trainer: Trainer) -> dict[str, Regularizer]:
 
 
 def within(settings: Settings, own: Settings, limits: Mapping[str, tuple[float, float]]) -> Settings:
-    """Settings between their limits; what has none stays as it is.
+    """Settings clipped to their limits; settings without limits are unchanged.
 
     Example:
         >>> within({"g_lr": 1.0, "d_lr": 1.0}, {"g_lr": 1e-4, "d_lr": 1e-4}, {"g_lr": (1e-5, 1e-2)})
@@ -208,7 +208,7 @@ def within(settings: Settings, own: Settings, limits: Mapping[str, tuple[float, 
 
 
 def limit_of(name: str) -> str:
-    """The key of the limits that a setting has.
+    """The key of a setting's limits.
 
     Example:
         >>> limit_of("g_beta1"), limit_of("r2"), limit_of("d_lr")
@@ -218,7 +218,7 @@ def limit_of(name: str) -> str:
 
 
 def distinct(settings: Any) -> list[Settings]:
-    """Each of some settings once, in their order.
+    """Settings without duplicates, in their order.
 
     Example:
         >>> distinct([{"g_lr": 1.0}, {"g_lr": 1.0}])
@@ -232,7 +232,7 @@ def distinct(settings: Any) -> list[Settings]:
 
 
 def in_words(new: Mapping[str, float], old: Mapping[str, float]) -> str:
-    """What changes, in words.
+    """A text that describes a change of settings.
 
     Example:
         >>> in_words({"g_lr": 1e-3, "d_lr": 2e-3}, {"g_lr": 1e-4, "d_lr": 2e-3})

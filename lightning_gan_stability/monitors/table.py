@@ -1,4 +1,4 @@
-"""What synthetic rows are worth: measured in validation."""
+"""TableMonitor: measures the quality of synthetic rows in validation."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from lightning_gan_stability.recipes.table import TableSynthesis
 
 
 class TableMonitor(GANCallback):
-    """Measures a synthetic table after every validation: marginals, correlations, and what can be learned from it.
+    """Measures a synthetic table after every validation: marginals, correlations, and its use for training models.
 
-    As many rows are made as there are real ones to train on. Values go to the loggers and to
+    The monitor generates as many rows as there are real training rows. Values go to the loggers and to
     ``trainer.callback_metrics``:
 
     * ``quality/marginals``: the mean over columns of the Kolmogorov–Smirnov statistic, or the total variation of a
       discrete column; in [0, 1], 0 is best.
     * ``quality/correlations``: the mean absolute difference of the associations of two columns; in [0, 2], 0 is best.
-    * ``quality/efficacy``: the score on held-out rows of classifiers (or regressors) that learned from synthetic rows,
-      divided by that of those that learned from real ones; 1 is as good. NaN where those that learned from real rows
-      predict nothing, as with an R² of at most 0 of a continuous target.
+    * ``quality/efficacy``: the score on held-out rows of classifiers (or regressors) trained on synthetic rows, divided
+      by the score of those trained on real rows; 1 is as good. NaN if those trained on real rows predict nothing, as
+      with an R² of at most 0 for a continuous target.
 
-    ``ModelCheckpoint(monitor="quality/efficacy", mode="max")`` keeps the best; where it is NaN, or without a target,
-    ``monitor="quality/marginals", mode="min"``.
+    ``ModelCheckpoint(monitor="quality/efficacy", mode="max")`` keeps the best checkpoint. Use
+    ``monitor="quality/marginals", mode="min"`` if the efficacy is NaN, or without a target.
 
     Args:
-        target: the column that is to be predicted; None: no efficacy.
-        train: real rows; None: ``train_table`` of the data module, as of :class:`~lightning_gan_stability.Table`.
+        target: the column to predict; None: no efficacy.
+        train: real rows; None: ``train_table`` of the data module, such as that of :class:`~lightning_gan_stability.Table`.
         test: held-out rows; None: ``test_table`` of the data module.
-        name: what the log's keys begin with.
+        name: prefix of the log's keys.
 
     Raises:
-        MisconfigurationException: if the run trains no :class:`~lightning_gan_stability.TableSynthesis`, or if there
-            are no tables to compare with.
+        MisconfigurationException: if the run does not train a
+            :class:`~lightning_gan_stability.TableSynthesis`, or if there are no tables to compare with.
 
     Example:
         >>> TableMonitor("target").target
@@ -66,7 +66,7 @@ class TableMonitor(GANCallback):
 
     @property
     def state_key(self) -> str:
-        """Tells callbacks of different names apart."""
+        """A key that tells callbacks with different names apart."""
         return f"{type(self).__qualname__}({self.name})"
 
     def outcome(self, trainer: Trainer) -> Outcome:

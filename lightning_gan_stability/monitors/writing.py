@@ -1,4 +1,4 @@
-"""Samples as files of the kind that they are."""
+"""Writes samples to files of a suitable kind: images, sounds, arrays or tables."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ _OWN = re.compile(r"\d{6,}\.(png|wav)|samples\.(npy|csv)|labels\.csv|grid\.png|i
 
 
 class SampleFiles:
-    """A folder that takes samples, each in a file of its kind.
+    """Writes samples into a folder, in files that suit their kind.
 
     * images (n, c, h, w) in [-1, 1] with 1, 3 or 4 channels: ``000000.png``, ...
-    * sound (n, 1, t) or (n, 2, t) in [-1, 1], if ``sample_rate`` is given: ``000000.wav``, ...
+    * sounds (n, 1, t) or (n, 2, t) in [-1, 1], if ``sample_rate`` is given: ``000000.wav``, ...
     * anything else: ``samples.npy``, one array (N, ...) of all samples.
     * tables, by :meth:`write_table`: ``samples.csv``.
 
-    Dicts, lists and named tuples of samples have a folder for each of their tensors. Integer labels stand in
-    ``labels.csv``. A file is there as a whole or not at all, and an array or table has whole rows: if the disk is full,
-    what was written before can be read.
+    Dicts, lists and named tuples of samples get a folder for each of their tensors. Integer labels go to
+    ``labels.csv``. A file is written completely or not at all, and arrays and tables have complete rows: if the disk is
+    full, everything written before can be read.
 
     Args:
-        folder: made if it is not there.
-        overwrite: the folder may hold files; those of earlier samples are removed.
-        sample_rate: of sounds, in Hz; None: they are arrays.
+        folder: the folder; it is created if it does not exist.
+        overwrite: allow a folder with files, and remove those of earlier samples.
+        sample_rate: of sounds, in Hz; None: write sounds as arrays.
 
     Attributes:
-        written: number of samples so far.
+        written: number of samples written so far.
 
     Raises:
         FileExistsError: if the folder is not empty, without ``overwrite``.
@@ -82,7 +82,7 @@ class SampleFiles:
         Args:
             samples: a tensor or a tree of tensors.
             labels: integers (n,).
-            names: of the files, without ending; None: their numbers.
+            names: names of the files, without ending; None: their numbers.
         """
         n = batch_size(samples)
         names = [f"{self.written + i:06d}" for i in range(n)] if names is None else names
@@ -118,7 +118,7 @@ class SampleFiles:
                 save(file, sample)
 
     def _writer(self, samples: Tensor) -> tuple[str, Callable[[Path, Tensor], None]] | None:
-        """The ending of a file for each sample, and what writes it; None: there is one array of all."""
+        """The ending and the writer of one file per sample; None: all samples go into one array."""
         kind = kind_of(samples, self.sample_rate is not None)
         if kind == "image" and samples.shape[1] in (1, 3, 4):
             return "png", _write_image
@@ -139,16 +139,16 @@ class SampleFiles:
 
 
 class SampleWriter(BasePredictionWriter):
-    """Writes what ``trainer.predict`` makes into files: a sample for each item of the data.
+    """Writes the samples of ``trainer.predict`` into files: one sample for each item of the data.
 
-    ``gan-stability predict`` has one. What kind of files: see :class:`SampleFiles`, whose ``sample_rate`` is the
-    attribute of the module or the data module. Processes other than the first write into folders of their own,
-    ``rank_1`` and so on.
+    ``gan-stability predict`` adds it. The kinds of files are those of :class:`SampleFiles`, with the attribute
+    ``sample_rate`` of the module or the data module. Processes other than the first write into subfolders ``rank_1``
+    and so on.
 
     Args:
-        folder: where they go; None: ``predictions`` beside the folder of the checkpoint, or in the Trainer's
+        folder: the folder; None: ``predictions`` beside the folder of the checkpoint, or in the Trainer's
             ``default_root_dir``.
-        overwrite: the folder may hold earlier predictions, which are removed.
+        overwrite: remove earlier predictions from the folder.
 
     Raises:
         FileExistsError: if the folder is not empty, without ``overwrite``.
@@ -165,7 +165,7 @@ class SampleWriter(BasePredictionWriter):
         self._files: SampleFiles | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the folder, before samples are made."""
+        """Choose the folder, before samples are generated."""
         # files are in the order of batches, on whichever process they were made
         warnings.filterwarnings("ignore", "Couldn't infer the batch indices")
         folder = Path(self.folder or _beside(trainer))
@@ -191,7 +191,7 @@ class SampleWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Write the samples of a batch; rows of tables as rows."""
+        """Write the samples of a batch; tables are written as rows."""
         assert self._files is not None
         if isinstance(pl_module, TableSynthesis):
             encoder = pl_module.encoder
@@ -200,13 +200,13 @@ class SampleWriter(BasePredictionWriter):
             self._files.write(prediction)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where they are."""
+        """Print where the files are."""
         if self._files is not None:
             trainer.print(f"{self._files.written} samples are in {self._files.folder}.")
 
 
 def _beside(trainer: Trainer) -> Path:
-    """The folder of predictions of the checkpoint that a trainer has read."""
+    """The folder of predictions for the checkpoint that a trainer has read."""
     if trainer.ckpt_path is None:
         return Path(trainer.default_root_dir, "predictions")
     folder = Path(trainer.ckpt_path).parent
@@ -223,7 +223,7 @@ def _write_image(file: Path, pixels: Tensor) -> None:
 
 
 def _append_rows(file: Path, header: Sequence[str], rows: Any) -> None:
-    """Add rows to a CSV file; all of them or none."""
+    """Add all given rows to a CSV file, or none."""
     with _appending(file) as (stream, new):
         text = csv.writer(stream)
         if new:
@@ -233,7 +233,7 @@ def _append_rows(file: Path, header: Sequence[str], rows: Any) -> None:
 
 @contextmanager
 def _appending(file: Path) -> Iterator[tuple[Any, bool]]:
-    """A text file that is put back to what it was if something fails."""
+    """A text file that is restored if something fails."""
     size = file.stat().st_size if file.exists() else 0
     try:
         with file.open("a", newline="", encoding="utf-8") as stream:
