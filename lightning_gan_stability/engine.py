@@ -1,4 +1,4 @@
-"""Gradients and steps of a player: micro-batches, the terms of a loss, backward passes, clipping, schedules."""
+"""Engine: computes the gradients and takes the steps of the players of a GANModule."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ from lightning_gan_stability.sharding import total_norm, without_exchange
 if TYPE_CHECKING:
     from lightning_gan_stability.protocols import GANProtocol
 
-#: Of a (micro-)batch: what the player sees, its total loss, and the terms of the loss for the log.
+#: For a (micro-)batch: the player's outputs, its total loss, and the terms of the loss for the log.
 Objective: TypeAlias = Callable[[Any], tuple[GANOutputs, Tensor, Terms]]
 
 # what networks that run in half precision return
@@ -90,11 +90,11 @@ class Failure:
     """A loss or a gradient that was not finite.
 
     Attributes:
-        step: at which iteration.
-        player: whose update.
-        terms: what was not finite, by its key in the log.
-        turn: what the gradient was taken of, if that is known.
-        versions: how often each parameter had changed when it was found.
+        step: the iteration.
+        player: the player whose update it was.
+        terms: the terms that were not finite, by their keys in the log.
+        turn: inputs of the gradient's computation, if known.
+        versions: how often each parameter had changed at that time.
     """
 
     step: int
@@ -104,7 +104,7 @@ class Failure:
     versions: list[int]
 
     def message(self, finding: Finding | None = None) -> str:
-        """What is said of it."""
+        """The error message."""
         advice = (
             f"lower the learning rate of `{self.player}_optimizer`, or of the other player's, set `clip_norm`, or add "
             "R1Penalty."
@@ -116,10 +116,10 @@ class Failure:
 
 
 class Engine:
-    """Takes the gradients and the steps of a GANModule's players.
+    """Computes the gradients and takes the steps of a GANModule's players.
 
     Args:
-        module: whose players.
+        module: the GAN.
     """
 
     def __init__(self, module: GANProtocol) -> None:
@@ -140,7 +140,7 @@ class Engine:
         self._failure: Failure | None = None  # which nobody has explained yet
 
     def start(self) -> None:
-        """Begin a fit, without a trace of the one before."""
+        """Reset everything for a new fit."""
         self.compiled, self._unchecked, self._looked = None, [], False
         self._turns, self._failure = {}, None
 
@@ -154,7 +154,7 @@ class Engine:
 
     @contextmanager
     def adjusted_for_batch(self, rule: UpdateRule) -> Iterator[None]:
-        """The plan and the adversarial terms that callbacks leave for a batch, checked; put back after it."""
+        """Apply the plan and the adversarial terms that callbacks choose for a batch, checked; restore them after it."""
         module = self.module
         plan, adversarial = module.plan, module.adversarial
         self._callbacks = self.callbacks()
@@ -177,7 +177,7 @@ class Engine:
             module.plan, module.adversarial = plan, adversarial
 
     def turn_of(self, player: Player) -> AbstractContextManager[None]:
-        """What `turn` says during a pass through the networks: None outside of steps, and in those of penalties."""
+        """Set `turn` during a forward pass: None outside of steps, and in separate steps of penalties."""
         turn = player if self.module.noise.in_step and self._separate is None else None
         return nullcontext() if turn == self.turn else self._with_turn(turn)
 
@@ -190,13 +190,13 @@ class Engine:
             self.turn = before
 
     def latent_dtype(self) -> torch.dtype:
-        """The type that the generator computes in."""
+        """The dtype that the generator computes in."""
         if self._latent_dtype is not None:
             return self._latent_dtype
         return parameter_dtype(self.module.generator, torch.get_default_dtype())
 
     def due(self, player: Player, separate: bool = False) -> list[Regularizer]:
-        """The regularizers of a player's loss on this batch, or those that have steps of their own."""
+        """The regularizers of a player's loss on this batch, or those that take separate steps."""
         step = self.module.steps[player]
         rests = player == "g" and not self.module.adversarial
         return [
@@ -226,14 +226,14 @@ class Engine:
         return optimizers[PLAYERS.index(player)]  # type: ignore[no-any-return]
 
     def trainable_parameters(self, player: Player) -> list[nn.Parameter]:
-        """The parameters that a player's optimizer moves."""
+        """The parameters of a player's optimizer."""
         groups = self.optimizer(player).param_groups
         return [p for group in groups for p in group["params"] if p.requires_grad]
 
     # ---------- gradients
 
     def compute_gradients(self, player: Player, batch: Any, objective: Objective | None = None) -> GANOutputs:
-        """Put the gradient of an objective (None: the player's loss), of a batch in micro-batches, into ``grad``."""
+        """Store the gradient of an objective (None: the player's loss) on a batch in ``grad``, by micro-batches."""
         self.check_trainable(player)
         self._note_turn(player, batch, objective is not None and self._separate is None)
         objective = functools.partial(self._objective, player) if objective is None else objective
@@ -255,19 +255,19 @@ class Engine:
         return whole
 
     def _record(self, player: Player, outputs: GANOutputs, terms: Terms) -> None:
-        """Note what a player has seen, and the terms of its loss, in memory that outlives the step."""
+        """Record a player's outputs and the terms of its loss, in memory that outlives the step."""
         if self.module.replays_graphs:
             logits = {name: clone(getattr(outputs, name)) for name in ("real_logits", "fake_logits")}
             outputs, terms = outputs.replace(**logits), clone(terms)
         self.module.last_step.add(player, outputs, terms)
 
     def _objective(self, player: Player, part: Any) -> tuple[GANOutputs, Tensor, Terms]:
-        """What a player sees of a (micro-)batch, its total loss, and the terms."""
+        """A player's outputs on a (micro-)batch, its total loss, and the terms."""
         outputs = self.module.compute_outputs(player, part)
         return outputs, *self.module.player_loss(player, outputs)
 
     def _warn_of_idle_logits(self, outputs: GANOutputs) -> None:
-        """Warn of a discriminator of which nothing trains, because its logits are taken for features."""
+        """Warn of a discriminator of which no parameter trains, because its logits are taken for features."""
         logits, features = outputs.fake_logits, outputs.fake_features
         if not (isinstance(logits, Tensor) and isinstance(features, Tensor) and features.shape[:1] == logits.shape[:1]):
             return
@@ -282,7 +282,7 @@ class Engine:
             )
 
     def _parts(self, batch: Any) -> Iterator[tuple[Any, float]]:
-        """The micro-batches of a batch and their shares of it; gradients are exchanged on the last one alone."""
+        """The micro-batches of a batch and their weights; gradients are exchanged on the last one only."""
         module = self.module
         if module.accumulate == 1:
             yield batch, 1
@@ -310,7 +310,7 @@ class Engine:
             self.module.manual_backward(total)
 
     def check_trainable(self, player: Player) -> None:
-        """Refuse a player of whom nothing moves.
+        """Refuse a player without trainable parameters.
 
         Raises:
             ValueError: if all parameters are frozen, or if there is no such player.
@@ -325,7 +325,7 @@ class Engine:
             )
 
     def set_gradients(self, player: Player, gradients: Sequence[Tensor | None]) -> None:
-        """Put given gradients, averaged over ranks, into the ``grad`` of the player's parameters."""
+        """Average given gradients over ranks and store them in the ``grad`` of the player's parameters."""
         self._turns.pop(player, None)
         pairs = zip(self.trainable_parameters(player), gradients, strict=True)
         # the gradient of Σ p·g is g, and takes the way through the strategy that every loss's gradient takes
@@ -335,7 +335,7 @@ class Engine:
 
     @contextmanager
     def _toggled(self, player: Player) -> Iterator[None]:
-        """Without old gradients of the player, and without gradients for anybody else, whose own ones stay."""
+        """Clear the player's old gradients, and compute none for other parameters, whose gradients stay."""
         own = [p for group in self.optimizer(player).param_groups for p in group["params"]]
         mine = {id(p) for p in own}
         optimizer = self.optimizer(player).optimizer
@@ -387,7 +387,7 @@ class Engine:
     def _weighed_terms(
         self, player: Player, outputs: GANOutputs, adversarial: Tensor | None = None, watched: bool = True
     ) -> tuple[Terms, Terms]:
-        """The terms of a player's loss, times their factors, and their values without; callbacks look at the first."""
+        """The terms of a player's loss with and without their factors; callbacks see the weighted ones."""
         module, terms, values, factors = self.module, {}, {}, {}
         if adversarial is not None:
             terms["adversarial"], values["adversarial"] = adversarial, adversarial.detach()
@@ -414,7 +414,7 @@ class Engine:
         return parts, values
 
     def auxiliary_losses(self, player: Player, outputs: GANOutputs) -> Terms:
-        """What the module itself adds to a player's loss, checked."""
+        """The module's own terms of a player's loss, checked."""
         terms = self.module.auxiliary_losses(player, outputs)
         if not isinstance(terms, Mapping):
             raise ValueError(f"`auxiliary_losses` must return a dict of scalar tensors, got {describe(terms)}.")
@@ -431,14 +431,14 @@ class Engine:
         return {name: term.reshape(()) for name, term in terms.items()}
 
     def validated_terms(self, player: Player, outputs: GANOutputs) -> Terms:
-        """The regularizers whose terms validation logs too, times their weight."""
+        """The weighted terms of regularizers that validation also logs."""
         found = [c for c in self.callbacks() if isinstance(c, Regularizer) and c.player == player and c.validated]
         return {name: term for name, _, term in self._penalties(player, outputs, found)}
 
     def _penalties(
         self, player: Player, outputs: GANOutputs, due: Sequence[Regularizer]
     ) -> Iterator[tuple[str, int, Tensor]]:
-        """Penalties times their weight, with their names and intervals."""
+        """Weighted penalties, with their names and intervals."""
         full, names = outputs, self.term_names(player)
         if due and torch.is_autocast_enabled(self.module.device.type):
             outputs = self.widened(outputs)
@@ -454,7 +454,7 @@ class Engine:
             yield names[regularizer], regularizer.every, penalty
 
     def widened(self, outputs: GANOutputs) -> GANOutputs:
-        """The outputs in the type of the discriminator: under autocast networks run in half precision."""
+        """The outputs in the dtype of the discriminator: under autocast networks return half precision."""
         dtype = parameter_dtype(self.module.discriminator, torch.float32)
 
         def widen(leaf: Any) -> Any:
@@ -463,7 +463,7 @@ class Engine:
         return outputs.replace(**{name: tree_map(widen, getattr(outputs, name)) for name in _HALVED})
 
     def _again(self, outputs: GANOutputs) -> GANOutputs:
-        """The outputs in full precision: differences to others would be those between half and full precision."""
+        """Recompute the outputs in full precision, so that differences to others are not those of precision."""
         module = self.module
         with self.full_precision(eager=False):
             # samples without latents may be those of a pool, which nothing makes again
@@ -471,7 +471,7 @@ class Engine:
             return module.judge(again)
 
     def joint_losses(self, batch: Any) -> tuple[dict[Player, Tensor], dict[Player, Tensor]]:
-        """Both players' losses on the same outputs, in total and adversarial alone, with graphs to both networks."""
+        """Both players' losses on the same outputs, total and adversarial only, with graphs to both networks."""
         module = self.module
         for player in PLAYERS:
             self.check_trainable(player)
@@ -493,7 +493,7 @@ class Engine:
         return self._stateful[1]
 
     def loss_at_rest(self) -> AbstractContextManager[None]:
-        """Keep the buffers of a loss where they are while gradients are taken."""
+        """Keep the buffers of a loss unchanged while gradients are computed."""
         return self._in_evaluation(self.module.loss) if self._loss_has_buffers() else nullcontext()
 
     @contextmanager
@@ -506,14 +506,14 @@ class Engine:
 
     @contextmanager
     def full_precision(self, eager: bool = True) -> Iterator[None]:
-        """Full precision, because second derivatives lose it; compiled graphs and fused attention have none at all."""
+        """Use full precision for second derivatives; compiled graphs and fused attention have none at all."""
         attention = sdpa_kernel(SDPBackend.MATH) if eager else nullcontext()
         stance = self._uncompiled() if eager else nullcontext()
         with torch.autocast(self.module.device.type, enabled=False), stance, attention:
             yield
 
     def rerunnable(self, player: Player) -> AbstractContextManager[None]:
-        """Forward passes whose graphs callbacks may run several times, where there are such callbacks."""
+        """Run forward passes whose graphs callbacks may use several times, if there are such callbacks."""
         eager = player == "g" and self._are_graphs_kept()
         return self._uncompiled() if eager else nullcontext()
 
@@ -522,7 +522,7 @@ class Engine:
 
     @property
     def reruns_graphs(self) -> bool:
-        """Whether the graphs of the generator's turn may run backward several times, as compiled ones cannot."""
+        """Whether graphs of the generator's step allow several backward passes; those of compiled networks do not."""
         return not self._has_compiled() or self._are_graphs_kept()
 
     def _has_compiled(self) -> bool:
@@ -532,11 +532,11 @@ class Engine:
         return self.compiled
 
     def _uncompiled(self) -> AbstractContextManager[None]:
-        """Forward passes without compiled graphs, which run backward once and have no second derivatives."""
+        """Run forward passes without compiled graphs, which allow one backward pass and no second derivatives."""
         return torch.compiler.set_stance("force_eager") if self._has_compiled() else nullcontext()
 
     def gradients_of(self, term: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
-        """Gradients of one term of a loss, whose graph stays."""
+        """Gradients of one term of a loss, whose graph is kept."""
         if not term.requires_grad:
             return [None] * len(inputs)
         scaler = gradient_scaler(self.module.trainer)
@@ -550,11 +550,11 @@ class Engine:
 
     @property
     def in_separate_step(self) -> bool:
-        """Whether a penalty takes a step of its own."""
+        """Whether a penalty is taking its separate step."""
         return self._separate is not None
 
     def separate_steps(self, player: Player, batch: Any) -> None:
-        """Take a step for each due penalty that has one of its own."""
+        """Take the step of each due penalty that has a separate one."""
         for regularizer in self.due(player, separate=True):
 
             def objective(part: Any, regularizer: Regularizer = regularizer) -> tuple[GANOutputs, Tensor, Terms]:
@@ -569,7 +569,7 @@ class Engine:
 
     @contextmanager
     def _as_separate(self, penalty: Regularizer | None) -> Iterator[None]:
-        """In the separate step of a penalty; None: in a player's own."""
+        """Enter the separate step of a penalty; None: the player's own step."""
         before, self._separate = self._separate, penalty
         try:
             yield
@@ -577,7 +577,7 @@ class Engine:
             self._separate = before
 
     def _outputs_of(self, regularizer: Regularizer, part: Any) -> GANOutputs:
-        """What a penalty reads of a (micro-)batch, and no more."""
+        """The outputs that a penalty needs of a (micro-)batch, and nothing else."""
         module, player = self.module, regularizer.player
         unpacked = module.unpacked(part)
         if regularizer.shrink > 1:
@@ -595,7 +595,7 @@ class Engine:
             return module.judge(outputs, real, fake, same) if real or fake else outputs
 
     def apply_gradients(self, player: Player) -> None:
-        """Step a player's optimizer, and what follows a step of the discriminator."""
+        """Step a player's optimizer, and do what follows a step of the discriminator."""
         module, record = self.module, self.module.last_step
         self.step(player)
         if player == "g" or not record.pairs:
@@ -609,7 +609,7 @@ class Engine:
             record.add_logits(module.loss)
 
     def step(self, player: Player, schedule: bool = True) -> None:
-        """Step a player's optimizer and scheduler; Lightning counts the first optimizer step of a batch alone."""
+        """Step a player's optimizer and scheduler; Lightning counts only the first optimizer step of a batch."""
         module, optimizer = self.module, self.optimizer(player)
         record, scaler = module.last_step, gradient_scaler(module.trainer)
         if scaler is not None and unscales_itself(optimizer.optimizer):
@@ -625,13 +625,13 @@ class Engine:
             self.schedule("step", [optimizer.optimizer])
 
     def constrained(self, player: Player, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        """What callbacks make of a player's parameters after a step."""
+        """Apply the constraints of callbacks to a player's parameters after a step."""
         for callback in self.callbacks():
             parameters = callback.constrain(self.module, player, parameters)
         return parameters
 
     def schedule(self, interval: str, optimizers: Sequence[Optimizer]) -> None:
-        """Step the learning rate schedulers that count in steps, or in epochs."""
+        """Step the learning rate schedulers that count steps, or those that count epochs."""
         for config in self.module.trainer.lr_scheduler_configs:
             if config.interval == interval and any(config.scheduler.optimizer is o for o in optimizers):
                 self.module.lr_scheduler_step(config.scheduler, None)
@@ -667,7 +667,7 @@ class Engine:
         """Stop the run if a term of a loss or a gradient was not finite.
 
         Raises:
-            NotFinite: with the player, the step and the terms, and where the values come from.
+            NotFinite: with the player, the step, the terms, and the origin of the values.
         """
         unchecked, self._unchecked = self._unchecked, []
         module = self.module
@@ -696,14 +696,14 @@ class Engine:
     # ---------- not finite
 
     def _note_turn(self, player: Player, batch: Any, own: bool) -> None:
-        """Note what a gradient is taken of, until the batch is over."""
+        """Record the inputs of a gradient's computation, until the batch is over."""
         module = self.module
         if module.noise.in_step:
             start = module.noise.randomness()
             self._turns[player] = Turn(player, batch, start, self._moves, module.adversarial, own, self._separate)
 
     def explain(self, error: NotFinite) -> None:
-        """Let the error of a value that is not finite say where it comes from, as far as a second look shows."""
+        """Add to an error the origin of a value that is not finite, as far as a second computation shows it."""
         failure, self._failure = self._failure, None
         if failure is None:
             return  # an error of somebody else's
@@ -719,7 +719,7 @@ class Engine:
             error.args = (failure.message(finding),)
 
     def _findings(self, failure: Failure) -> Iterator[Finding | None]:
-        """What a second look finds, the longer it takes the more."""
+        """The findings of a second computation, from the quickest to the most thorough."""
         module, turn = self.module, failure.turn
         if failure.step != module.iteration:
             yield after_delay(module)
@@ -745,7 +745,7 @@ class Engine:
                     yield Finding(f"{second.text} The data hold values that are not finite, too.", second.advice)
 
     def _replay(self, turn: Turn) -> Replay:
-        """How a turn is taken again; the random state is the one that it began with."""
+        """How to repeat a turn; the random state is that at its beginning."""
         module, player = self.module, turn.player
         penalties = self.due(player) if turn.penalty is None else [turn.penalty]
         mine = {id(p) for p in self.trainable_parameters(player)}
@@ -799,9 +799,9 @@ def _checked_factors(callback: str, factors: Any, terms: Terms) -> dict[str, Any
 
 
 def _unused(name: str, names: Iterable[str]) -> str:
-    """The name, or with a number behind it if it is taken (two penalties of one class)."""
+    """The name, with a number appended if it is taken (two penalties of one class)."""
     return next(n for n in chain([name], (f"{name}_{i}" for i in count(2))) if n not in names)
 
 
 def _nothing() -> None:
-    """The closure of a step whose gradient is there already."""
+    """The closure of a step whose gradient is already computed."""

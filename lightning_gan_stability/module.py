@@ -367,14 +367,14 @@ class GANModule(LightningModule):
         truncation: float = 1.0,
         reject: Rejection | None = None,
     ) -> Sample:
-        """Draw samples from the generator, or from its moving average in eval mode when there is one.
+        """Generate samples, with the generator's moving average in eval mode if there is one.
 
         Args:
-            n: number of samples; None: as many as there are latents or conditions.
+            n: number of samples; None: the number of latents or conditions.
             condition: (n, ...), for a generator that takes one.
             latents: (n, latent_dim); None: drawn from the module's own noise.
-            truncation: ψ of StyleGAN, w̄ + ψ (w − w̄): values below 1 give better samples with less variety. For this
-                call it sets the attribute ``truncation`` of the generator or of its parts; see
+            truncation: ψ of StyleGAN, w̄ + ψ (w − w̄): values below 1 give better samples with less variety. It sets
+                the attribute ``truncation`` of the generator or of its parts for this call; see
                 :class:`~lightning_gan_stability.StyleGenerator`.
             reject: selects samples with the discriminator, so that their distribution is closer to that of the data:
                 :class:`~lightning_gan_stability.DiscriminatorRejection` or
@@ -422,22 +422,22 @@ class GANModule(LightningModule):
             return self.networks.generate(n, condition, latents)[0]
 
     def forward(self, inputs: Any, condition: Condition = None) -> Sample:
-        """Samples from latents and a condition, or, for a generator without latents, from a condition alone."""
+        """Generate samples from latents and a condition, or from a condition alone for a generator without latents."""
         if self.latent_dim is None:
             return self.sample(condition=inputs)
         return self.sample(batch_size(inputs), condition, inputs)
 
     def logits(self, sample: Sample, condition: Condition = None) -> Logits:
-        """Judge samples: augment them (in train mode), then the discriminator's logits.
+        """Compute the discriminator's logits of samples, which are augmented first in train mode.
 
         Args:
             sample: (n, ...).
             condition: (n, ...), for a discriminator that takes one.
 
         Returns:
-            Logits (n,), or (n, patches), or (n // m,) of packs of m samples; of several discriminators a dict or list
-            of these. With an auto-encoder as discriminator and a loss that judges reconstructions: the mean absolute
-            error of each sample, (n,).
+            Logits (n,), or (n, patches), or (n // m,) of packs of m samples; a dict or list of these for several
+            discriminators. If the discriminator is an auto-encoder and the loss judges reconstructions: the mean
+            absolute error of each sample, (n,).
 
         Raises:
             ValueError: if the discriminator does not return at least one logit per sample (or pack of samples).
@@ -445,13 +445,13 @@ class GANModule(LightningModule):
         return self.networks.discriminate(sample, condition)[0]
 
     def draw_latents(self, n: int) -> Tensor:
-        """Latents (n, latent_dim) from the module's own noise, in the type that the generator computes in."""
+        """Draw latents (n, latent_dim) from the module's own noise, in the dtype that the generator computes in."""
         if self.latent_dim is None:
             raise ValueError("There are no latents to draw: the generator takes none (`latent_dim` is None).")
         return self.noise.randn(n, self.latent_dim, dtype=self.engine.latent_dtype())
 
     def unpacked(self, batch: Any) -> Unpacked:
-        """Real samples and condition of a batch, checked; of a batch for packs, without the rest that fills none."""
+        """Real samples and condition of a batch, checked; samples that do not fill a pack are dropped."""
         if isinstance(batch, Unpacked):
             return batch
         real, condition = self.taken_apart(batch)
@@ -467,7 +467,7 @@ class GANModule(LightningModule):
         return Unpacked(take_rows(real, 0, rows), take_rows(condition, 0, rows))
 
     def taken_apart(self, batch: Any) -> Unpacked:
-        """What :meth:`unpack` makes of a batch, checked: all of it, also the rest that fills no pack."""
+        """Real samples and condition that :meth:`unpack` returns for a batch, checked; incomplete packs are kept."""
         found = self.unpack(batch)
         if not (isinstance(found, tuple | list) and len(found) == 2 and found[0] is not None):
             got = f"a {type(found).__name__} of {len(found)}" if isinstance(found, tuple | list) else describe(found)
@@ -479,15 +479,14 @@ class GANModule(LightningModule):
     def compute_samples(
         self, player: Player, batch: Any, regularizers: Sequence[Regularizer] | None = None
     ) -> GANOutputs:
-        """Real and generated samples of a (micro-)batch, which nobody has judged yet.
+        """Real and generated samples of a (micro-)batch, without logits.
 
         Args:
-            player: ``"d"``: generated samples carry no gradient to the generator; ``"g"``: they do.
-            batch: anything that :meth:`unpack` knows; or samples that were made for the generator's turn before, of
-                which the discriminator gets a copy without a graph.
-            regularizers: tensors that these differentiate by require grad. None: those that are due.
-
-        Returns:
+            player: ``"d"``: generated samples are detached from the generator; ``"g"``: they are not.
+            batch: a batch for :meth:`unpack`; or outputs computed earlier for the generator's step, whose samples are
+                detached for the discriminator.
+            regularizers: regularizers that the outputs are for: tensors that they differentiate by require grad. None:
+                those that are due.
             Outputs without logits.
 
         Raises:
@@ -529,7 +528,7 @@ class GANModule(LightningModule):
         return GANOutputs(real, fake, latents=latents, condition=condition, extras=extras, fake_condition=given)
 
     def _drawn_condition(self, n: int, condition: Condition) -> Condition:
-        """What `draw_condition` returns, checked."""
+        """The result of `draw_condition`, checked."""
         given = self.draw_condition(n, condition)
         if given is not condition:
             check_condition(given, n)
@@ -538,19 +537,19 @@ class GANModule(LightningModule):
     def compute_outputs(
         self, player: Player, batch: Any, regularizers: Sequence[Regularizer] | None = None
     ) -> GANOutputs:
-        """Let both networks look at one (micro-)batch, as far as the player's loss needs it.
+        """Run both networks on a (micro-)batch, as far as the player's loss needs it.
 
         Args:
-            player: ``"d"``: the fake samples carry no gradient to the generator; ``"g"``: they do.
-            batch: anything that :meth:`unpack` knows.
-            regularizers: whose needs the outputs serve: tensors that they differentiate by require grad. None: those
-                that are due.
+            player: ``"d"``: generated samples are detached from the generator; ``"g"``: they are not.
+            batch: a batch for :meth:`unpack`.
+            regularizers: regularizers that the outputs are for: tensors that they differentiate by require grad. None:
+                those that are due.
 
         Returns:
-            What the player sees.
+            Outputs for the player's loss.
 
         Raises:
-            ValueError: if samples or logits do not have the shape that they must have.
+            ValueError: if samples or logits have a wrong shape.
         """
         regularizers = self.due(player) if regularizers is None else regularizers
         precise = any(regularizer.differentiates for regularizer in regularizers)
@@ -568,13 +567,13 @@ class GANModule(LightningModule):
     def judge(
         self, outputs: GANOutputs, real: bool = True, fake: bool = True, same_augmentation: bool = False
     ) -> GANOutputs:
-        """The outputs with the logits and features that the discriminator gives now.
+        """Compute the discriminator's current logits and features for outputs.
 
         Args:
-            outputs: samples, judged before or not.
+            outputs: samples, with or without logits.
             real: judge the real samples.
             fake: judge the generated samples.
-            same_augmentation: augment the generated samples by the same draws as the real ones.
+            same_augmentation: augment the generated samples with the same random draws as the real ones.
         """
         changes: dict[str, Any] = {}
         start = self.noise.randomness() if same_augmentation else None
@@ -589,14 +588,14 @@ class GANModule(LightningModule):
         return outputs.replace(**changes)
 
     def augment_samples(self, sample: Sample, condition: Condition) -> tuple[Sample, Condition]:
-        """Samples as the discriminator sees them in training: through ``augment``, and through those of callbacks.
+        """Augment samples as in training, by ``augment`` and by callbacks.
 
-        Images that the discriminator is told as condition are moved with their samples; see
-        :class:`~lightning_gan_stability.Augmentation`. A condition that no discriminator takes stays as it is.
+        Images in the condition of a discriminator are transformed with their samples; see
+        :class:`~lightning_gan_stability.Augmentation`. A condition that no discriminator takes is left unchanged.
 
         Args:
             sample: (n, ...).
-            condition: what the discriminator is told, or None.
+            condition: the discriminator's condition, or None.
         """
         told = condition if condition is not None and self._tells_condition() else None
         with self.noise.of_samples():
@@ -607,24 +606,24 @@ class GANModule(LightningModule):
         return sample, condition if told is None else told
 
     def _tells_condition(self) -> bool:
-        """Whether a discriminator may be told the condition."""
+        """Whether a discriminator may get the condition."""
         network = self.discriminator
         parts = network.children() if isinstance(network, nn.ModuleDict | nn.ModuleList) else [network]
         overridden = type(self).discriminate is not GANModule.discriminate
         return overridden or any(condition_parameter(part)[0] for part in parts)
 
     def watch_layers(self, layers: Sequence[str]) -> Callable[[], None]:
-        """Keep what layers of the discriminator return, as ``real_activations`` and ``fake_activations`` of outputs.
+        """Record outputs of the discriminator's layers, as ``real_activations`` and ``fake_activations`` of outputs.
 
         Args:
-            layers: their names, as in ``discriminator.named_modules()``, or patterns such as ``"convs.*"``, which leave
-                out what only holds layers, such as a ``ModuleList``.
+            layers: names as in ``discriminator.named_modules()``, or patterns such as ``"convs.*"``. Patterns skip mere
+                containers, such as a ``ModuleList``.
 
         Returns:
-            A function that ends it.
+            A function that ends the recording.
 
         Raises:
-            MisconfigurationException: if the discriminator has no such layer, or if it only holds others.
+            MisconfigurationException: if the discriminator has no such layer, or if it is a mere container.
 
         Example:
             >>> from lightning_gan_stability import MLP
@@ -638,7 +637,7 @@ class GANModule(LightningModule):
         return self.networks.watch(layers)
 
     def resample(self, outputs: GANOutputs, latents: Tensor | None) -> GANOutputs:
-        """The outputs with samples from other latents, with a graph to the generator if theirs have one."""
+        """Regenerate the samples of outputs from other latents, attached to the generator if the old ones are."""
         graph = any(leaf.grad_fn is not None for leaf in tree_leaves(outputs.fake))
         with torch.set_grad_enabled(graph):
             fake, extras = self.networks.generate(batch_size(outputs.fake), outputs.fake_condition, latents)
@@ -647,25 +646,26 @@ class GANModule(LightningModule):
     # ---------- gradients and steps
 
     def compute_gradients(self, player: Player, batch: Any, objective: Objective | None = None) -> GANOutputs:
-        """Put the gradient of one player's loss on one batch into its parameters' ``grad``; nothing steps.
+        """Compute the gradient of a player's loss on a batch and store it in its parameters' ``grad``, without a step.
 
         Args:
-            player: whose loss and whose parameters.
-            batch: the whole batch; it is split into ``accumulate`` micro-batches.
-            objective: what the gradient is of: a function of a (micro-)batch that returns what the player sees, its
-                total loss, and the terms for the log. None: :meth:`compute_outputs` and :meth:`player_loss`.
+            player: the player.
+            batch: the full batch; it is split into ``accumulate`` micro-batches.
+            objective: function of a (micro-)batch that returns outputs, the player's total loss, and the terms for the
+                log.
+                None: :meth:`compute_outputs` and :meth:`player_loss`.
 
         Returns:
-            What the player saw on the whole batch, without graphs.
+            The outputs of the full batch, detached.
         """
         return self.engine.compute_gradients(player, batch, objective)
 
     def separate_steps(self, player: Player, batch: Any) -> None:
-        """Take the steps of a player's due penalties that have steps of their own, on samples of their own.
+        """Take the separate steps of a player's due penalties, on their own samples.
 
         Args:
-            player: whose penalties and whose optimizer.
-            batch: the whole batch.
+            player: the player.
+            batch: the full batch.
         """
         self.engine.separate_steps(player, batch)
 
@@ -673,73 +673,72 @@ class GANModule(LightningModule):
         """Clip the player's gradient and step its optimizer and scheduler.
 
         Args:
-            player: whose optimizer steps.
+            player: the player.
 
         Raises:
-            FloatingPointError: if a term of the loss or the gradient is not finite; then nothing steps.
+            FloatingPointError: if a term of the loss or the gradient is not finite; then no step is taken.
         """
         self.engine.apply_gradients(player)
 
     def due(self, player: Player) -> list[Regularizer]:
-        """The regularizers that add to a player's loss on this batch."""
+        """The regularizers that are part of a player's loss on this batch."""
         return self.engine.due(player)
 
     def term_name(self, regularizer: Regularizer) -> str:
-        """The name of a regularizer's term in the loss and the log, which no other one of the run has.
+        """The unique name of a regularizer's term in the loss and the log.
 
-        The first one of a name has that name, the next one ``<name>_2``, in the order of ``trainer.callbacks``.
+        The first regularizer of a name keeps it, the next one gets ``<name>_2``, in the order of ``trainer.callbacks``.
         """
         return self.engine.term_names(regularizer.player).get(regularizer, regularizer.name)
 
     def gradients_of(self, term: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
-        """Gradients of a term before the backward pass, in :meth:`GANCallback.weigh_terms` or ``watch_terms``.
+        """Compute gradients of a term before the backward pass, in :meth:`GANCallback.weigh_terms` or ``watch_terms``.
 
         Args:
-            term: a scalar with a graph, which is kept.
-            inputs: by what.
+            term: a scalar; its graph is kept.
+            inputs: tensors to differentiate by.
 
         Returns:
-            One gradient for each input, without a graph, of this process alone; None where the term does not depend on
-            an input.
+            One detached gradient for each input, of this process only; None if the term does not depend on an input.
         """
         return self.engine.gradients_of(term, inputs)
 
     def adversarial_loss(self, player: Player, outputs: GANOutputs) -> tuple[Tensor, Terms]:
-        """A player's adversarial loss, without its weight, and the values of it for the log."""
+        """A player's adversarial loss, without its weight, and its values for the log."""
         return self.engine.adversarial_loss(player, outputs)
 
     def player_loss(
         self, player: Player, outputs: GANOutputs, adversarial: Tensor | None = None
     ) -> tuple[Tensor, Terms]:
-        """A player's total loss: adversarial, auxiliary, and due penalties; and the values of its terms for the log.
+        """A player's total loss (adversarial, auxiliary and due penalties), and the values of its terms for the log.
 
         Args:
-            player: whose loss.
-            outputs: what the player sees.
+            player: the player.
+            outputs: the player's outputs.
             adversarial: another adversarial loss, before its weight. None: that of ``loss``.
         """
         return self.engine.player_loss(player, outputs, adversarial)
 
     def joint_losses(self, batch: Any) -> tuple[dict[Player, Tensor], dict[Player, Tensor]]:
-        """Both players' losses on one batch, total and adversarial alone, each with its graph to both networks."""
+        """Both players' losses on one batch, total and adversarial only, each with a graph to both networks."""
         return self.engine.joint_losses(batch)
 
     def set_gradients(self, player: Player, gradients: Sequence[Tensor | None]) -> None:
-        """Put given gradients, averaged over processes, into the ``grad`` of a player's trainable parameters."""
+        """Average given gradients over processes and store them in the ``grad`` of a player's trainable parameters."""
         self.engine.set_gradients(player, gradients)
 
     def step(self, player: Player, schedule: bool = True) -> None:
-        """Step a player's optimizer with the gradients that are there, and its scheduler."""
+        """Step a player's optimizer with the present gradients, and its scheduler."""
         self.engine.step(player, schedule)
 
     @torch.no_grad()
     def constrain(self, player: Player, parameters: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
-        """What callbacks make of a player's parameters after a step, such as clipping.
+        """Apply the constraints of callbacks, such as clipping, to a player's parameters after a step.
 
         Args:
-            player: whose parameters.
-            parameters: tensors in their place, of which new ones are made, differentiably. None: the parameters
-                themselves, which are changed in place.
+            player: the player.
+            parameters: tensors that replace the parameters; new ones are returned, differentiably. None: change the
+                parameters themselves in place.
         """
         if parameters is not None:
             with torch.enable_grad():
@@ -755,53 +754,53 @@ class GANModule(LightningModule):
         return self.engine.optimizer(player)
 
     def trainable_parameters(self, player: Player) -> list[nn.Parameter]:
-        """The parameters that a player's optimizer moves, in its order."""
+        """The parameters of a player's optimizer, in its order."""
         return self.engine.trainable_parameters(player)
 
     # ---------- contexts
 
     def full_precision(self, eager: bool = True) -> AbstractContextManager[None]:
-        """Forward passes without autocast and, if ``eager``, uncompiled: what second derivatives need."""
+        """Run forward passes without autocast and, if ``eager``, uncompiled, as second derivatives require."""
         return self.engine.full_precision(eager)
 
     def loss_at_rest(self) -> AbstractContextManager[None]:
-        """Evaluations of ``loss`` that leave its buffers (BEGAN's k) where they are."""
+        """Evaluate ``loss`` without changing its buffers (BEGAN's k)."""
         return self.engine.loss_at_rest()
 
     def frozen_buffers(self) -> AbstractContextManager[None]:
-        """A look at the networks that leaves BatchNorm's statistics and spectral norm's vectors where they are."""
+        """Run the networks without changing BatchNorm's statistics and spectral norm's vectors."""
         return FrozenBuffers(self)()
 
     def replay_randomness(self, start: Randomness | None = None) -> AbstractContextManager[None]:
-        """Everything that is drawn within starts from a given point (None: from here), and is not used up."""
+        """Start all random draws within from a given state (None: the present one), and restore it afterwards."""
         return self.noise.replay(start)
 
     def substitute(self, parameters: Sequence[Tensor], frozen: nn.Module | None = None) -> Substitution:
-        """A function that runs others with tensors in the place of parameters, in which buffers do not move.
+        """Return a function that runs others with tensors substituted for parameters, and with fixed buffers.
 
         Args:
-            parameters: those that are replaced.
-            frozen: the part of the module whose buffers must not move; None: all of it.
+            parameters: the parameters to replace.
+            frozen: the part of the module whose buffers must not change; None: the whole module.
 
         Returns:
             ``run(tensors, function, *arguments)``.
         """
         return Substitution(self, parameters, frozen)
 
-    # ---------- what the Trainer calls
+    # ---------- called by the Trainer
 
     def configure_callbacks(self) -> list[Callback]:
-        """What stands guard over the run, and what callbacks bring; a subclass that overrides it returns this too."""
+        """The module's guard, and the companions of callbacks; a subclass that overrides this returns them too."""
         check_run(self.trainer, self)
         self.guard = Guard(self)
         brought = [c.companions(self.trainer, self) for c in callbacks_of(self.trainer, GANCallback)]
         return [*(companion for companions in brought for companion in companions), self.guard]
 
     def configure_optimizers(self) -> Any:
-        """The two optimizers, discriminator first, and the schedulers; keep the order when you override it.
+        """The two optimizers, discriminator first, and the schedulers; keep the order if you override it.
 
-        A further optimizer is yours to step, in ``training_step`` after ``super()``: as
-        ``self.trainer.optimizers[2].step()``, because one of ``self.optimizers()`` would count as another batch.
+        Step a further optimizer yourself in ``training_step`` after ``super()``, as
+        ``self.trainer.optimizers[2].step()``: a step of one of ``self.optimizers()`` would count as another batch.
         """
         optimizers, schedulers = [], []
         for player, network in NETWORKS.items():
@@ -823,19 +822,20 @@ class GANModule(LightningModule):
     def configure_model(self) -> None:
         """Shard both networks over the processes of a ModelParallelStrategy.
 
-        To shard single layers too, override it: ``fully_shard`` them if there is a ``device_mesh``, then call this one.
+        To shard single layers too, override it: ``fully_shard`` them if there is a ``device_mesh``, then call
+        ``super()``.
         """
         self.sharding.shard()
 
     def compile_networks(self) -> None:
-        """Compile the networks in place, if ``compile`` says so; of several discriminators each for itself."""
+        """Compile the networks in place if ``compile`` is set; several discriminators are compiled separately."""
         if self.compile_options is not None:
             for network in self.sharding.networks:
                 if network is not self.generator_ema and not is_compiled(network):
                     network.compile(**self.compile_options)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """One GAN step on one batch by the run's update rule; ``iteration`` and ``global_step`` rise by one."""
+        """One GAN step on a batch by the run's update rule; increases ``iteration`` and ``global_step`` by one."""
         guard, trainer = find_guard(self), self.trainer
         rule, rescued, visible, values = find_rule(trainer), False, guard.is_visible(trainer), self.last_step.values
         try:
@@ -898,7 +898,7 @@ class GANModule(LightningModule):
 
     @contextmanager
     def _naming_incomplete(self, batch_idx: int, n: int) -> Iterator[None]:
-        """Say what to do if the networks fail in a validation batch that is smaller than the first one."""
+        """Explain what to do if the networks fail in a validation batch that is smaller than the first one."""
         if batch_idx == 0:
             self._first_val_size = n
         try:
@@ -913,9 +913,9 @@ class GANModule(LightningModule):
             ) from error
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Sample:
-        """As many samples as the batch has, with its conditions if there are any.
+        """As many samples as there are in the batch, with its conditions if there are any.
 
-        For a generator without latents, a tensor or a tuple of one is what samples are made from.
+        For a generator without latents, a tensor or a tuple of one is its input.
         """
         alone = batch[0] if isinstance(batch, list | tuple) and len(batch) == 1 else batch
         with self.noise.of("prediction", dataloader_idx, batch_idx):
@@ -927,7 +927,7 @@ class GANModule(LightningModule):
     # ---------- checkpoints
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides weights: clocks, the draws of noise, and how the loss was made."""
+        """The state of a checkpoint besides weights: counters, the state of the noise, and how the loss was made."""
         return {
             "iteration": self.iteration,
             "steps": dict(self.steps),
@@ -936,13 +936,13 @@ class GANModule(LightningModule):
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Load the extra state of a checkpoint."""
         self.iteration, self.steps, self.noise.draw = state["iteration"], dict(state["steps"]), state["draw"]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights, with the average and the spectral norm that callbacks brought into the state, and the clocks.
+        """Load weights, including the average and the spectral norm that callbacks add to the state, and the counters.
 
-        A loss that was given to the module wins over that of the state.
+        A loss that was passed to the module takes precedence over that of the state.
 
         Raises:
             ValueError: if ``strict``, and the state is not that of a GANModule.
@@ -973,7 +973,7 @@ class GANModule(LightningModule):
         return super().load_state_dict(state, strict, assign)
 
     def _take_loss(self, recipe: Mapping[str, Any], state: dict[str, Any]) -> None:
-        """Let the module and a state agree on the loss."""
+        """Use the same loss in the module and in a state."""
         if not self.loss_given and loss_recipe(self.loss) != recipe:
             self.loss = loss_from_recipe(recipe).to(self.device)
         if type(self.loss).__qualname__ != recipe["name"]:
@@ -984,10 +984,10 @@ class GANModule(LightningModule):
     def save_hyperparameters(
         self, *args: Any, ignore: Any = None, frame: FrameType | None = None, logger: bool = True
     ) -> None:
-        """Keep the arguments of the most derived class that are plain data, for checkpoints and loggers.
+        """Save the arguments of the most derived class that are plain data, for checkpoints and loggers.
 
-        Networks would be copied, pickled and logged. Under LightningCLI it keeps the config, from which they are made
-        again. A subclass need not call it, and may.
+        Networks are left out, because they would be copied, pickled and logged. Under LightningCLI this saves the
+        config, from which they can be made again. A subclass may call it but need not.
         """
         current = inspect.currentframe()
         frame = frame or (current and current.f_back)
@@ -1012,7 +1012,7 @@ class GANModule(LightningModule):
 
 
 def _for_player(player: Player, outputs: GANOutputs, names: set[str]) -> GANOutputs:
-    """Samples that both players share, as one of them needs them."""
+    """Samples that both players share, as outputs for one of them."""
     if player == "g":
         return outputs
     real, fake = (differentiable if name in names else detach for name in ("real", "fake"))

@@ -56,9 +56,9 @@ def is_bad(values: Mapping[str, float], best: Mapping[str, float], null: Mapping
     """Whether a single measurement is that of a failing generator.
 
     This is the case if samples miss more than 3 % of the real data's mass; if they are less than a tenth as far from
-    each other as real ones; if coverage is below 2 % of its null; if recall and coverage are both below half of their best; if
-    samples depend on their conditions less than a quarter as much as real ones, or less than half of their best; or if
-    a class varies less than a fifth as much as its real samples.
+    each other as real ones; if coverage is below 2 % of its null; if recall and coverage are both below half of their
+    best; if samples depend on their conditions less than a quarter as much as real ones, or less than half of their
+    best; or if a class varies less than a fifth as much as its real samples.
 
     Args:
         values: a measurement of :class:`~lightning_gan_stability.monitors.quality.QualityMonitor`.

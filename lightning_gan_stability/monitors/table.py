@@ -34,7 +34,8 @@ class TableMonitor(GANCallback):
 
     Args:
         target: the column to predict; None: no efficacy.
-        train: real rows; None: ``train_table`` of the data module, such as that of :class:`~lightning_gan_stability.Table`.
+        train: real rows; None: ``train_table`` of the data module, such as that of
+            :class:`~lightning_gan_stability.Table`.
         test: held-out rows; None: ``test_table`` of the data module.
         name: prefix of the log's keys.
 

@@ -1,4 +1,4 @@
-"""Modules for adversarial training as it is used today: a discriminator beside a reconstruction, or a table."""
+"""Recipes: modules that combine a discriminator with a reconstruction, for translation, or for tables."""
 
 import lazy_loader
 

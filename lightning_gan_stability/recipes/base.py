@@ -1,4 +1,4 @@
-"""What the recipes share: weights of the adversarial loss, and losses that the generator returns beside its samples."""
+"""Recipe, the base of the recipes: weights of the adversarial loss, and losses that the generator returns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_gan_stability.outputs import GANOutputs, Player, Sample, Terms
 
 
 class Recipe(GANModule):
-    """A GANModule whose terms are weighed by arguments; the base of the recipes, and of your own.
+    """A GANModule with weights for its loss terms as arguments; the base class of the recipes, and of your own.
 
     L_D = d_weight · adversarial, L_G = g_weight · adversarial + Σ losses[k] · extras[k], where ``extras`` is the dict
     that the generator returns as ``(sample, extras)``. Distances to a target are callbacks:
@@ -26,7 +26,7 @@ class Recipe(GANModule):
         loss: the same.
         d_weight: factor of the discriminator's adversarial loss.
         g_weight: factor of the generator's adversarial loss.
-        losses: names of extras that are added to the generator's loss, and their weights; None: none.
+        losses: names of extras to add to the generator's loss, with their weights; None: none.
         **kwargs: further arguments of :class:`~lightning_gan_stability.GANModule`.
 
     Raises:
@@ -59,7 +59,7 @@ class Recipe(GANModule):
         self.extra_weights = {name: check_number(f"losses[{name!r}]", w) for name, w in (losses or {}).items()}
 
     def auxiliary_losses(self, player: Player, outputs: GANOutputs) -> Terms:
-        """The losses among the extras, weighed."""
+        """The weighted losses among the extras."""
         if player == "d":
             return {}
         found = {}
@@ -75,7 +75,7 @@ class Recipe(GANModule):
         return found
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Sample:
-        """Samples for a batch; ``{"source": x}``, or x beside something else than tensors, is a batch of sources."""
+        """Samples for a batch; ``{"source": x}``, or x with other items that are not tensors, is a batch of sources."""
         if isinstance(batch, Mapping) and {*batch} == {"source"}:
             batch = batch["source"]
         elif isinstance(batch, list | tuple) and len(batch) > 1 and not any(isinstance(x, Tensor) for x in batch[1:]):
@@ -96,7 +96,7 @@ def _are_labels(values: Any) -> bool:
 
 
 def lone_target(batch: Any) -> Tensor | None:
-    """The target of a batch without a source: a tensor, alone, in a tuple, or beside integer labels; None for others.
+    """The target of a batch without a source: a tensor alone, in a tuple, or with integer labels; None for others.
 
     Example:
         >>> import torch
@@ -111,12 +111,12 @@ def lone_target(batch: Any) -> Tensor | None:
 
 
 def source_and_target(batch: Any, recipe: str, missing: str = "") -> tuple[Sample, Sample]:
-    """The parts of a batch ``(source, target)`` or ``{"source": ..., "target": ...}``.
+    """Split a batch ``(source, target)`` or ``{"source": ..., "target": ...}`` into its parts.
 
     Args:
-        batch: what a loader gives.
-        recipe: whose batch it is, for the message.
-        missing: the argument with which it would take targets alone.
+        batch: a batch of a loader.
+        recipe: name of the recipe, for the message.
+        missing: the argument that would make the recipe accept targets alone.
 
     Raises:
         ValueError: if the batch has another form, or no target.

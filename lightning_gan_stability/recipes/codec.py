@@ -1,4 +1,4 @@
-"""A neural audio codec: an autoencoder of waveforms with residual codebooks, and several discriminators."""
+"""Codec: a neural audio codec, with residual codebooks and several discriminators."""
 
 from __future__ import annotations
 
@@ -15,33 +15,34 @@ from lightning_gan_stability.recipes.vocoder import check_waveform
 
 
 class Codec(Tokenizer):
-    """DAC: a codec of waveforms that is judged after its mean is taken away and its peak brought to 0.8.
+    """DAC: an audio codec whose discriminators see waveforms without their mean, at a peak of 0.8.
 
     L_D = Σ_d (E (1 − D_d(x))² + E D_d(x̂)²),
     L_G = Σ_d E (1 − D_d(x̂))² + 0.25 · commitment + codebook, x̂ = G(x).
-    To it belong ``Reconstruction(15.0, MelDistance(sample_rate))``, ``FeatureMatching(2.0)``, and
-    ``Alternating(share_fake=True)``; instead of these weights a :class:`~lightning_gan_stability.LossBalancer`
+    Use it with ``Reconstruction(15.0, MelDistance(sample_rate))``, ``FeatureMatching(2.0)`` and
+    ``Alternating(share_fake=True)``. A :class:`~lightning_gan_stability.LossBalancer` can replace these weights
     (EnCodec).
 
-    "High-Fidelity Audio Compression with Improved RVQGAN", https://arxiv.org/abs/2306.06546. Gradients are clipped at
-    ``clip_norm={"d": 10.0, "g": 1000.0}`` there.
+    "High-Fidelity Audio Compression with Improved RVQGAN", https://arxiv.org/abs/2306.06546. The paper clips gradients
+    at ``clip_norm={"d": 10.0, "g": 1000.0}``.
 
     A batch is waveforms (n, channels, t) in [-1, 1].
 
     Args:
         generator: maps waveforms to ``(reconstruction, {"commitment": loss, "codebook": loss})``, with scalar losses.
             Further entries are for monitors, such as ``"codes"`` (n, books, frames).
-        discriminator: one, or a ``ModuleDict``, which map waveforms to logits (n, ...) or ``(logits, feature maps)``.
+        discriminator: maps waveforms to logits (n, ...) or ``(logits, feature maps)``; or a ``ModuleDict`` of several.
         loss: None: :class:`~lightning_gan_stability.LeastSquares`.
-        d_weight: factor of the discriminator's loss; 2, since ``LeastSquares`` has a ½ that DAC does not have.
+        d_weight: factor of the discriminator's loss; 2, since ``LeastSquares`` has a factor ½ that DAC does not have.
         g_weight: the same for the generator.
-        losses: names of what the generator returns and their weights; None: ``{"commitment": 0.25, "codebook": 1.0}``.
-        normalize: let the discriminators see waveforms without their mean, at a peak of 0.8.
+        losses: names of losses that the generator returns, with their weights; None:
+            ``{"commitment": 0.25, "codebook": 1.0}``.
+        normalize: remove the mean of waveforms and scale them to a peak of 0.8 before the discriminators.
         **kwargs: further arguments of :class:`~lightning_gan_stability.GANModule`.
 
     Raises:
-        ValueError: if an argument has a bad value, if a batch is no waveforms, or if the generator does not return one
-            of the losses.
+        ValueError: if an argument has a bad value, if a batch is not waveforms, or if the generator does not return
+            one of the losses.
 
     Example:
         >>> import torch
@@ -66,7 +67,7 @@ class Codec(Tokenizer):
         self.normalize = check_bool("normalize", normalize)
 
     def unpack(self, batch: Any) -> tuple[Sample, Condition]:
-        """The data are what the generator reads."""
+        """The data are both the input and the target of the generator."""
         real, condition = super().unpack(batch)
         check_waveform(real)
         return real, condition
@@ -74,7 +75,7 @@ class Codec(Tokenizer):
     def discriminate(
         self, network: nn.Module, sample: Sample, condition: Condition
     ) -> Logits | tuple[Logits, Features]:
-        """Judge normalized waveforms."""
+        """Discriminate normalized waveforms."""
         return super().discriminate(network, normalized(sample) if self.normalize else sample, condition)
 
 

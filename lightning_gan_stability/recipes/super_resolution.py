@@ -1,4 +1,4 @@
-"""Super-resolution: large images from small ones."""
+"""SuperResolution: generates large images from small ones."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from lightning_gan_stability.recipes.base import Recipe, lone_target, source_and
 
 
 class SuperResolution(Recipe):
-    """Real-ESRGAN: the generator enlarges images; it steps before the discriminator.
+    """Real-ESRGAN: the generator enlarges images, and steps before the discriminator.
 
     L_G = 0.1 · E sp(−D(x̂)), L_D = E sp(−D(x)) + E sp(D(x̂)), x̂ = G(low), sp(t) = log(1 + eᵗ).
-    To it belong ``Reconstruction(1.0)``, one more with a perceptual distance, ``Alternating(share_fake=True)``, and
+    Use it with ``Reconstruction(1.0)``, a second one with a perceptual distance, ``Alternating(share_fake=True)`` and
     ``GeneratorEMA(decay=0.999)``. ESRGAN is the same with ``RelativisticAverage`` and other weights.
 
     "Real-ESRGAN: Training Real-World Blind Super-Resolution with Pure Synthetic Data",
     https://arxiv.org/abs/2107.10833.
 
-    A batch is (small, large) images or ``{"source": small, "target": large}``; or large images alone, when ``scale`` is
-    given: then :meth:`degrade` makes the small ones.
+    A batch is (small, large) images or ``{"source": small, "target": large}``. With ``scale``, a batch is large images
+    alone, and :meth:`degrade` computes the small ones.
 
-    ``trainer.predict`` takes the same batches; small images are ``{"source": small}``, or alone without ``scale``.
+    ``trainer.predict`` accepts the same batches; small images are ``{"source": small}``, or alone without ``scale``.
 
     Args:
         generator: maps images (n, c, h, w) to images (n, c, scale · h, scale · w).
         discriminator: maps large images to logits (n, ...), one for each pixel in the paper.
-        scale: how much larger the generator's images are, where batches are large images alone.
+        scale: enlargement factor, for batches of large images alone.
         loss: None: :class:`~lightning_gan_stability.NonSaturating`.
         d_weight: factor of the discriminator's loss.
         g_weight: factor of the generator's adversarial loss.
-        losses: names of what the generator returns beside images and their weights; None: none.
-        plan: the order of the players' steps; the generator is first in the authors' code.
+        losses: names of losses that the generator returns besides images, with their weights; None: none.
+        plan: order of the players' steps; the authors' code steps the generator first.
         **kwargs: further arguments of :class:`~lightning_gan_stability.GANModule`.
 
     Raises:
@@ -65,14 +65,14 @@ class SuperResolution(Recipe):
         self.scale = None if scale is None else check_integer("scale", scale)
 
     def unpack(self, batch: Any) -> tuple[Sample, Condition]:
-        """Large images, and the small ones that they are to be made from."""
+        """Large images as samples, and the small ones as their condition."""
         if self.scale is None or (target := lone_target(batch)) is None:
             source, target = source_and_target(batch, "SuperResolution", "`scale`" if self.scale is None else "")
             return target, source
         return target, self.degrade(target)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Sample:
-        """Large images from small ones, or from large ones made small when ``scale`` is given."""
+        """Large images from small ones, or with ``scale`` from large ones that are made small first."""
         if self.scale is not None and (target := lone_target(batch)) is not None:
             batch = self.unpack(target)[1]
         return super().predict_step(batch, batch_idx, dataloader_idx)
@@ -80,10 +80,10 @@ class SuperResolution(Recipe):
     def degrade(self, images: Tensor) -> Tensor:
         """Small images (n, c, h / scale, w / scale) from large ones, by bicubic interpolation with antialiasing.
 
-        Override it for blur, noise and compression; what it draws from torch's generators is seeded for the step.
+        Override it for blur, noise and compression. Its random draws from torch's generators are seeded for each step.
 
         Raises:
-            ValueError: if height or width is no multiple of ``scale``.
+            ValueError: if height or width is not a multiple of ``scale``.
         """
         assert self.scale is not None
         if images.dim() != 4 or any(size % self.scale for size in images.shape[2:]):

@@ -1,4 +1,4 @@
-"""Tables: rows of continuous and discrete columns."""
+"""TableSynthesis: generates tables of continuous and discrete columns."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ NetworkMaker: TypeAlias = Callable[[int, int], nn.Module]
 
 
 class TableSynthesis(Recipe):
-    """CTGAN: rows of a table under the condition that one discrete column has a given category.
+    """CTGAN: generates rows of a table, conditioned on the category of one discrete column.
 
-    L_D = E D(x̂, c) − E D(x, c), of packs of rows; L_G = −E D(x̂, c) + E H(c, p), with the cross entropy H of the
-    category that the condition asks for and of the generator's logits p for its column. Scalars of the generator go
-    through tanh, categories through a Gumbel-softmax at a temperature of 0.2. To it belong ``GradientPenalty(10.0)``,
-    and ``Alternating(real_batches="split")``, since the generator's turn has conditions of its own in the paper.
+    L_D = E D(x̂, c) − E D(x, c), of packs of rows; L_G = −E D(x̂, c) + E H(c, p), where H is the cross entropy of the
+    category in the condition and of the generator's logits p for its column. The generator's scalars go through tanh,
+    and its categories through a Gumbel-softmax at a temperature of 0.2. Use it with ``GradientPenalty(10.0)`` and
+    ``Alternating(real_batches="split")``, since the paper draws new conditions for the generator's step.
 
-    "Modeling Tabular Data using Conditional GAN", https://arxiv.org/abs/1907.00503; the condition is a part of what the
-    penalty differentiates by, and real rows are compared with generated ones under other conditions, as in the authors'
-    code. Samples are rows and their conditions, (n, width + condition_width); :meth:`synthesize` gives a table.
+    "Modeling Tabular Data using Conditional GAN", https://arxiv.org/abs/1907.00503. As in the authors' code, the
+    penalty also differentiates by the condition, and real rows are compared with generated ones of other conditions.
+    Samples are rows and their conditions, (n, width + condition_width); :meth:`synthesize` returns a table.
 
     A batch is (rows, conditions) of :class:`~lightning_gan_stability.Table`.
 
     Args:
-        generator: a module that maps latents and condition (n, latent_dim + condition_width) to (n, width); or what
-            makes one from these two widths, since they depend on the data.
+        generator: a module that maps latents and condition (n, latent_dim + condition_width) to (n, width); or a
+            function that makes one from these two widths, since they depend on the data.
         discriminator: a module that maps ``pac`` rows with their conditions (n, pac · (width + condition_width)) to
-            (n, 1); or what makes one from these two widths.
-        columns: the description of the table, ``Table(...).columns``; under LightningCLI None takes that of the data.
-            Checkpoints keep it, loggers do not get it, because it has values of the table.
-        latent_dim: length of the standard normal vector that a row is made from.
-        pac: how many rows the discriminator judges together (PacGAN, https://arxiv.org/abs/1712.04086).
-        temperature: of the Gumbel-softmax.
+            (n, 1); or a function that makes one from these two widths.
+        columns: the description of the table, ``Table(...).columns``; None under LightningCLI: that of the data.
+            Checkpoints store it. Loggers do not get it, because it contains values of the table.
+        latent_dim: length of the standard normal latent vector of a row.
+        pac: number of rows that the discriminator judges together (PacGAN, https://arxiv.org/abs/1712.04086).
+        temperature: temperature of the Gumbel-softmax.
         loss: None: :class:`~lightning_gan_stability.Wasserstein`.
         d_weight: factor of the discriminator's loss.
         g_weight: factor of the generator's adversarial loss.
         condition_weight: factor of the cross entropy.
-        losses: names of what the generator returns beside rows and their weights; None: none.
+        losses: names of losses that the generator returns besides rows, with their weights; None: none.
         **kwargs: further arguments of :class:`~lightning_gan_stability.GANModule`.
 
     Attributes:
@@ -59,7 +59,7 @@ class TableSynthesis(Recipe):
 
     Raises:
         ValueError: if an argument has a bad value, or if a batch has another form.
-        MisconfigurationException: if the data module of a run has other ``columns``.
+        MisconfigurationException: if the data module of a run has different ``columns``.
 
     Example:
         >>> columns = [{"name": "age", "means": [40.0], "stds": [9.0]}, {"name": "smokes", "categories": ["no", "yes"]}]
@@ -105,7 +105,7 @@ class TableSynthesis(Recipe):
     def save_hyperparameters(
         self, *args: Any, ignore: Any = None, frame: FrameType | None = None, logger: bool = True
     ) -> None:
-        """Keep plain arguments as :class:`~lightning_gan_stability.GANModule` does, the columns as a list."""
+        """Store plain arguments as :class:`~lightning_gan_stability.GANModule` does, and the columns as a list."""
         current = inspect.currentframe()
         super().save_hyperparameters(*args, ignore=ignore, frame=frame or (current and current.f_back), logger=logger)
         if is_description(columns := self.hparams.get("columns")):
@@ -113,11 +113,11 @@ class TableSynthesis(Recipe):
 
     @property
     def hparams_initial(self) -> AttributeDict:
-        """What loggers get: all hyperparameters but the columns, which have values of the table."""
+        """The hyperparameters for loggers: all but the columns, which contain values of the table."""
         return AttributeDict({name: value for name, value in super().hparams_initial.items() if name != "columns"})
 
     def configure_callbacks(self) -> list[Callback]:
-        """Refuse data of another table, whose rows may have the same width."""
+        """Refuse data of another table, even if its rows have the same width."""
         columns = getattr(getattr(self.trainer, "datamodule", None), "columns", None)
         if is_description(columns) and TableEncoder(columns).columns != self.encoder.columns:
             raise MisconfigurationException(
@@ -127,7 +127,7 @@ class TableSynthesis(Recipe):
         return super().configure_callbacks()
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides weights: also the columns."""
+        """The extra state of a checkpoint, with the columns."""
         return super().get_extra_state() | {"columns": self.encoder.columns}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -145,7 +145,7 @@ class TableSynthesis(Recipe):
         return super().load_state_dict(state_dict, strict, assign)
 
     def unpack(self, batch: Any) -> tuple[Sample, Condition]:
-        """Rows with their conditions, and the conditions of generated rows: those of the rows before."""
+        """Rows with their conditions, and the conditions of generated rows: those of the previous rows."""
         encoder = self.encoder
         widths = (encoder.width, encoder.condition_width)
         parts = [*batch] if isinstance(batch, list | tuple) else [batch]
@@ -161,7 +161,7 @@ class TableSynthesis(Recipe):
     def generate(
         self, network: nn.Module, n: int, condition: Condition, latents: Tensor | None
     ) -> tuple[Sample, Extras]:
-        """Rows, with the logits that they are made from."""
+        """Rows, and the logits that they are computed from."""
         assert latents is not None
         out = network(torch.cat([latents, condition], 1))
         logits, extras = out if isinstance(out, tuple) else (out, {})
@@ -173,7 +173,7 @@ class TableSynthesis(Recipe):
         return torch.cat([self.activate(logits), condition], 1), {"logits": logits, **extras}
 
     def activate(self, logits: Tensor) -> Tensor:
-        """Encoded rows (n, width) from what the generator returns: tanh of scalars, Gumbel-softmax of categories."""
+        """Encoded rows (n, width) from the generator's outputs: tanh of scalars, Gumbel-softmax of categories."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a shorter type rounds 1 - ε to 1
         uniform = self.noise.rand(*logits.shape, dtype=logits.dtype).clamp_min(torch.finfo(logits.dtype).tiny)
         noisy = (logits - (-uniform.log()).log()) / self.temperature
@@ -183,7 +183,7 @@ class TableSynthesis(Recipe):
         return torch.cat(made, 1)
 
     def auxiliary_losses(self, player: Player, outputs: GANOutputs) -> Terms:
-        """The cross entropy of the categories that conditions ask for."""
+        """The cross entropy of the categories in the conditions."""
         terms = super().auxiliary_losses(player, outputs)
         if player == "d" or not self.encoder.condition_width:
             return terms
@@ -197,15 +197,16 @@ class TableSynthesis(Recipe):
 
     @torch.no_grad()
     def synthesize(self, n: int, condition: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """A table of generated rows, by the average of the generator when there is one, in eval mode.
+        """Generate a table, with the average of the generator if there is one, in eval mode.
 
         Args:
             n: number of rows.
-            condition: ``{column: category}`` that all rows are asked to have; None: for each row a discrete column, and
-                one of its categories by its frequency in the data.
+            condition: ``{column: category}`` to ask for in all rows; None: draw for each row a discrete column, and one
+                of its categories by its frequency in the data.
 
         Returns:
-            A NumPy array (n,) for each column, in the units of the data; ``pandas.DataFrame(table)`` makes a frame.
+            A NumPy array (n,) for each column, in the units of the data; ``pandas.DataFrame(table)`` makes a data
+            frame.
 
         Raises:
             ValueError: if there is no such column or category.
@@ -220,7 +221,7 @@ class TableSynthesis(Recipe):
 
 
 def _made(name: str, network: Any, inputs: int, outputs: int) -> nn.Module:
-    """A network, or what makes one makes."""
+    """The network, or the one that the given function makes."""
     made = network if isinstance(network, nn.Module) or not callable(network) else network(inputs, outputs)
     check(isinstance(made, nn.Module), name, "a module, or what makes one from two widths", made)
     return made  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""A tokenizer of images: an autoencoder with a codebook, and a discriminator beside its reconstruction."""
+"""Tokenizer: an image autoencoder with a codebook, and a discriminator for its reconstructions."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Tokenizer(Recipe):
     :class:`~lightning_gan_stability.AdversarialStart`.
 
     "Taming Transformers for High-Resolution Image Synthesis", https://arxiv.org/abs/2012.09841. A KL autoencoder, as of
-    latent diffusion, has ``losses={"kl": 1e-6}``, and a ``Reconstruction`` with the number of an image's values as
-    weight, since its distance is a sum there; an autoencoder without losses of its own has ``losses={}``.
+    latent diffusion, uses ``losses={"kl": 1e-6}``, and a ``Reconstruction`` whose weight is the number of values of an
+    image, since latent diffusion sums the distance. An autoencoder without losses of its own uses ``losses={}``.
 
-    A batch is images (n, c, h, w), or a tuple or dict that :meth:`GANModule.unpack` knows, whose labels are left out.
+    A batch is images (n, c, h, w), or a tuple or dict as in :meth:`GANModule.unpack`, whose labels are ignored.
 
     Args:
         generator: maps images to ``(reconstruction, {"codebook": loss})``, with a scalar loss. Further entries are for
@@ -33,8 +33,8 @@ class Tokenizer(Recipe):
         discriminator: maps images to logits (n, patches...).
         loss: None: :class:`~lightning_gan_stability.Hinge`.
         d_weight: factor of the discriminator's loss; the paper's ½.
-        g_weight: λ where no callback chooses it.
-        losses: names of what the generator returns and their weights; None: ``{"codebook": 1.0}``.
+        g_weight: λ if no callback sets it.
+        losses: names of losses that the generator returns, with their weights; None: ``{"codebook": 1.0}``.
         **kwargs: further arguments of :class:`~lightning_gan_stability.GANModule`.
 
     Raises:
@@ -62,6 +62,6 @@ class Tokenizer(Recipe):
         super().__init__(generator, discriminator, loss or Hinge(), d_weight, g_weight, losses, **kwargs)
 
     def unpack(self, batch: Any) -> tuple[Sample, Condition]:
-        """The data are what the generator reads."""
+        """The data are both the input and the target of the generator."""
         real, _ = super().unpack(batch)
         return real, real

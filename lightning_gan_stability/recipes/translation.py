@@ -1,4 +1,4 @@
-"""Image-to-image translation, with pairs of images and without."""
+"""Image-to-image translation: PairedTranslation and UnpairedTranslation."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class PairedTranslation(Recipe):
     """pix2pix: the generator maps a source image to its target, and the discriminator sees both.
 
     L_D = ½ (E sp(−D(s, x)) + E sp(D(s, x̂))), L_G = E sp(−D(s, x̂)), x̂ = G(s), sp(t) = log(1 + eᵗ).
-    To it belong ``Reconstruction(100.0)`` and ``Alternating(share_fake=True)``.
+    Use it with ``Reconstruction(100.0)`` and ``Alternating(share_fake=True)``.
 
     "Image-to-Image Translation with Conditional Adversarial Networks", https://arxiv.org/abs/1611.07004.
 
-    A batch is (source, target) or ``{"source": ..., "target": ...}``, images of one height and width.
+    A batch is (source, target) or ``{"source": ..., "target": ...}``, images of the same height and width.
 
     Args:
         generator: maps source images (n, c, h, w) to images like the targets.
@@ -33,7 +33,7 @@ class PairedTranslation(Recipe):
         loss: None: :class:`~lightning_gan_stability.NonSaturating`.
         d_weight: factor of the discriminator's loss; the paper's ½.
         g_weight: factor of the generator's adversarial loss.
-        losses: names of what the generator returns beside images and their weights; None: none.
+        losses: names of losses that the generator returns besides images, with their weights; None: none.
         **kwargs: further arguments of :class:`~lightning_gan_stability.GANModule`.
 
     Raises:
@@ -59,7 +59,7 @@ class PairedTranslation(Recipe):
         super().__init__(generator, discriminator, loss, d_weight, g_weight, losses, **kwargs)
 
     def unpack(self, batch: Any) -> tuple[Sample, Condition]:
-        """The target, and the source that it is to be made from."""
+        """The target as samples, and the source as their condition."""
         source, target = source_and_target(batch, "PairedTranslation")
         for name, image in (("source", source), ("target", target)):
             if not isinstance(image, Tensor) or image.dim() != 4 or image.shape[2:] != source.shape[2:]:
@@ -72,16 +72,16 @@ class PairedTranslation(Recipe):
     def discriminate(
         self, network: nn.Module, sample: Sample, condition: Condition
     ) -> Logits | tuple[Logits, Features]:
-        """Judge pairs."""
+        """Judge pairs of source and image."""
         return super().discriminate(network, torch.cat([condition, sample], 1), None)
 
 
 class UnpairedTranslation(Recipe):
-    """CycleGAN: two generators between the domains a and b, which bring each other's images back.
+    """CycleGAN: two generators between the domains a and b, each of which translates the other's images back.
 
     x̂_b = G_b(x_a), x̂_a = G_a(x_b); L_D = Σ_i ½ (E (D_i(x_i) − 1)² + E D_i(x̂_i)²), L_G = Σ_i E (D_i(x̂_i) − 1)².
-    The generator's turn is first. Images that were translated there and back are ``extras.cycle``, images that were
-    translated to their own domain ``extras.identity``. To it belong
+    The generators step first. Images that were translated there and back are ``extras.cycle``; images that were
+    translated to their own domain are ``extras.identity``. Use it with
     ``Reconstruction(10.0, sample="extras.cycle", name="cycle")``,
     ``Reconstruction(5.0, sample="extras.identity", name="identity")``, ``FakePool(50, independent=True)`` and
     ``Alternating(share_fake=True)``.
@@ -89,18 +89,18 @@ class UnpairedTranslation(Recipe):
     "Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks",
     https://arxiv.org/abs/1703.10593.
 
-    A batch is ``{"a": images, "b": images}`` or a tuple of both, such as of Lightning's ``CombinedLoader``; of a tuple
-    (images, labels) in their place the labels are left out. Both have one batch size.
+    A batch is ``{"a": images, "b": images}`` or a tuple of both, for instance from Lightning's ``CombinedLoader``, with
+    the same batch size for both. Instead of images there may be tuples (images, labels), whose labels are ignored.
 
     Args:
         generator: a ``ModuleDict``: ``"a"`` maps images of b to a, ``"b"`` images of a to b.
         discriminator: a ``ModuleDict`` of ``"a"`` and ``"b"``, which map images of their domain to logits (n, ...).
-        identity: make ``extras.identity``, which needs as many channels in both domains.
+        identity: compute ``extras.identity``, which requires equal numbers of channels in both domains.
         loss: None: :class:`~lightning_gan_stability.LeastSquares`.
-        d_weight: factor of the discriminators' losses; 1, since ``LeastSquares`` has the ½ itself.
+        d_weight: factor of the discriminators' losses; 1, since ``LeastSquares`` already has the factor ½.
         g_weight: factor of the generators' adversarial losses; 2, since they have no ½ in the paper.
-        losses: names of further extras and their weights; None: none.
-        plan: the order of the players' steps; the generator is first in the authors' code.
+        losses: names of further losses among the extras, with their weights; None: none.
+        plan: order of the players' steps; the authors' code steps the generators first.
         **kwargs: further arguments of :class:`~lightning_gan_stability.GANModule`.
 
     Raises:
@@ -154,7 +154,7 @@ class UnpairedTranslation(Recipe):
     def generate(
         self, network: nn.Module, n: int, condition: Condition, latents: Tensor | None
     ) -> tuple[Sample, Extras]:
-        """Translate both domains, and back."""
+        """Translate images of both domains, and translate them back."""
         assert isinstance(network, nn.ModuleDict)
         fake = {"a": network["a"](condition["b"]), "b": network["b"](condition["a"])}
         extras: Extras = {"cycle": {"a": network["a"](fake["b"]), "b": network["b"](fake["a"])}}
@@ -165,12 +165,12 @@ class UnpairedTranslation(Recipe):
     def discriminate(
         self, network: nn.Module, sample: Sample, condition: Condition
     ) -> Logits | tuple[Logits, Features]:
-        """Judge each domain by its own discriminator."""
+        """Judge the images of each domain by its discriminator."""
         assert isinstance(network, nn.ModuleDict)
         return logits_and_features({domain: network[domain](sample[domain]) for domain in DOMAINS})
 
     def augment_samples(self, sample: Sample, condition: Condition) -> tuple[Sample, Condition]:
-        """Images as the discriminators see them in training; they are told no condition."""
+        """Images as the discriminators see them in training; no condition is passed to them."""
         return super().augment_samples(sample, None)[0], condition
 
     def forward(self, inputs: Any, condition: Condition = None) -> Sample:
@@ -180,7 +180,7 @@ class UnpairedTranslation(Recipe):
         return super().forward(inputs, condition)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Sample:
-        """Images of both domains, translated."""
+        """Translations of the images of both domains."""
         if lone_target(batch) is not None:
             raise ValueError(
                 "UnpairedTranslation has two directions, and a batch of images of one domain does not say which: give "
@@ -189,11 +189,11 @@ class UnpairedTranslation(Recipe):
         return super().predict_step(batch, batch_idx, dataloader_idx)
 
     def translate(self, images: Tensor, to: str) -> Tensor:
-        """Images of one domain in the other; by the average of the generators in eval mode when there is one.
+        """Translate images of one domain to the other, in eval mode with the average of the generators if there is one.
 
         Args:
             images: (n, c, h, w).
-            to: ``"a"`` or ``"b"``.
+            to: the domain to translate to, ``"a"`` or ``"b"``.
         """
         network: Any = self.current_generator
         return network[check_choice("to", to, DOMAINS)](images.to(self.device))  # type: ignore[no-any-return]

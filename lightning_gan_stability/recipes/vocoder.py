@@ -1,4 +1,4 @@
-"""A vocoder: waveforms from spectrograms, with several discriminators."""
+"""Vocoder: generates waveforms from spectrograms, with several discriminators."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ class Vocoder(Recipe):
     """HiFi-GAN: the generator makes waveforms from spectrograms.
 
     L_D = Σ_d (E (1 − D_d(x))² + E D_d(x̂)²), L_G = Σ_d E (1 − D_d(x̂))², x̂ = G(mel(x)).
-    To it belong ``Reconstruction(45.0, MelDistance(sample_rate, [1024], 80, base="e", center=False))``,
-    ``FeatureMatching(2.0)``, and ``Alternating(share_fake=True)``.
+    Use it with ``Reconstruction(45.0, MelDistance(sample_rate, [1024], 80, base="e", center=False))``,
+    ``FeatureMatching(2.0)`` and ``Alternating(share_fake=True)``.
 
     "HiFi-GAN: Generative Adversarial Networks for Efficient and High Fidelity Speech Synthesis",
     https://arxiv.org/abs/2010.05646.
 
-    A batch is waveforms (n, 1, t) in [-1, 1] when ``spectrogram`` is given; or (spectrograms, waveforms), for
-    fine-tuning on the spectrograms of a text-to-speech model, or ``{"source": spectrograms, "target": waveforms}``.
+    With ``spectrogram``, a batch is waveforms (n, 1, t) in [-1, 1]. Otherwise it is (spectrograms, waveforms) or
+    ``{"source": spectrograms, "target": waveforms}``, as for fine-tuning on the spectrograms of a text-to-speech model.
 
-    ``trainer.predict`` takes the same batches, or spectrograms alone.
+    ``trainer.predict`` accepts the same batches, or spectrograms alone.
 
     Args:
         generator: maps spectrograms (n, mels, frames) to waveforms (n, 1, t).
-        discriminator: one, or a ``ModuleDict``, which map waveforms to logits (n, ...) or ``(logits, feature maps)``.
+        discriminator: maps waveforms to logits (n, ...) or ``(logits, feature maps)``; or a ``ModuleDict`` of several.
         spectrogram: maps waveforms to spectrograms, such as
             :class:`~lightning_gan_stability.audio.LogMelSpectrogram`; no gradient flows through it.
         loss: None: :class:`~lightning_gan_stability.LeastSquares`.
-        d_weight: factor of the discriminator's loss; 2, since ``LeastSquares`` has a ½ that HiFi-GAN does not have.
+        d_weight: factor of the discriminator's loss; 2, since ``LeastSquares`` has a factor ½ that HiFi-GAN lacks.
         g_weight: the same for the generator.
-        losses: names of what the generator returns beside waveforms and their weights; None: none.
+        losses: names of losses that the generator returns besides waveforms, with their weights; None: none.
         **kwargs: further arguments of :class:`~lightning_gan_stability.GANModule`.
 
     Raises:
@@ -65,7 +65,7 @@ class Vocoder(Recipe):
         self.spectrogram = check(known, "spectrogram", "a module that maps waveforms to spectrograms", spectrogram)
 
     def unpack(self, batch: Any) -> tuple[Sample, Condition]:
-        """Waveforms, and the spectrograms that they are to be made from."""
+        """Waveforms as samples, and their spectrograms as condition."""
         if self.spectrogram is None or (target := lone_target(batch)) is None:
             source, target = source_and_target(batch, "Vocoder", "`spectrogram`" if self.spectrogram is None else "")
             check_waveform(target)
@@ -75,7 +75,7 @@ class Vocoder(Recipe):
             return target, self.spectrogram(target)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Sample:
-        """Waveforms from spectrograms, or from those of waveforms (n, 1, t) when ``spectrogram`` is given."""
+        """Waveforms from spectrograms, or with ``spectrogram`` from those of waveforms (n, 1, t)."""
         target = lone_target(batch)
         if self.spectrogram is not None and target is not None and target.dim() == 3 and target.shape[1] == 1:
             batch = self.unpack(target)[1]
@@ -83,7 +83,7 @@ class Vocoder(Recipe):
 
 
 def check_waveform(waveform: Any) -> None:
-    """Refuse what is no batch of waveforms.
+    """Refuse anything but a batch of waveforms.
 
     Raises:
         ValueError: if it is not a floating tensor (n, channels, t).
