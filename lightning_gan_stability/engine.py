@@ -154,7 +154,7 @@ class Engine:
 
     @contextmanager
     def adjusted_for_batch(self, rule: UpdateRule) -> Iterator[None]:
-        """Apply the plan and the adversarial terms that callbacks choose for a batch, checked; restore them after it."""
+        """Apply the plan and the adversarial terms that callbacks choose for a batch, checked; then restore them."""
         module = self.module
         plan, adversarial = module.plan, module.adversarial
         self._callbacks = self.callbacks()

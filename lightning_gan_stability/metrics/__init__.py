@@ -1,9 +1,9 @@
-"""What samples are worth, in three layers.
+"""Metrics of generated samples, in three layers.
 
 * Extractors, from samples to features: :class:`Inception`, :class:`DigitClassifier`, or any ``nn.Module``
   (``nn.Identity`` for vectors).
 * Values, plain functions of real and fake features (n, d): :func:`frechet_distance`, :func:`precision_recall`, ...
-* Statistics, the same for features that arrive in batches and on several ranks, as torchmetrics:
+* Statistics, the same as torchmetrics, for features that arrive in batches and on several ranks:
   :class:`FrechetDistance`, :class:`PrecisionRecall`, ...
 """
 

@@ -1,4 +1,4 @@
-"""What a search of hyperparameters finds by how many trials it may have; plain NumPy."""
+"""The best result of a hyperparameter search as a function of the number of trials; plain NumPy."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,12 +9,12 @@ from lightning_gan_stability._checks import check, check_bool, check_share
 
 
 class BestOfBudget(NamedTuple):
-    """What the best of k trials is worth, for k = 1 ... n.
+    """The expected best of k trials, for k = 1 ... n.
 
     Attributes:
         mean: expected best value of k of the trials.
-        low: no more than ½ (1 − level) of all choices of k trials have a best value below it.
-        high: no more than as many have one above it.
+        low: at most a share of ½ (1 − level) of all choices of k trials have a best value below it.
+        high: at most the same share have a best value above it.
     """
 
     mean: list[float]
@@ -25,15 +25,16 @@ class BestOfBudget(NamedTuple):
 def expected_best(values: Sequence[float], lower_is_better: bool = True, level: float = 0.9) -> BestOfBudget:
     """Best quality against budget: the best of k of n trials, drawn without replacement, by order statistics.
 
-    Of values in order, best first, the i-th (from 0) is the best of k with probability C(n − 1 − i, k − 1) / C(n, k),
-    so that no resampling is needed; the mean is the unbiased estimate for k new trials of a random search. "Are GANs
-    Created Equal?", https://arxiv.org/abs/1711.10337, compares losses by it, as one number at one budget says little.
-    Near k = n all choices have nearly the same trials, and the band closes whatever another search would find.
+    If the values are sorted, best first, the i-th (from 0) is the best of k with probability
+    C(n − 1 − i, k − 1) / C(n, k), so that no resampling is needed. The mean is the unbiased estimate for k new trials
+    of a random search. "Are GANs Created Equal?", https://arxiv.org/abs/1711.10337, compares losses in this way, since
+    one number at one budget says little. Near k = n all choices contain nearly the same trials, and the band closes
+    regardless of what another search would find.
 
     Args:
-        values: of n finished trials; a trial that gave nothing has an infinite one, ∞ or −∞, whichever is worse.
-        lower_is_better: as for FID.
-        level: of the band between ``low`` and ``high``, in [0, 1).
+        values: values of n finished trials; a failed trial has an infinite one, ∞ or −∞, whichever is worse.
+        lower_is_better: whether lower values are better, as for FID.
+        level: level of the band between ``low`` and ``high``, in [0, 1).
 
     Raises:
         ValueError: if an argument has a bad value, or a value is NaN.

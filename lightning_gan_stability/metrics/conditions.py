@@ -1,4 +1,4 @@
-"""Whether generated samples belong to their conditions: features, or labels, in pairs; plain torch."""
+"""Whether generated samples match their conditions, from pairs of features, or labels, and samples; plain torch."""
 
 import math
 from typing import NamedTuple
@@ -15,14 +15,14 @@ ROUNDING = 1e-9  # two values of a statistic that are so near, relative to its s
 
 
 class ConditionDependence(NamedTuple):
-    """How much generated samples depend on their conditions, and how much real ones do.
+    """How much generated samples depend on their conditions, compared with real samples.
 
     Attributes:
-        dependence: bias-corrected squared distance correlation; 0 in the mean if independent, at most 1.
-        p_value: of the permutation test that they are independent; small: they depend on the condition.
-        real: the same number for real samples; NaN if there are none.
+        dependence: bias-corrected squared distance correlation; 0 on average if independent, at most 1.
+        p_value: p-value of the permutation test of independence; small: samples depend on the condition.
+        real: the dependence of real samples; NaN if there are none.
         ratio: dependence / real; NaN if ``real`` is not positive.
-        p_weaker: of the test that real samples depend on it more; small: they do; NaN without real samples.
+        p_weaker: p-value of the test that real samples depend on it more; small: they do; NaN without real samples.
     """
 
     dependence: float
@@ -33,16 +33,16 @@ class ConditionDependence(NamedTuple):
 
 
 class ClassReport(NamedTuple):
-    """Generated samples of one class beside the real ones.
+    """Generated samples of one class compared with the real ones.
 
     Attributes:
         n_real: number of real samples.
         n_fake: number of generated ones.
         consistency: share of generated samples whose nearest real samples are of this class; NaN if there are none.
-        real_consistency: the same share of the real samples, of which each is left out in turn.
-        p_consistency: of the test that the first share is smaller than the second.
+        real_consistency: the same share for the real samples, each of which is left out in turn.
+        p_consistency: p-value of the test that the first share is smaller than the second.
         diversity: mean distance of two generated samples, divided by that of two real ones; NaN if there are none.
-        p_diversity: of the test that the generated samples are less diverse.
+        p_diversity: p-value of the test that the generated samples are less diverse.
     """
 
     n_real: int
@@ -60,28 +60,28 @@ def condition_dependence(
     """Bias-corrected squared distance correlation ⟨A, B⟩ / √(⟨A, A⟩ ⟨B, B⟩) of conditions and samples, with two tests.
 
     "Partial Distance Correlation with Methods for Dissimilarities", https://arxiv.org/abs/1310.2926: A and B are the
-    Euclidean distances of the conditions and of the samples, each U-centred. It is 0 in the population for independent
-    pairs alone, and has no bandwidth. Labels are 1 apart if they differ.
+    U-centred Euclidean distances of the conditions and of the samples. The population value is 0 for independent pairs
+    only, and no bandwidth is needed. Different labels have the distance 1.
 
     The first test compares true pairs with shuffled ones, by the inner product of the 32 leading directions of A and of
-    B: a permutation costs n·32², not n². A generator that ignores its condition, or translates that of another row, has
-    a uniform p-value. The second test exchanges the real and the generated sample of random rows: if both are drawn
-    from one distribution given the condition, ⟨A, B_real⟩ − ⟨A, B_fake⟩ is as large as that of another exchange. Both
-    p-values are those of a permutation test, (1 + number as large)/(1 + permutations), and hold for any n; the second
-    is small for samples of too small a spread too.
+    B, so that a permutation costs n·32² instead of n². A generator that ignores its condition, or uses that of another
+    row, has a uniform p-value. The second test exchanges the real and the generated sample of random rows: if both have
+    the same distribution given the condition, ⟨A, B_real⟩ − ⟨A, B_fake⟩ is as large as that of another exchange. Both
+    are permutation tests with p-value (1 + number as large)/(1 + permutations), valid for any n. The second p-value is
+    also small for samples of too small a spread.
 
     Args:
         condition: (n, d) features, or (n,) labels.
         fake: (n, d) features of the samples generated for these conditions.
         real: (n, d) features of the real samples of these conditions; None: no comparison.
-        permutations: of each test.
-        seed: of the permutations.
+        permutations: number of permutations of each test.
+        seed: seed of the permutations.
 
     Returns:
         Correlations and p-values.
 
     Raises:
-        ValueError: also unless there is one row for each condition, and four at least.
+        ValueError: also if there is not one row for each condition, or if there are fewer than four.
 
     Example:
         >>> labels = torch.arange(40) % 4
@@ -127,28 +127,28 @@ def class_report(
     permutations: int = 999,
     seed: int = 0,
 ) -> dict[int, ClassReport]:
-    """For each class, how many generated samples look like it, and how diverse they are, beside real samples.
+    """Compare consistency and diversity of the generated samples of each class with those of real samples.
 
     A sample is consistent if most of its k nearest real samples are of its class; the nearest of them decides a tie. A
-    real sample is not its own neighbour. The shares are compared by Fisher's exact test, the mean distances of two
-    samples of the class by a permutation test with equally many real and generated samples. Both are one-sided, for
-    one class: multiply p-values by the number of classes before you look for the smallest.
+    real sample is not its own neighbour. The shares are compared by Fisher's exact test. The mean distances of two
+    samples of the class are compared by a permutation test with equally many real and generated samples. Both tests are
+    one-sided and for one class: multiply p-values by the number of classes before you pick the smallest.
 
     Args:
         real: (n, d) features.
         real_labels: (n,) classes.
         fake: (m, d) features.
-        fake_labels: (m,) classes that were asked for; all of them have real samples.
+        fake_labels: (m,) requested classes; all of them have real samples.
         k: number of neighbours.
-        permutations: of each test of diversity.
-        seed: of the permutations.
+        permutations: number of permutations of each test of diversity.
+        seed: seed of the permutations.
 
     Returns:
         A report for each class of the real samples. A p-value is 1 where there is nothing to compare: no generated
         sample of a class for consistency, fewer than two on either side for diversity.
 
     Raises:
-        ValueError: also if labels are not integers (n,), or if generated classes have no real sample.
+        ValueError: also if labels are not integers (n,), or if a generated class has no real sample.
 
     Example:
         >>> real, labels = torch.randn(100, 2), torch.arange(100) % 2

@@ -1,8 +1,8 @@
-"""What can be said for certain of a generator that looks bad: exact tests, each against what a healthy one may be.
+"""Exact tests for a generator that looks bad, each against the hypothesis that it is healthy.
 
-A healthy generator need not equal the data: it holds every mode with a fifth of its share or more, its samples are at
-least a fifth as far from each other as real ones, and it covers a part of the data. Each test's p-value is that of the
-worst of these generators, so that better ones are called bad even less often than the level says.
+A healthy generator need not equal the data: it holds every mode with at least a fifth of its share, its samples are
+at least a fifth as far from each other as real ones, and it covers a part of the data. The p-value of each test is
+that of the worst of these generators. Better ones are therefore called bad even less often than the level says.
 """
 
 from __future__ import annotations
@@ -22,28 +22,29 @@ HELD = 0.2  # a mode or cell is missed if it has less than this part of what the
 
 
 class LostModes(NamedTuple):
-    """The share of the real data in modes that are surely lost, and the p-value of that."""
+    """The share of the real data in modes that are certainly lost, and its p-value."""
 
     mass: float
     p: float
 
 
 def lost_modes(real: Tensor, fake: Tensor, covered: Tensor, modes: int, held: float = HELD) -> LostModes:
-    r"""Whether modes are lost: whether they have less than ``held`` times their share of the generated samples.
+    r"""Test whether modes are lost: whether they have less than ``held`` times their share of the generated samples.
 
-    If a set of modes has ``held`` times its share or more, then of the r real and k generated samples in it each is
-    generated with probability π = held m / (held m + n) or more, and P(k or fewer) is the binomial distribution's
-    function at k of r + k. Sets are the one mode that has least, the two that have least, and so on; p is K times the
-    smallest of their probabilities, with the number K of modes. A mode in which a fifth of the real samples have a
-    generated one in their neighbourhood is not lost: a young generator is all over the place, and passes between
-    narrow ones. A neighbourhood is no smaller than generated samples are far from the data (:func:`blur_of`).
+    If a set of modes has at least ``held`` times its share, each of its r real and k generated samples is a generated
+    one with probability of at least π = held m / (held m + n). Then P(k or fewer) is the binomial distribution's
+    function at k of r + k. The sets are the mode with the smallest share, the two with the smallest, and so on; p is K
+    times the smallest of their probabilities, with the number K of modes. A mode is not lost if a fifth of its real
+    samples have a generated one in their neighbourhood, because samples of a young generator are spread everywhere and
+    pass between narrow modes. The neighbourhood is at least as large as the distance of generated samples to the data
+    (:func:`blur_of`).
 
     Args:
         real: the mode (n,) of each real sample, 0 ... K − 1.
-        fake: the mode (m,) of each generated sample; they must not be those that the suspicion comes from.
+        fake: the mode (m,) of each generated sample; do not reuse samples that raised the suspicion.
         covered: whether a generated sample is near (n,) each real one; see :func:`covered_by`.
         modes: K.
-        held: the part of a mode's share that a healthy generator has.
+        held: share of a mode that a healthy generator has, relative to the data.
 
     Example:
         >>> real, fake = torch.arange(800) % 8, torch.arange(700) % 7
@@ -69,7 +70,7 @@ def lost_modes(real: Tensor, fake: Tensor, covered: Tensor, modes: int, held: fl
 
 
 def covered_by(fake: Tensor, real: Tensor, k: int = 5, blur: float = 0.0) -> Tensor:
-    """Whether a generated sample (m, d) is nearer to each real one (n, d) than its k-th real neighbour, (n,).
+    """Whether a generated sample (m, d) is closer to each real one (n, d) than its k-th real neighbour, (n,).
 
     The mean is the coverage of "Reliable Fidelity and Diversity Metrics for Generative Models",
     https://arxiv.org/abs/2002.09797.
@@ -77,8 +78,8 @@ def covered_by(fake: Tensor, real: Tensor, k: int = 5, blur: float = 0.0) -> Ten
     Args:
         fake: features (m, d).
         real: features (n, d).
-        k: which neighbour.
-        blur: a distance that is near, whatever the neighbours are; see :func:`blur_of`.
+        k: number of the neighbour.
+        blur: a distance that always counts as near; see :func:`blur_of`.
 
     Example:
         >>> covered_by(torch.tensor([[0.5], [9.0]]), torch.tensor([[0.0], [1.0], [3.0]]), k=1)
@@ -92,10 +93,10 @@ def covered_by(fake: Tensor, real: Tensor, k: int = 5, blur: float = 0.0) -> Ten
 
 
 def blur_of(fake: Tensor, real: Tensor) -> float:
-    """How far generated samples (m, d) lie from the data (n, d): the median distance to the nearest real one.
+    """The distance of generated samples (m, d) to the data (n, d): the median distance to the nearest real one.
 
-    It is no larger than distances in the data where a generator has learned them. That of a young one is wide: few of
-    its samples are in the middle of a mode that it holds, and cells there would pass for lost.
+    If a generator has learned the data, it is no larger than distances within them. For a young one it is large: few of
+    its samples are in the middle of a mode that it holds, and cells there would count as lost.
 
     Example:
         >>> blur_of(torch.tensor([[0.5], [3.0], [9.0]]), torch.tensor([[0.0], [1.0], [3.0]]))
@@ -105,7 +106,7 @@ def blur_of(fake: Tensor, real: Tensor) -> float:
 
 
 def too_little_coverage(covered: Tensor, least: float) -> float:
-    """The p-value of a coverage of ``least`` or more: the binomial distribution's function at the covered ones.
+    """The p-value of the hypothesis that the coverage is at least ``least``, from the binomial distribution.
 
     Example:
         >>> round(too_little_coverage(torch.zeros(10, dtype=torch.bool), least=0.5), 6)
@@ -117,15 +118,15 @@ def too_little_coverage(covered: Tensor, least: float) -> float:
 
 
 def too_little_variation(fake: Tensor, diversity: float, least: float = HELD, blocks: int = 10) -> float:
-    """The p-value of a mean distance of two generated samples of ``least`` times ``diversity`` or more.
+    """The p-value of the hypothesis that the mean distance of two generated samples is at least ``least · diversity``.
 
-    Student's t of the mean distances in blocks of samples, which are independent of each other.
+    It uses Student's t of the mean distances in independent blocks of samples.
 
     Args:
         fake: features (m, d).
         diversity: the mean distance of two real samples.
         least: the part of it that a healthy generator has.
-        blocks: how many, or one more; of fewer than four samples nothing can be said.
+        blocks: number of blocks, or somewhat more; at least four samples are needed.
 
     Example:
         >>> too_little_variation(torch.zeros(100, 2), diversity=1.0)
@@ -145,7 +146,7 @@ def too_little_variation(fake: Tensor, diversity: float, least: float = HELD, bl
 
 
 def level(false_alarms: float, look: int) -> float:
-    r"""What a p-value must be below at the i-th look, so that all looks together err with ``false_alarms`` at most.
+    r"""The level of the i-th test, such that all tests together have a false alarm rate of at most ``false_alarms``.
 
     α_i = α · 6 / (π i)², whose sum over all i is α.
 
@@ -157,7 +158,7 @@ def level(false_alarms: float, look: int) -> float:
 
 
 def samples_to_decide(least_coverage: float, level: float, tests: int = 3) -> int:
-    """How many real samples it takes until a coverage of 0 is surely less than ``least_coverage``.
+    """The number of real samples needed to tell a coverage of 0 from ``least_coverage`` with certainty.
 
     The least n with ``tests`` (1 − least_coverage)ⁿ ≤ level.
 
@@ -169,7 +170,7 @@ def samples_to_decide(least_coverage: float, level: float, tests: int = 3) -> in
 
 
 def samples_to_decide_on_conditions(level: float, tests: int) -> int:
-    """How many samples it takes until ignored conditions are surely ignored: blocks of 25, all of them below.
+    """The number of samples needed to tell that conditions are ignored: blocks of 25, all of them below.
 
     Example:
         >>> samples_to_decide_on_conditions(0.01, tests=2)
@@ -179,18 +180,17 @@ def samples_to_decide_on_conditions(level: float, tests: int) -> int:
 
 
 def too_little_dependence(condition: Tensor, fake: Tensor, real: Tensor, least: float = 0.5) -> float:
-    """The p-value of samples that depend on their conditions ``least`` times as much as real ones do, or more.
+    """The p-value of the hypothesis that samples depend on conditions at least ``least`` times as much as real ones.
 
-    The rows are taken apart into blocks of 25 rows or more, 50 blocks at most, which are independent of each other. In
-    each, the squared distance correlation of conditions and samples is less than ``least`` times that of real samples,
-    or not; of a healthy generator it is not in half of the blocks or more. Exact is the sign test: the binomial
-    distribution's function.
+    The rows are divided into at most 50 independent blocks of at least 25 rows. For a healthy
+    generator, the squared distance correlation of conditions and samples is at least ``least`` times that of real
+    samples in at least half of the blocks. The p-value is that of the exact sign test, by the binomial distribution.
 
     Args:
         condition: (n, d) features, or (n,) labels.
         fake: (n, d) features of the samples generated for these conditions.
         real: (n, d) features of the real samples of these conditions.
-        least: part of the real samples' dependence.
+        least: share of the real samples' dependence.
 
     Example:
         >>> source = torch.randn(500, 2)
@@ -214,10 +214,11 @@ def too_little_dependence(condition: Tensor, fake: Tensor, real: Tensor, least: 
 def too_little_consistency(
     real: Tensor, real_labels: Tensor, fake: Tensor, fake_labels: Tensor, least: float = 0.5
 ) -> float:
-    """The p-value of classes whose samples look like their class ``least`` times as often as real ones do, or more.
+    """The p-value of the hypothesis that each class is at least ``least`` times as consistent as in real samples.
 
-    By the nearest real samples, as in :func:`~lightning_gan_stability.metrics.conditions.class_report`; the number of
-    classes times the smallest of the binomial distribution's functions.
+    Consistency is measured by the nearest real samples, as in
+    :func:`~lightning_gan_stability.metrics.conditions.class_report`. The p-value is the number of classes times the
+    smallest binomial probability.
 
     Example:
         >>> real, labels = torch.randn(200, 2), torch.arange(200) % 2
@@ -237,9 +238,10 @@ def too_little_consistency(
 
 
 def too_little_class_variation(real: Tensor, real_labels: Tensor, fake: Tensor, fake_labels: Tensor) -> float:
-    """The p-value of classes that vary at least a fifth as much as real ones, :func:`too_little_variation` of each.
+    """The p-value of the hypothesis that each class varies at least a fifth as much as its real samples.
 
-    The number of classes with 50 generated samples or more, times the smallest of their p-values.
+    It is the smallest p-value of :func:`too_little_variation`, times the number of classes with at least 50 generated
+    samples.
 
     Example:
         >>> real, labels = torch.randn(200, 2), torch.arange(200) % 2

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def mean_distance(x: Tensor) -> float:
-    """E‖x − x′‖ of all pairs of rows, those of a row with itself included.
+    """E‖x − x′‖ over all pairs of rows, including those of a row with itself.
 
     Args:
         x: features (n, d).
@@ -22,13 +22,13 @@ def energy_distance(real: Tensor, fake: Tensor, within_real: float | None = None
     """2 E‖x − y‖ − E‖x − x′‖ − E‖y − y′‖, means over all pairs of rows; 0 for equal samples.
 
     "Energy statistics: A class of statistics based on distances", https://doi.org/10.1016/j.jspi.2013.03.018. It needs
-    no kernel, no bandwidth and no fit, and tells samples apart that are nowhere near the data yet. Of n rows each from
-    one distribution it is 2/n · E‖x − x′‖ on average.
+    no kernel, no bandwidth and no fit, and compares even samples that are far from the data. For n rows each of one
+    distribution it is 2/n · E‖x − x′‖ on average.
 
     Args:
         real: features (n, d).
         fake: features (m, d).
-        within_real: :func:`mean_distance` of ``real``, for many distances to the same samples; None: it is computed.
+        within_real: :func:`mean_distance` of ``real``, to reuse for many distances; None: compute it.
 
     Returns:
         At least 0, in the units of the features; NaN if they are not finite.

@@ -1,4 +1,4 @@
-"""Feature extractors, in whose features distances between samples mean something; plain torch."""
+"""Feature extractors, whose features have meaningful distances; plain torch."""
 
 import math
 import warnings
@@ -16,10 +16,10 @@ ENOUGH = 50  # images of which none has a value below 0 although they come down 
 
 
 class _Range:
-    """Tells images in [-1, 1] from those in 0 ... 255 and in [0, 1], by all that have come so far.
+    """Tells images in [-1, 1] from those in 0 ... 255 and in [0, 1], by all images so far.
 
-    A generator without tanh may leave [-1, 1], and a batch of it may be all bright. So images are refused by what no
-    data set in [-1, 1] has, and not once a value below 0 was seen, which the other ranges do not have.
+    A generator without tanh may leave [-1, 1], and all images of a batch may be bright. So images are refused only for
+    what no data set in [-1, 1] has, and no longer after a value below 0, which the other ranges do not have.
     """
 
     def __init__(self, name: str) -> None:
@@ -30,7 +30,7 @@ class _Range:
         """Refuse other images.
 
         Raises:
-            ValueError: if they are no floating-point images, or are in another range.
+            ValueError: if they are not floating-point images, or are in another range.
         """
         if not images.is_floating_point():
             raise ValueError(
@@ -69,18 +69,19 @@ class _Range:
 class Inception(nn.Module):
     """The Inception network of published FIDs: torch-fidelity's copy of the original weights and resizing.
 
-    Features of images (n, 1 or 3, h, w) in [-1, 1], which are rounded to 8 bits as files would be; grey is repeated for
-    red, green and blue. "GANs Trained by a Two Time-Scale Update Rule", https://arxiv.org/abs/1706.08500. The weights
-    (91 MB) are read at the first use, from a local file or by a download into torch's cache. Values outside of [-1, 1],
-    which a generator may leave, are clamped; an image that is not finite has features that are not.
+    Features of images (n, 1 or 3, h, w) in [-1, 1], which are rounded to 8 bits as in files; grey images are repeated
+    for red, green and blue. "GANs Trained by a Two Time-Scale Update Rule", https://arxiv.org/abs/1706.08500. The
+    weights (91 MB) are loaded at the first use, from a local file or by a download into torch's cache. Values outside
+    of [-1, 1] are clamped; an image that is not finite has features that are not finite.
 
     Args:
         weights: file of the weights, `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity's release page.
-            None: it is downloaded.
-        width: how many features: 2048 (FID's), or of an earlier layer 64, 192 or 768.
+            None: download it.
+        width: number of features: 2048 (FID's), or 64, 192 or 768 of an earlier layer.
 
     Raises:
-        ValueError: if ``weights`` is no file or does not hold the weights, if ``width`` is none of those, or if images
+        ValueError: if ``weights`` is no file or does not hold the weights, if ``width`` is not one of those, or if
+            images
             have another form or type, or are in 0 ... 255 or (50 of them, none with a value below 0) in [0, 1].
         RuntimeError: if the download fails.
 
@@ -101,7 +102,7 @@ class Inception(nn.Module):
         self.network: nn.Module | None = None
 
     def load(self) -> nn.Module:
-        """Read the weights, once."""
+        """Load the weights, once."""
         if self.network is None:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -130,10 +131,10 @@ class Inception(nn.Module):
 
 
 class DigitClassifier(nn.Module):
-    """A small network that tells scikit-learn's 8×8 digits apart, for their quality and the number of digits made.
+    """A small classifier of scikit-learn's 8×8 digits, to measure the quality and the variety of generated digits.
 
-    Trained at the first use on the 1,497 training images of ``Digits(seed=0)``, in seconds and always to the same
-    weights; right on more than 97 % of the 300 others. The last hidden layer is the features.
+    It is trained at the first use on the 1,497 training images of ``Digits(seed=0)``, in seconds and always to the same
+    weights. It is right on more than 97 % of the 300 other images. Its features are the last hidden layer.
 
     Raises:
         ValueError: if images have another form or type, or are in 0 ... 255, 0 ... 16 or (50 of them) in [0, 1].
@@ -190,20 +191,20 @@ class DigitClassifier(nn.Module):
 
 
 class RandomConvolutions(nn.Module):
-    """Features of images, series or volumes by convolutions that nobody has trained, so that nothing is downloaded.
+    """Features of images, series or volumes from convolutions with random weights, so that nothing is downloaded.
 
     Three layers of convolutions of width 3 with fixed random weights (N(0, 2 / fan-in) by ``seed``), LeakyReLU(0.2) and
-    halving, each averaged over a grid of at most 4 cells along each axis, beside the samples themselves, averaged over
-    at most 8. They tell layout, contrast and texture apart, but know no objects: good enough to compare settings of one
-    run, not for published numbers. "On Random Weights and Unsupervised Feature Learning",
+    halving are each averaged over a grid of at most 4 cells along each axis. The samples themselves, averaged over at
+    most 8 cells, are added. The features distinguish layout, contrast and texture, but not objects: use them to compare
+    settings within a run, not for published numbers. "On Random Weights and Unsupervised Feature Learning",
     https://icml.cc/2011/papers/551_icmlpaper.pdf.
 
     Args:
-        width: channels of each layer.
-        seed: of the weights.
+        width: number of channels of each layer.
+        seed: seed of the weights.
 
     Raises:
-        ValueError: if an argument has a bad value; in ``forward``, unless samples are (n, channels, length),
+        ValueError: if an argument has a bad value; in ``forward``, if samples are not (n, channels, length),
             (n, channels, height, width) or (n, channels, depth, height, width).
 
     Example:

@@ -1,4 +1,4 @@
-"""What metrics are made of: distances of all pairs, exact and in bounded memory, and spectra; plain torch."""
+"""Building blocks of metrics: exact distances of all pairs in bounded memory, and spectra; plain torch."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -16,11 +16,11 @@ BLOCK = 256  # columns of symmetric and triangular products done at once
 
 
 def checked(k: int = 0, least: int = 2, **features: Tensor) -> list[Tensor]:
-    """The features, or an error that says what is wrong with which of them.
+    """Check features, and return them.
 
     Args:
         k: each needs more than k samples.
-        least: and at least so many: two, or 0 for a batch of those that are still to come.
+        least: and at least this many: two, or 0 for a batch of features that arrive later.
         features: (n, d) each.
 
     Raises:
@@ -54,15 +54,15 @@ def checked(k: int = 0, least: int = 2, **features: Tensor) -> list[Tensor]:
 
 
 def rows_at_once(width: int) -> int:
-    """How many rows of so many values make a chunk."""
+    """The number of rows of a given width in a chunk."""
     return max(1, CHUNK // max(1, width))
 
 
 class Pairs:
     """Euclidean distances between the rows of a and of b, chunk by chunk of a.
 
-    Wide features are sorted out by a matrix product, whose rounding is known; pairs that this leaves in doubt are
-    decided by their differences in float64, so that the same pair has the same distance everywhere.
+    Wide features are compared by a matrix product, whose rounding error is known. Pairs that it leaves in doubt are
+    compared by their differences in float64, so that the same pair has the same distance everywhere.
 
     Args:
         a: (n, d).
@@ -108,9 +108,9 @@ class Pairs:
 
         Args:
             start: the first row of the chunk.
-            low: what :meth:`chunks` gave.
+            low: the result of :meth:`chunks`.
             radii: one per column (m,), or per row (rows, 1).
-            strict: less than, not at most.
+            strict: compare with less than, instead of at most.
         """
         if self.narrow:
             return low < radii if strict else low <= radii
@@ -129,15 +129,15 @@ class Pairs:
         return inside
 
     def radii(self, k: int) -> Tensor:
-        """The distance (n,) of each row of a to its k-th nearest in b = a, itself not counted."""
+        """The distance (n,) of each row of a to its k-th nearest in b = a, not counting itself."""
         return torch.cat([self._radii(start, low, k) for start, low in self.chunks()])
 
     def nearest(self, k: int = 1, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Distances and rows, (n, k) each, of the k nearest in b to each row of a, the nearest first; of ties, any.
+        """Distances and rows, (n, k) each, of the k nearest in b to each row of a, nearest first; ties are arbitrary.
 
         Args:
-            k: how many.
-            own: (n,), for each row of a the row of b that is not counted; None: all are.
+            k: number of neighbours.
+            own: (n,), for each row of a the row of b that is not counted; None: count all.
         """
         parts = [self._nearest(start, low, k, own) for start, low in self.chunks()]
         distances, rows = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -201,7 +201,7 @@ class Pairs:
 
 
 def distinct(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct rows of x, and how often each is there, in float64.
+    """The distinct rows of x, and the number of copies of each, in float64.
 
     Example:
         >>> distinct(torch.tensor([[1.0], [0.0], [1.0]]))[1]
@@ -212,7 +212,7 @@ def distinct(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def radii(points: Tensor, k: int) -> Tensor:
-    """The distance of each of distinct points to the k-th nearest other one; 0 if there are not so many."""
+    """The distance of each of distinct points to the k-th nearest other one; 0 if there are fewer points."""
     return Pairs(points, points).radii(k) if len(points) > k else points.new_zeros(len(points), dtype=torch.float64)
 
 
@@ -230,7 +230,7 @@ def duplicates_of(x: Tensor, threshold: float) -> Tensor | None:
 
 
 def first_duplicate(x: Tensor, order: Tensor, threshold: float) -> int:
-    """How many samples of an order it takes to see one twice, where many are alike."""
+    """The number of samples of an order until one comes twice, if many are alike."""
     seen = 16
     while True:
         duplicates = duplicates_of(x[order[:seen]], threshold)
@@ -246,7 +246,7 @@ def centred(features: Tensor) -> Tensor:
 
 
 def gram(x: Tensor) -> Tensor:
-    """XᵀX, of which one half is computed."""
+    """XᵀX, of which only one half is computed."""
     product = x.new_empty(x.shape[1], x.shape[1])
     for i in range(0, len(product), BLOCK):
         rows = x[:, i : i + BLOCK].T @ x[:, i:]
@@ -255,7 +255,7 @@ def gram(x: Tensor) -> Tensor:
 
 
 def sandwich(lower: Tensor, symmetric: Tensor) -> Tensor:
-    """LᵀCL, its lower triangle alone; zeros of L are left out, block by block: a third of the two products."""
+    """The lower triangle of LᵀCL; blocks of zeros of L are skipped: a third of the cost of the two products."""
     starts = range(0, len(lower), BLOCK)
     right = torch.cat([symmetric[:, i:] @ lower[i:, i : i + BLOCK] for i in starts], dim=1)
     product = torch.zeros_like(lower)
@@ -266,7 +266,7 @@ def sandwich(lower: Tensor, symmetric: Tensor) -> Tensor:
 
 
 def factor(x: Tensor) -> Tensor:
-    """R with RᵀR = XᵀX, of as few rows as may be."""
+    """R with RᵀR = XᵀX, with as few rows as possible."""
     return x if len(x) <= x.shape[1] else torch.linalg.qr(x, mode="r").R
 
 
@@ -306,7 +306,7 @@ def mmd(x: Tensor, y: Tensor) -> float:
 
 
 def mmd_bias(x: Tensor, y: Tensor) -> float:
-    """By how much MMD² is larger in the mean if each sample is a pair with itself, too."""
+    """The expected increase of MMD² if pairs of a sample with itself are included."""
     bias = 0.0
     for z in (x, y):
         n, others = len(z), _kernel_sum(z, z, True)

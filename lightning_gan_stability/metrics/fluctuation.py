@@ -10,11 +10,11 @@ class Fluctuation(NamedTuple):
     """Variances over checkpoints, divided by the variance over samples.
 
     Attributes:
-        total: variance over checkpoints, drift included.
+        total: variance over checkpoints, including drift.
         fluctuation: the part that comes and goes, the mean of ``by_sample``.
-        by_sample: (n,), the same of each sample.
-        checkpoints: (n,), the number of the checkpoint, in 1 ... t − 2, at which a sample differs most from those
-            before and after it.
+        by_sample: (n,), the same for each sample.
+        checkpoints: (n,), the checkpoint, in 1 ... t − 2, at which a sample differs most from those before and after
+            it.
     """
 
     total: float
@@ -26,19 +26,19 @@ class Fluctuation(NamedTuple):
 def checkpoint_fluctuation(samples: Tensor) -> Fluctuation:
     """Artefacts that come and go: ⅔ mean over t of (x_t − ½ (x_{t−1} + x_{t+1}))², relative to the variance of samples.
 
-    The mean is over places too. Of checkpoints that vary independently, this is the variance over checkpoints; a steady
-    change from one checkpoint to the next, as in training that goes on, counts nothing. The variance over samples is
-    the unbiased one of each checkpoint, averaged over checkpoints and places.
+    The mean also runs over positions. For checkpoints that vary independently, this is the variance over checkpoints. A
+    steady change from one checkpoint to the next, as in ongoing training, does not count. The variance over samples is
+    the unbiased one of each checkpoint, averaged over checkpoints and positions.
 
     Args:
         samples: (t, n, ...), at least three checkpoints in their order, each with the samples of the same latents, at
             equal distances in training.
 
     Returns:
-        At least 0; infinite if samples do not differ from each other, but over checkpoints; 0 if they never do.
+        At least 0; infinite if samples differ over checkpoints but not from each other; 0 if they never differ.
 
     Raises:
-        ValueError: unless samples are floating-point, of at least three checkpoints and two latents, and finite.
+        ValueError: if samples are not finite, floating-point, and of at least three checkpoints and two latents.
 
     Example:
         >>> samples = torch.tensor([[0.0, 4.0], [0.0, 4.0], [1.0, 4.0], [0.0, 4.0], [0.0, 4.0]])[..., None]

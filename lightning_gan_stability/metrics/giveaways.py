@@ -1,4 +1,4 @@
-"""What gives generated samples away at a glance: one number of a sample that tells real from generated; plain torch."""
+"""Statistics of single samples that tell generated from real samples at a glance; plain torch."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -18,20 +18,21 @@ BANDS = 8  # of the spectrum, up to the Nyquist frequency
 
 
 class Giveaway(NamedTuple):
-    """One number of a sample by which real and generated samples can be told apart.
+    """A statistic of single samples by which real and generated samples can be told apart.
 
     Attributes:
         kind: ``quantization``, ``constant``, ``range``, ``saturation``, ``spectrum`` or ``statistic``.
-        name: of the number, such as ``total variation``.
-        value: quantization: levels of the grid; constant: share of the places that are constant; range: share of
-            generated samples outside of the range of real ones; saturation: share of the values of real samples at the
-            ends of their range; spectrum: decibels by which generated samples have more power; statistic: ``auc``.
-        auc: probability that the number of a generated sample is the larger one, or the smaller one if that is more
-            probable; ties count by half.
-        p_value: of equal distributions, times the number of tests (Bonferroni), at most 1.
-        strong: a network sees it at once; False for grids of more than 32 levels and for a range that a part of the
-            samples leaves.
-        sentence: what was found.
+        name: name of the statistic, such as ``total variation``.
+        value: quantization: number of levels of the grid; constant: share of the positions that are constant; range:
+            share of generated samples outside of the range of real ones; saturation: share of the values of real
+            samples at the ends of their range; spectrum: decibels by which generated samples have more power;
+            statistic: ``auc``.
+        auc: probability that the statistic of a generated sample is larger, or smaller if that is more probable; ties
+            count by half.
+        p_value: p-value of equal distributions, times the number of tests (Bonferroni), at most 1.
+        strong: a network sees it at once; False for grids of more than 32 levels and for a range that only some samples
+            leave.
+        sentence: a description of the finding.
     """
 
     kind: str
@@ -59,36 +60,36 @@ class _Test(NamedTuple):
 
 
 def find_giveaways(real: Tensor, fake: Tensor, level: float = 0.01, separation: float = 0.99) -> list[Giveaway]:
-    """Numbers of single samples by which a discriminator can win without learning what the data look like.
+    """Find statistics of single samples by which a discriminator can win without learning what the data look like.
 
-    Each is the simplest of classifiers of "Revisiting Classifier Two-Sample Tests", https://arxiv.org/abs/1610.06545: a
-    threshold for one number, the area under whose ROC curve is P(s(fake) > s(real)) + ½ P(s(fake) = s(real)). Found are
-    those with an area of at least ``separation`` and a p-value of at most ``level`` by the Mann–Whitney test, after
+    Each is a simple classifier as in "Revisiting Classifier Two-Sample Tests", https://arxiv.org/abs/1610.06545: a
+    threshold on a statistic s, whose area under the ROC curve is P(s(fake) > s(real)) + ½ P(s(fake) = s(real)). A
+    finding has an area of at least ``separation``, and a p-value of at most ``level`` by the Mann–Whitney test after
     multiplication by the number of tests.
 
     * Quantization: real values lie on a grid (8-bit images, one-hot columns), generated ones do not.
-    * Constant: places, such as borders, have one value in all real samples, but not in generated ones.
-    * Range: generated values leave the range of real ones. Reported from half of the samples on.
-    * Saturation: real values lie at the ends of their range, generated ones do not reach them.
+    * Constant: positions, such as borders, have the same value in all real samples, but not in generated ones.
+    * Range: generated values leave the range of real ones. Reported if at least half of the samples do.
+    * Saturation: real values lie at the ends of their range, which generated ones do not reach.
     * Spectrum: power in the highest band of frequencies, radially averaged, and in the frequencies of a checkerboard,
       as shares of all power: "Watch your Up-Convolution", https://arxiv.org/abs/2003.01826.
     * Statistic: mean, standard deviation, smallest and largest value, total variation and share of zeros of a sample,
       each as it is and by its distance from the median of real samples; means of channels, or columns.
 
-    Grids, places, ranges and medians are those of one half of the real samples; the other half is compared with the
-    generated ones. Differences below 1/128 standard deviation of the data count as none.
+    Grids, positions, ranges and medians are computed from one half of the real samples; the other half is compared with
+    the generated ones. Differences below 1/128 standard deviation of the data are ignored.
 
     Args:
         real: (n, d), (n, channels, length), (n, channels, height, width) or volumes.
         fake: (m, ...) of the same shape.
-        level: probability of any finding where both are of one distribution.
-        separation: least area under the curve, in (0.5, 1].
+        level: probability of any finding if both are of one distribution.
+        separation: smallest area under the curve, in (0.5, 1].
 
     Returns:
         Findings, strong ones first, then by area; none if both are of one distribution.
 
     Raises:
-        ValueError: unless both are floating-point samples of one shape, at least 16 each, with finite values.
+        ValueError: if the samples are not floating-point, finite, of one shape, and at least 16 each.
 
     Example:
         >>> real = torch.randn(64, 3, 8, 8)

@@ -1,4 +1,4 @@
-"""Whether a generator repeats its training data, by distances to the nearest training samples; plain torch."""
+"""Tests whether a generator repeats its training data, by distances to the nearest samples; plain torch."""
 
 import math
 from typing import NamedTuple
@@ -12,17 +12,17 @@ RANKS = (1, 2, 4, 8)  # of held-out samples, the nearest first, that training sa
 
 
 class Memorization(NamedTuple):
-    """Two tests that generated samples are nearer to training data than held-out samples are, and the nearest pairs.
+    """Two tests that generated samples are closer to training data than held-out samples are, and the closest pairs.
 
     Attributes:
-        p_value: of the rank test that generated samples are nearer as a whole.
-        nearer: share of pairs of a generated and a held-out sample in which the generated one is nearer, ties by half;
+        p_value: p-value of the rank test that generated samples are closer as a whole.
+        nearer: share of pairs of a generated and a held-out sample in which the generated one is closer, ties by half;
             about ½ without memorization.
-        p_copied: of the test that a part of the generated samples is nearer than almost all held-out ones.
+        p_copied: p-value of the test that a part of the generated samples is closer than almost all held-out ones.
         copied: estimated share of generated samples that are copies, in [0, 1].
-        samples: (p,), rows of the generated samples nearest to training data, the nearest first.
+        samples: (p,), rows of the generated samples closest to training data, the closest first.
         neighbours: (p,), the row of the nearest training sample of each.
-        distances: (p,), how far they are apart.
+        distances: (p,), their distances.
     """
 
     p_value: float
@@ -37,32 +37,32 @@ class Memorization(NamedTuple):
 def memorization_test(
     train: Tensor, held_out: Tensor, fake: Tensor, quantile: float = 0.05, pairs: int = 16
 ) -> Memorization:
-    """Whether generated samples are nearer to training data than held-out data are: d(x) = min over i of ‖x − tᵢ‖.
+    """Test whether generated samples are closer to training data than held-out data: d(x) = min over i of ‖x − tᵢ‖.
 
     The first test is the global one of "A Non-Parametric Test to Detect Data-Copying in Generative Models",
     https://arxiv.org/abs/2004.05675: the Mann–Whitney statistic of d of the generated samples against d of the held-out
-    ones, one-sided, with exact p-values for small samples without ties. It averages over samples, so that copies of a
-    few are lost among the many. The second test looks at the few: a of the m generated samples have a d below the r-th
-    smallest of the n held-out ones, r = ⌈quantile n⌉. If both are of one distribution, a is negative hypergeometric,
-    whatever that distribution is, and its mean is q m with q = r/(n + 1). The estimate of the share of copies is
-    (a/m − q)/(1 − q), if positive.
+    ones, one-sided, with exact p-values for small samples without ties. It averages over samples, so that it misses
+    copies of a few. The second test detects these: a of the m generated samples have a d below the r-th smallest of the
+    n held-out ones, r = ⌈quantile n⌉. If both have the same distribution, a is negative hypergeometric, whatever that
+    distribution is, and its mean is q m with q = r/(n + 1). The estimate of the share of copies is (a/m − q)/(1 − q),
+    if positive.
 
-    Both tests are right for samples drawn like the held-out ones, and independently of each other. A generator that is
-    nearer because it draws typical samples alone is found by both, in high dimensions above all: :func:`copying_test`
-    is the test that does not accuse it.
+    Both tests are valid for samples drawn like the held-out ones, and independently of each other. They also reject a
+    generator that is closer only because it draws typical samples, in particular in high dimensions;
+    :func:`copying_test` does not.
 
     Args:
         train: (N, d) features of all training samples.
         held_out: (n, d) features of samples that the generator was not trained on, without copies of training samples.
         fake: (m, d) features of generated samples.
-        quantile: share of the held-out samples that are nearest, in (0, 1).
-        pairs: number of the nearest pairs to return, at most m.
+        quantile: share of the held-out samples that count as closest, in (0, 1).
+        pairs: number of the closest pairs to return, at most m.
 
     Returns:
         Tests, shares and pairs.
 
     Raises:
-        ValueError: also unless ``quantile`` is in (0, 1).
+        ValueError: also if ``quantile`` is not in (0, 1).
 
     Example:
         >>> import torch
@@ -95,11 +95,11 @@ def memorization_test(
 
 
 class Copying(NamedTuple):
-    """A test that generated samples are nearer to training samples than to held-out ones.
+    """A test that generated samples are closer to training samples than to held-out ones.
 
     Attributes:
-        p_value: of the test.
-        copied: estimated share of generated samples that are copies, in [0, 1]; 0 where ``p_value`` is above 5 %.
+        p_value: p-value of the test.
+        copied: estimated share of generated samples that are copies, in [0, 1]; 0 if ``p_value`` is above 5 %.
     """
 
     p_value: float
@@ -107,21 +107,21 @@ class Copying(NamedTuple):
 
 
 def copying_test(train: Tensor, held_out: Tensor, fake: Tensor) -> Copying:
-    """Whether generated samples are nearer to training samples than to held-out ones, whatever their distribution is.
+    """Test whether generated samples are closer to training than to held-out samples, whatever their distribution.
 
-    Each real sample x has c(x) = min over j of ‖x − gⱼ‖, its distance to the nearest generated sample. To a generator
-    that copies nothing, the N training and n held-out samples are alike, as they are draws of one distribution: their
-    order by c is random, also if the generator knows a part of the distribution only, or collapsed. So the number a of
-    training samples that come before the r-th held-out one is negative hypergeometric, and
-    P(a or more) = H(r − 1; N + n, n, a + r − 1), that at most r − 1 of the first a + r − 1 are held-out ones, with the
-    hypergeometric distribution's function H. The p-value is four times the smallest of those for r = 1, 2, 4 and 8. It
-    takes K training samples with copies, distinct ones, to find them: p is about 4 (N / (N + n))ᴷ.
+    Each real sample x has c(x) = min over j of ‖x − gⱼ‖, its distance to the nearest generated sample. For a generator
+    that copies nothing, the N training and n held-out samples are draws of one distribution. Their order by c is then
+    random, even if the generator knows only a part of the distribution, or has collapsed. So the number a of training
+    samples before the r-th held-out one is negative hypergeometric, and P(a or more) = H(r − 1; N + n, n, a + r − 1) is
+    the probability that at most r − 1 of the first a + r − 1 are held-out ones, with the hypergeometric distribution's
+    function H. The p-value is four times the smallest of those for r = 1, 2, 4 and 8. If K distinct training samples
+    have copies, p is about 4 (N / (N + n))ᴷ.
 
-    With the distance τ of the r-th held-out sample, r = 4, the estimate of the share of copies is the share of
-    generated samples that are less than τ from a training sample, minus N r / (n (r − 1)) times that of those which are
-    so near to a held-out one. The question is that of "LOGAN: Membership Inference Attacks Against Generative Models",
-    https://arxiv.org/abs/1705.07663. Copies of a few training samples alone are too few for an answer; a generator that
-    gives no others has collapsed.
+    Let τ be the distance c of the r-th held-out sample, r = 4. The estimated share of copies is the share of generated
+    samples that are less than τ from a training sample, minus N r / (n (r − 1)) times the share of those that are this
+    close to a held-out one. The question is that of "LOGAN: Membership Inference Attacks Against Generative Models",
+    https://arxiv.org/abs/1705.07663. Copies of only a few training samples cannot be detected; a generator that makes
+    nothing else has collapsed.
 
     Args:
         train: (N, d) features of training samples.
@@ -166,10 +166,10 @@ def _tail(a: int, r: int, n_train: int, n_held_out: int) -> float:
 
 
 def least_copies(n_train: int, n_held_out: int, level: float) -> float:
-    """How many training samples must have copies before :func:`copying_test` has a p-value of at most a level.
+    """The number of training samples that need copies for a p-value of :func:`copying_test` of at most ``level``.
 
     Returns:
-        A number of samples; infinity, if copies of all of them are not enough.
+        A number of samples; infinity if copies of all of them are not enough.
 
     Example:
         >>> least_copies(1000, 100, level=0.006), least_copies(100, 1, level=0.006)

@@ -1,4 +1,4 @@
-"""Metrics of reconstructions that torchmetrics does not have: distances of spectrograms, and the use of codebooks."""
+"""Metrics of reconstructions beyond torchmetrics: distances of spectrograms, and the use of codebooks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class LogMelDistance(Metric):
     """The mean over samples of :class:`~lightning_gan_stability.audio.MelDistance`; smaller is better.
 
     Args:
-        sample_rate: of the waveforms, in Hz.
-        n_ffts: as for :class:`~lightning_gan_stability.audio.MelDistance`, and so are the others.
+        sample_rate: sample rate of the waveforms, in Hz.
+        n_ffts: as for :class:`~lightning_gan_stability.audio.MelDistance`, like the following arguments.
         n_mels: number of filters for each window, or for all.
         f_min: lowest frequency, in Hz.
         f_max: highest frequency, in Hz; None: half the sample rate.
-        base: of the logarithm.
+        base: base of the logarithm.
         floor: magnitudes below it count as silence.
         center: whether frames are centred.
-        **kwargs: of ``torchmetrics.Metric``.
+        **kwargs: arguments of ``torchmetrics.Metric``.
 
     Raises:
         ValueError: if an argument has a bad value, if shapes differ, or if waveforms are too short.
@@ -75,7 +75,7 @@ class LogMelDistance(Metric):
         self.samples += len(sample)
 
     def compute(self) -> Tensor:
-        """A scalar, at least 0."""
+        """The mean distance, a scalar of at least 0."""
         if not self.samples:
             raise ValueError("LogMelDistance has no samples: update it first.")
         return (self.total / self.samples).float()
@@ -108,7 +108,7 @@ class _Codes(Metric):
         self.counts += torch.stack([torch.bincount(row.long(), minlength=self.codes) for row in rows])
 
     def check_counts(self) -> None:
-        """Refuse to say something of no codes."""
+        """Refuse to compute a value without codes."""
         if not self.counts.any():
             raise ValueError(f"{type(self).__name__} has no codes: update it first.")
 
@@ -117,12 +117,12 @@ class CodebookUsage(_Codes):
     """The share of codes that were used at least once, averaged over codebooks; in [0, 1].
 
     Args:
-        codes: of each codebook.
+        codes: number of codes of each codebook.
         books: number of codebooks, the second dimension of the indices if there are several.
-        **kwargs: of ``torchmetrics.Metric``.
+        **kwargs: arguments of ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: if an argument has a bad value, or if indices are no integers in 0 ... ``codes`` − 1.
+        ValueError: if an argument has a bad value, or if indices are not integers in 0 ... ``codes`` − 1.
 
     Example:
         >>> metric = CodebookUsage(codes=4)
@@ -132,7 +132,7 @@ class CodebookUsage(_Codes):
     """
 
     def compute(self) -> Tensor:
-        """A scalar."""
+        """The mean share of used codes, a scalar."""
         self.check_counts()
         return (self.counts > 0).float().mean()
 
@@ -140,16 +140,16 @@ class CodebookUsage(_Codes):
 class CodebookPerplexity(_Codes):
     """exp(−Σ p log p) of the shares p of the codes, averaged over codebooks; in [1, ``codes``].
 
-    A codebook whose codes are used equally often has the perplexity ``codes``, one that has collapsed to a code 1.
-    "Neural Discrete Representation Learning", https://arxiv.org/abs/1711.00937.
+    A codebook whose codes are used equally often has the perplexity ``codes``; one that has collapsed to one code has
+    1. "Neural Discrete Representation Learning", https://arxiv.org/abs/1711.00937.
 
     Args:
-        codes: of each codebook.
+        codes: number of codes of each codebook.
         books: number of codebooks, the second dimension of the indices if there are several.
-        **kwargs: of ``torchmetrics.Metric``.
+        **kwargs: arguments of ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: if an argument has a bad value, or if indices are no integers in 0 ... ``codes`` − 1.
+        ValueError: if an argument has a bad value, or if indices are not integers in 0 ... ``codes`` − 1.
 
     Example:
         >>> metric = CodebookPerplexity(codes=4)
@@ -159,7 +159,7 @@ class CodebookPerplexity(_Codes):
     """
 
     def compute(self) -> Tensor:
-        """A scalar."""
+        """The mean perplexity, a scalar."""
         self.check_counts()
         shares = self.counts.double() / self.counts.sum(1, keepdim=True).clamp(min=1)
         entropy: Tensor = torch.special.entr(shares).sum(1)

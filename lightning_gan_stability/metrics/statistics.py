@@ -1,4 +1,4 @@
-"""Statistics of features: torchmetrics, whose states are reduced over ranks, and where samples lie."""
+"""Metrics of features as torchmetrics, whose states are reduced over ranks, and the modes of samples."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -26,14 +26,14 @@ HELD = 0.2  # a mode or cell is missed if it has less than this part of what the
 
 
 class FrechetDistance(Metric):
-    """:func:`frechet_distance` of features that arrive in batches; keeps their moments alone, in float64.
+    """:func:`frechet_distance` of features that arrive in batches; stores only their moments, in float64.
 
     Args:
         num_features: d.
 
     Raises:
-        ValueError: if features have another width, type or rank, or are not finite, which leaves those before as they
-            were; in ``compute`` with less than two samples of a side.
+        ValueError: if features have another width, type or rank, or are not finite; the earlier ones are kept then. In
+            ``compute``, if a side has fewer than two samples.
 
     Example:
         >>> statistic = FrechetDistance(1)
@@ -66,7 +66,7 @@ class FrechetDistance(Metric):
             setattr(self, side, _merged(torch.stack([getattr(self, side), _moments(features)])))
 
     def compute(self) -> Tensor:
-        """The distance, float64."""
+        """The distance, in float64."""
         for name, side in (("real", self.real), ("fake", self.fake)):
             if side[0, 0] < 2:
                 raise ValueError(f"`{name}` must have at least two samples, got {int(side[0, 0])}.")
@@ -98,7 +98,7 @@ def _merged(parts: Tensor) -> Tensor:
 
 
 class _Kept(Metric):
-    """Keeps all features, flat: a process that has none does not know how many columns those of others have."""
+    """Stores all features, flattened: a process without any does not know their number of columns."""
 
     is_differentiable = False
     full_state_update = False
@@ -136,7 +136,7 @@ class _Kept(Metric):
 
 
 class KernelDistance(_Kept):
-    """:func:`~lightning_gan_stability.metrics.kernel_distance` of all features that have arrived.
+    """:func:`~lightning_gan_stability.metrics.kernel_distance` of all features so far.
 
     Example:
         >>> statistic = KernelDistance()
@@ -149,15 +149,15 @@ class KernelDistance(_Kept):
     higher_is_better = False
 
     def compute(self) -> Tensor:
-        """The distance, float64."""
+        """The distance, in float64."""
         return torch.tensor(kernel_distance(*self._both()), dtype=torch.float64)
 
 
 class PrecisionRecall(_Kept):
-    """:func:`~lightning_gan_stability.metrics.precision_recall` of all features that have arrived.
+    """:func:`~lightning_gan_stability.metrics.precision_recall` of all features so far.
 
     Args:
-        k: the neighbour that makes the radius.
+        k: the neighbour whose distance is the radius.
 
     Example:
         >>> statistic = PrecisionRecall(k=1)
@@ -176,16 +176,16 @@ class PrecisionRecall(_Kept):
         self.k = check_integer("k", k)
 
     def compute(self) -> dict[str, Tensor]:
-        """Both values by name, float64."""
+        """Both values by name, in float64."""
         values = self._function(*self._both(), k=self.k)
         return {name: torch.tensor(x, dtype=torch.float64) for name, x in zip(self._names, values, strict=True)}
 
 
 class DensityCoverage(PrecisionRecall):
-    """:func:`~lightning_gan_stability.metrics.density_coverage` of all features that have arrived.
+    """:func:`~lightning_gan_stability.metrics.density_coverage` of all features so far.
 
     Args:
-        k: the neighbour that makes the radius.
+        k: the neighbour whose distance is the radius.
 
     Example:
         >>> statistic = DensityCoverage(k=1)
@@ -203,20 +203,20 @@ class DensityCoverage(PrecisionRecall):
 
 
 class Seen(NamedTuple):
-    """What is kept of samples: features (n, d), and what tells their modes: the samples (n, ...) or probabilities."""
+    """Features (n, d) of samples, and what determines their modes: the samples (n, ...) or probabilities."""
 
     features: Tensor
     modes: Tensor
 
 
 class Cells:
-    """Where samples lie: in modes that are known, by centres or by a classifier, or in K-means cells of real features.
+    """The modes of samples: known ones, by centres or by a classifier, or K-means cells of real features.
 
     Args:
-        real: what was seen of real samples.
-        centers: (K, d) of known modes, with ``std``; or None.
+        real: features and modes of real samples.
+        centers: (K, d), centres of known modes, with ``std``; or None.
         std: standard deviation of a mode.
-        classified: ``Seen.modes`` is probabilities.
+        classified: whether ``Seen.modes`` are probabilities.
     """
 
     def __init__(self, real: Seen, centers: Tensor | None, std: float | None, classified: bool) -> None:
@@ -247,7 +247,7 @@ class Cells:
         return shares
 
     def compare(self, seen: Seen) -> tuple[dict[str, float], list[float]]:
-        """What real data have and generated samples have not, and the generated shares."""
+        """How the shares of generated samples differ from those of real data, and the generated shares."""
         shares = self.split(seen)
         missing = sum(p for p, q in zip(self.shares, shares, strict=True) if q < HELD * p)
         return {"missing": missing, "imbalance": distance(shares, self.shares)}, shares

@@ -1,4 +1,4 @@
-"""How near a synthetic table is to a real one: columns, pairs of columns, and what can be learned from it.
+"""Distances of a synthetic table to a real one: columns, pairs of columns, and use for training models.
 
 A table is a mapping from the names of columns to arrays of one length; a ``pandas.DataFrame`` is one.
 """
@@ -21,7 +21,7 @@ Columns: TypeAlias = dict[str, NDArray[Any]]
 
 
 class Efficacy(NamedTuple):
-    """Scores on real held-out rows of models that learned from synthetic rows and from real ones, and their ratio."""
+    """Scores on real held-out rows of models trained on synthetic and on real rows, and their ratio."""
 
     synthetic: float
     real: float
@@ -29,12 +29,12 @@ class Efficacy(NamedTuple):
 
 
 def marginal_distances(real: Table, fake: Table, discrete: Sequence[str] = ()) -> dict[str, float]:
-    """The distance of each column's distributions: Kolmogorov–Smirnov's sup |F − G|, or ½ Σ |p − q| if it is discrete.
+    """The distance of each column's distributions: Kolmogorov–Smirnov's sup |F − G|, or ½ Σ |p − q| for discrete ones.
 
     Args:
         real: real rows.
         fake: synthetic rows, with the same columns.
-        discrete: names of the discrete columns; those that are not numeric are discrete anyway.
+        discrete: names of the discrete columns; columns that are not numeric are always discrete.
 
     Returns:
         A number in [0, 1] for each column; 0: the same distribution.
@@ -62,13 +62,13 @@ def marginal_distances(real: Table, fake: Table, discrete: Sequence[str] = ()) -
 def correlation_difference(real: Table, fake: Table, discrete: Sequence[str] = ()) -> float:
     """The mean over pairs of columns of the absolute difference of their association.
 
-    The association of two continuous columns is Pearson's r, that of two discrete ones Cramér's V, that of a discrete
-    and a continuous one the correlation ratio η; 0 where a column is constant.
+    The association of two continuous columns is Pearson's r, of two discrete ones Cramér's V, and of a discrete and a
+    continuous one the correlation ratio η; it is 0 if a column is constant.
 
     Args:
         real: real rows.
         fake: synthetic rows, with the same columns, at least two.
-        discrete: names of the discrete columns; those that are not numeric are discrete anyway.
+        discrete: names of the discrete columns; columns that are not numeric are always discrete.
 
     Returns:
         A number in [0, 2]; 0: the same associations.
@@ -90,7 +90,7 @@ def correlation_difference(real: Table, fake: Table, discrete: Sequence[str] = (
 def efficacy(
     train: Table, test: Table, synthetic: Table, target: str, discrete: Sequence[str] = (), seed: int = 0
 ) -> Efficacy:
-    """How well models predict real held-out rows that learned from synthetic rows, beside models that saw real ones.
+    """How well models trained on synthetic rows predict real held-out rows, compared with models trained on real rows.
 
     The score is the accuracy for a discrete target and R² for a continuous one, averaged over a linear model, a
     decision tree and a random forest of scikit-learn. "Modeling Tabular data using Conditional GAN",
@@ -98,15 +98,15 @@ def efficacy(
 
     Args:
         train: real rows.
-        test: real rows that neither a model nor the generator has seen.
-        synthetic: rows to learn from in the place of ``train``.
+        test: real rows that neither the models nor the generator were trained on.
+        synthetic: rows to train on instead of ``train``.
         target: the column to predict.
-        discrete: names of the discrete columns; those that are not numeric are discrete anyway.
-        seed: of the models.
+        discrete: names of the discrete columns; columns that are not numeric are always discrete.
+        seed: seed of the models.
 
     Returns:
         Both scores and their ratio, synthetic over real; 1: as good. NaN if the score of real rows is not positive,
-        such as an R² of a target that the other columns do not predict: look at the other distances then.
+        such as an R² for a target that the other columns do not predict; use the other distances then.
 
     Raises:
         ValueError: if a table is empty, if columns differ, if values are missing, or if there is no such target.

@@ -1,4 +1,4 @@
-"""How far a metric may be from its mean over other samples: from halves of the samples, in which none comes twice."""
+"""Confidence intervals of metrics, from random halves of the samples, drawn without replacement."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Values = Mapping[str, float]
 
 
 class Interval(NamedTuple):
-    """Both ends of a confidence interval."""
+    """Lower and upper end of a confidence interval."""
 
     low: float
     high: float
@@ -35,24 +35,24 @@ def halved(
     seed: int = 0,
     watch: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> dict[str, Tensor]:
-    """The metrics of both halves of the samples, for many random ways to halve them.
+    """The metrics of both halves of the samples, for many random splits.
 
-    A bootstrap draws samples with repetition. Repeated samples are each other's nearest neighbours, which no two
-    samples of a distribution are, and make distances of distributions larger; so halves are drawn without.
+    A bootstrap draws samples with replacement. Repeated samples are each other's nearest neighbours, unlike samples of
+    a distribution, and increase distances of distributions. Halves are therefore drawn without replacement.
 
     Args:
-        measure: from features of real and of generated samples to metrics.
+        measure: maps features of real and of generated samples to metrics.
         real: (n, d).
         fake: (m, d).
-        splits: how often they are halved, each side by itself.
-        seed: of the splits. Metrics of the same splits of several generators are compared pair by pair.
-        watch: wraps the loop over splits, such as in a progress bar.
+        splits: number of splits; both sides are split separately.
+        seed: seed of the splits. With equal seeds, metrics of several generators can be compared pair by pair.
+        watch: wraps the loop over splits, for instance in a progress bar.
 
     Returns:
-        For each metric (splits, 2).
+        A tensor (splits, 2) for each metric.
 
     Raises:
-        ValueError: with fewer than 12 samples of a side.
+        ValueError: if a side has fewer than 12 samples.
 
     Example:
         >>> from lightning_gan_stability.metrics import frechet_distance
@@ -80,10 +80,10 @@ def _halves(n: int, random: torch.Generator, device: torch.device) -> tuple[Tens
 
 
 def variance(halves: Tensor) -> float:
-    """The variance of a metric of all samples, by the differences of the metric of their halves (splits, 2).
+    """The variance of a metric of all samples, from the differences of its values for halves (splits, 2).
 
-    Two halves are two independent sets of half as many samples. A metric that varies like one over the root of the
-    number of samples has ¼ E (a − b)² as its variance.
+    The two halves are independent sets of half as many samples. If the standard deviation of a metric is proportional
+    to one over the root of the number of samples, its variance is ¼ E (a − b)².
 
     Example:
         >>> variance(torch.tensor([[1.0, 3.0], [2.0, 2.0]]))
@@ -95,10 +95,10 @@ def variance(halves: Tensor) -> float:
 def interval(
     name: str, value: float, halves: Tensor, n: int, level: float = 0.95, bias: float | None = None
 ) -> Interval:
-    """A confidence interval for the mean of a metric over other samples, as many of them.
+    """A confidence interval for the mean of a metric over other sets of as many samples.
 
-    What such an interval is meant to hold is what the same protocol would give in the mean, its bias for so many
-    samples included, and not a value for infinitely many samples.
+    It is an interval for the average result of the same protocol, including its bias for this number of samples, and
+    not for the value with infinitely many samples.
 
     * Density and diversity: value ± t s, s² by :func:`variance`, with t of as many degrees of freedom as splits.
     * Precision, recall and coverage are shares: Wilson's interval of a share of as many samples as have this variance.
@@ -107,12 +107,12 @@ def interval(
       s² (T − T₀) / |observed Δ|². The interval has all T with (value − T)² ≤ t² V(T).
 
     Args:
-        name: of the metric, one of those in ``WITH_INTERVALS``.
-        value: of all samples.
-        halves: (splits, 2), of their halves.
-        n: samples of the smaller side.
-        level: of confidence.
-        bias: of the square whose unbiased estimate a KID is,
+        name: name of the metric, one of those in ``WITH_INTERVALS``.
+        value: the metric of all samples.
+        halves: (splits, 2), the metrics of their halves.
+        n: number of samples of the smaller side.
+        level: confidence level.
+        bias: bias of the square whose unbiased estimate a KID is,
             :func:`~lightning_gan_stability.metrics.features.mmd_bias`. None: that of FID, the mean of the halves minus
             the value.
 
@@ -139,14 +139,14 @@ def interval(
 def interval_of_difference(name: str, value: float, halves: Tensor, level: float = 0.95) -> Interval:
     """A confidence interval for the mean difference of a metric of two generators.
 
-    For FID and KID, what is quadratic in the noise is in :func:`variance` twice, and is var ½ (a + b) over the splits:
-    it is subtracted once, and is the variance at least.
+    For FID and KID, the part that is quadratic in the noise is in :func:`variance` twice. It is var ½ (a + b) over the
+    splits, which is subtracted once, and is a lower bound of the variance.
 
     Args:
-        name: of the metric.
-        value: the difference of all samples.
-        halves: (splits, 2), the differences of the halves of the same splits.
-        level: of confidence.
+        name: name of the metric.
+        value: the difference for all samples.
+        halves: (splits, 2), the differences for the halves of the same splits.
+        level: confidence level.
 
     Example:
         >>> low, high = interval_of_difference("density", 0.5, torch.tensor([[0.4, 0.6], [0.6, 0.4]] * 100))
@@ -162,7 +162,7 @@ def interval_of_difference(name: str, value: float, halves: Tensor, level: float
 
 
 def quantile(level: float, freedom: int) -> float:
-    """Of Student's t, for an interval of both sides.
+    """The two-sided quantile of Student's t.
 
     Example:
         >>> round(quantile(0.95, 1000), 2)

@@ -1,8 +1,8 @@
-"""How far generated samples are from real ones: values of features, and torchmetrics statistics of the same names.
+"""Distances of generated to real samples as plain functions of features; torchmetrics exist under the same names.
 
-The values are functions of (n, d) features in any floating dtype, those of an Inception network or of a small one; they
-leave the global random state alone. Which pairs are neighbours is decided exactly, ties included: matrix products
-sort out the clear pairs, differences in float64 the close ones. Memory beyond the features is bounded.
+The functions take (n, d) features in any floating dtype, of an Inception network or of a small one, and do not change
+the global random state. Neighbours are determined exactly, ties included: matrix products decide the clear pairs,
+differences in float64 the close ones. Memory beyond the features is bounded.
 """
 
 import math
@@ -39,7 +39,7 @@ class PrecisionAndRecall(NamedTuple):
 
 
 class DensityAndCoverage(NamedTuple):
-    """Mean number of real balls around a fake sample, divided by k; share of real balls that hold a fake sample."""
+    """Mean number of real balls around a fake sample, divided by k; share of real balls with a fake sample inside."""
 
     density: float
     coverage: float
@@ -66,7 +66,7 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 
     "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium",
     https://arxiv.org/abs/1706.08500, with unbiased covariances. For equal distributions N(0, I) about
-    2d/n + d(d + 1)/(2n), not 0: compare at equal n only. Fewer samples than features are fine.
+    2d/n + d(d + 1)/(2n), not 0: compare at equal n only. There may be fewer samples than features.
 
     Args:
         real: (n, d).
@@ -76,7 +76,7 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
         At least 0.
 
     Raises:
-        ValueError: features are not two floating-point matrices of one width, at least two rows and finite values.
+        ValueError: if features are not floating-point (n, d) of one width, with at least two rows and finite values.
 
     Example:
         >>> frechet_distance(torch.tensor([[0.0], [2.0]]), torch.tensor([[3.0], [5.0]]))
@@ -102,7 +102,7 @@ def frechet_from_moments(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tenso
         At least 0.
 
     Raises:
-        ValueError: if moments are not finite, or have other shapes.
+        ValueError: if moments are not finite, or have wrong shapes.
 
     Example:
         >>> frechet_from_moments(torch.zeros(2), torch.eye(2), torch.ones(2), 9 * torch.eye(2))
@@ -122,19 +122,19 @@ def frechet_from_moments(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tenso
 def kernel_distance(
     real: Tensor, fake: Tensor, subsets: int | None = None, subset_size: int = 1000, seed: int = 0
 ) -> float:
-    """Unbiased squared MMD with the kernel (a·b/d + 1)³ (KID), 0 in the mean for equal distributions.
+    """Unbiased squared MMD with the kernel (a·b/d + 1)³ (KID), 0 on average for equal distributions.
 
     "Demystifying MMD GANs", https://arxiv.org/abs/1801.01401.
 
     Args:
         real: (n, d).
         fake: (m, d).
-        subsets: mean over so many random subsets, as the paper does; None: one estimate from all samples.
-        subset_size: samples of each side in a subset, at most min(n, m).
-        seed: of the subsets.
+        subsets: average over this number of random subsets, as in the paper; None: one estimate from all samples.
+        subset_size: number of samples of each side in a subset, at most min(n, m).
+        seed: seed of the subsets.
 
     Returns:
-        Any sign.
+        The distance, which may be negative.
 
     Example:
         >>> kernel_distance(torch.tensor([[0.0], [0.0]]), torch.tensor([[1.0], [1.0]]))
@@ -152,24 +152,24 @@ def kernel_distance(
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionAndRecall:
-    """Share of fake samples within the k-th neighbour's distance of any real one (precision), and reversed (recall).
+    """Share of fake samples within the k-th neighbour's distance of any real one (precision), and vice versa (recall).
 
-    "Improved Precision and Recall Metric for Assessing Generative Models", https://arxiv.org/abs/1904.06991; a sample
-    is not its own neighbour, the distance itself is within. Equal distributions have .79 (k = 3, n = 1000, d = 16).
-    Repeated real rows are one neighbour: the radius is that to the k-th nearest distinct point, and 0 if there are not
-    so many; each of them counts in the shares. Repeated generated rows are neighbours at distance 0, so that a
-    generator that makes a few points has the recall of points.
+    "Improved Precision and Recall Metric for Assessing Generative Models", https://arxiv.org/abs/1904.06991. A sample
+    is not its own neighbour, and a point at exactly this distance is within it. Equal distributions have .79 (k = 3,
+    n = 1000, d = 16). Repeated real rows count as one neighbour: the radius is the distance to the k-th nearest
+    distinct point, or 0 if there are fewer; each of the rows counts in the shares. Repeated generated rows are
+    neighbours at distance 0, so that a generator of a few points has the recall of points.
 
     Args:
         real: (n, d).
         fake: (m, d).
-        k: which neighbour.
+        k: number of the neighbour.
 
     Returns:
         Both in [0, 1].
 
     Raises:
-        ValueError: also where k is not below n and m.
+        ValueError: also if k is not below n and m.
 
     Example:
         >>> precision_recall(torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[1.5], [3.5], [9.0]]), k=1)
@@ -188,17 +188,17 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionAndReca
 
 
 def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> DensityAndCoverage:
-    """How many real balls a fake sample is in, divided by k (density), and the share of balls that hold one (coverage).
+    """Mean number of real balls around a fake sample, divided by k (density), and share of balls with one (coverage).
 
-    "Reliable Fidelity and Diversity Metrics for Generative Models", https://arxiv.org/abs/2002.09797; the balls reach
-    to the k-th neighbour, which is outside. Equal distributions have density 1 and coverage
-    1 − ∏ᵢ₌₁..ₖ (n − i)/(n + m − i), about 1 − 2⁻ᵏ. Repeated rows are one neighbour and have one ball, which reaches to
-    the k-th nearest distinct point; each of them counts in the share.
+    "Reliable Fidelity and Diversity Metrics for Generative Models", https://arxiv.org/abs/2002.09797. A ball reaches to
+    the k-th neighbour, which is outside. Equal distributions have density 1 and coverage 1 − ∏ᵢ₌₁..ₖ (n − i)/(n + m −
+    i), about 1 − 2⁻ᵏ. Repeated rows count as one neighbour and have one ball, which reaches to the k-th nearest
+    distinct point; each of the rows counts in the share.
 
     Args:
         real: (n, d).
         fake: (m, d).
-        k: which neighbour.
+        k: number of the neighbour.
 
     Returns:
         Density at least 0, coverage in [0, 1].
@@ -229,22 +229,22 @@ def mode_coverage(
     confidence: float = 0.5,
     least: int | None = None,
 ) -> ModeCoverage:
-    """Modes that samples reach, and Σ p log(K p) of the shares p of K modes: the reverse KL to equal shares.
+    """Number of modes that samples reach, and the reverse KL Σ p log(K p) of the shares p of K modes to equal shares.
 
     The protocol of "Unrolled Generative Adversarial Networks", https://arxiv.org/abs/1611.02163. n perfect samples
-    still have a KL of (K − 1)/(2n) in the mean; without a high-quality sample it is infinite.
+    still have a KL of (K − 1)/(2n) on average; without a high-quality sample it is infinite.
 
     Args:
         samples: (n, d) points; or with ``classes`` (n,) predicted classes or (n, K) probabilities.
         centers: (K, d); a point belongs to the nearest one.
-        std: of a mode.
+        std: standard deviation of a mode.
         classes: K, instead of ``centers``.
-        radius: a point within so many ``std`` of its center is of high quality.
+        radius: a point within this number of ``std`` of its center is of high quality.
         confidence: a prediction whose largest probability is at least this is of high quality.
-        least: high-quality samples of a mode that is held; None: ⌈0.064 n/K⌉, which is 20 of 2,500 for 8 modes.
+        least: number of high-quality samples for a mode to count; None: ⌈0.064 n/K⌉, which is 20 of 2,500 for 8 modes.
 
     Raises:
-        ValueError: also unless exactly one of ``centers`` (with ``std``) and ``classes`` is given.
+        ValueError: also if not exactly one of ``centers`` (with ``std``) and ``classes`` is given.
 
     Example:
         >>> mode_coverage(torch.tensor([0, 0, 1, 1]), classes=4)
@@ -267,7 +267,7 @@ def mode_coverage(
 def bin_difference(real: Tensor, fake: Tensor, bins: int = 100, alpha: float = 0.05, seed: int = 0) -> BinDifference:
     """Share of K-means bins of the real samples that hold another proportion of the fake ones (NDB/K).
 
-    "On GANs and GMMs", https://arxiv.org/abs/1805.12462: a two-proportion z-test at level α for every bin, so equal
+    "On GANs and GMMs", https://arxiv.org/abs/1805.12462: a two-proportion z-test at level α for each bin, so that equal
     distributions have about α.
 
     Args:
@@ -275,7 +275,7 @@ def bin_difference(real: Tensor, fake: Tensor, bins: int = 100, alpha: float = 0
         fake: (m, d).
         bins: K, at most n/2.
         alpha: level of the test.
-        seed: of K-means.
+        seed: seed of K-means.
 
     Returns:
         Share in [0, 1], Jensen–Shannon divergence in [0, log 2].
@@ -300,7 +300,7 @@ def bin_difference(real: Tensor, fake: Tensor, bins: int = 100, alpha: float = 0
 
 
 def birthday_support(samples: Tensor, threshold: float, trials: int = 1000, seed: int = 0) -> float:
-    """Estimated number s²/(2 log 2) of distinct samples, with s how many are drawn until two are duplicates.
+    """Estimated number s²/(2 log 2) of distinct samples, where s is the number of draws until two are duplicates.
 
     "Do GANs actually learn the distribution? An empirical study", https://arxiv.org/abs/1706.08224; s is the median
     over random orders.
@@ -309,10 +309,10 @@ def birthday_support(samples: Tensor, threshold: float, trials: int = 1000, seed
         samples: (n, d).
         threshold: two samples at most this far apart are duplicates.
         trials: number of orders.
-        seed: of the orders.
+        seed: seed of the orders.
 
     Returns:
-        Positive; infinite without duplicates, when it is likely above n²/(2 log 2).
+        A positive number; infinite without duplicates, which means that it is likely above n²/(2 log 2).
 
     Example:
         >>> round(birthday_support(torch.zeros(5, 2), 0.0), 2)
@@ -359,10 +359,10 @@ def latent_sensitivity(
     """Mean over samples of ‖∂G/∂z‖_F, the root of Σ ‖J u‖² over orthonormal directions u.
 
     Args:
-        generator: (n, latent_dim) to (n, ...), differentiable in forward mode, each sample by itself.
+        generator: maps (n, latent_dim) to (n, ...), differentiable in forward mode, each sample separately.
         latents: (n, latent_dim).
-        directions: number of random directions, a forward pass each, scaled by latent_dim / directions; None: all.
-        seed: of the directions.
+        directions: number of random directions, one forward pass each, scaled by latent_dim / directions; None: all.
+        seed: seed of the directions.
 
     Returns:
         At least 0; ‖A‖_F for G(z) = A z.
