@@ -1,4 +1,4 @@
-"""Spectrograms of waveforms, and distances of them: plain torch, with the filterbanks of torchaudio."""
+"""Spectrograms of waveforms and distances between them, in plain torch with the filterbanks of torchaudio."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ Base = Literal["e", "10"]
 
 
 class LogMelSpectrogram(nn.Module):
-    """The logarithm of a mel spectrogram: what vocoders read, log max(M |STFT(x)|, floor).
+    """The logarithm of a mel spectrogram, the input of vocoders: log max(M |STFT(x)|, floor).
 
-    By default as in "HiFi-GAN", https://arxiv.org/abs/2010.05646: mirrored by (n_fft − hop_length) / 2 at both ends,
-    magnitudes √(re² + im² + 10⁻⁹), Slaney's filters with equal areas, and the natural logarithm. With ``center`` the
-    frames are centred and magnitudes plain, as in DAC. In float64 for float64, else in float32, under autocast too.
+    The defaults are those of "HiFi-GAN", https://arxiv.org/abs/2010.05646: mirror padding by (n_fft − hop_length) / 2
+    at both ends, magnitudes √(re² + im² + 10⁻⁹), Slaney's filters with equal areas, and the natural logarithm. With
+    ``center`` frames are centred and magnitudes are plain, as in DAC. float64 inputs are computed in float64, others in
+    float32, under autocast too.
 
     Args:
-        sample_rate: of the waveforms, in Hz.
+        sample_rate: sample rate of the waveforms, in Hz.
         n_fft: length of the Hann window, in samples; even.
         hop_length: samples from frame to frame; None: a quarter of ``n_fft``.
         n_mels: number of filters.
         f_min: lowest frequency, in Hz.
         f_max: highest frequency, in Hz; None: half the sample rate.
-        base: of the logarithm.
+        base: base of the logarithm.
         floor: magnitudes below it count as silence.
-        center: mirror by n_fft / 2, which makes one frame more.
+        center: pad by n_fft / 2, which gives one more frame.
 
     Raises:
         ValueError: if an argument has a bad value, or a waveform is too short.
@@ -78,7 +79,7 @@ class LogMelSpectrogram(nn.Module):
         self._constants: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
 
     def constants(self, like: Tensor) -> tuple[Tensor, ...]:
-        """Window and filters on the device and in the type of a tensor; no buffers, which short types would round."""
+        """Window and filters on the device and in the dtype of a tensor; buffers would be rounded in short types."""
         key = like.device, like.dtype
         if key not in self._constants:
             with torch.inference_mode(False):  # validation comes before training, which goes on with them
@@ -86,7 +87,7 @@ class LogMelSpectrogram(nn.Module):
         return self._constants[key]
 
     def forward(self, waveform: Tensor) -> Tensor:
-        """(n, n_mels, frames) of waveforms (n, 1, t) or (n, t)."""
+        """The spectrograms (n, n_mels, frames) of waveforms (n, 1, t) or (n, t)."""
         flat = waveform.flatten(1) if waveform.dim() == 3 and waveform.shape[1] == 1 else waveform
         margin = self.n_fft // 2 if self.center else (self.n_fft - self.hop_length) // 2
         if flat.dim() != 2 or flat.shape[1] <= margin or flat.shape[1] + 2 * margin < self.n_fft:
@@ -105,20 +106,20 @@ class LogMelSpectrogram(nn.Module):
 
 
 class MelDistance(nn.Module):
-    """Σ over windows of the mean absolute difference of log-mel spectrograms.
+    """The mean absolute difference of log-mel spectrograms, summed over windows.
 
-    The defaults are the reconstruction loss of "High-Fidelity Audio Compression with Improved RVQGAN" (DAC),
-    https://arxiv.org/abs/2306.06546, with the weight 15. That of HiFi-GAN, https://arxiv.org/abs/2010.05646, with the
-    weight 45, is ``MelDistance(22050, [1024], 80, base="e", center=False)``. Filters too narrow to have a frequency of
-    the window's are silent, as in the authors' code.
+    The defaults are those of the reconstruction loss of "High-Fidelity Audio Compression with Improved RVQGAN" (DAC),
+    https://arxiv.org/abs/2306.06546, used with the weight 15. The loss of HiFi-GAN, https://arxiv.org/abs/2010.05646,
+    used with the weight 45, is ``MelDistance(22050, [1024], 80, base="e", center=False)``. Filters that are too narrow
+    to contain a frequency of the window are silent, as in the authors' code.
 
     Args:
-        sample_rate: of the waveforms, in Hz.
+        sample_rate: sample rate of the waveforms, in Hz.
         n_ffts: lengths of the windows, in samples; frames are a quarter of it apart.
         n_mels: number of filters for each window, or for all.
         f_min: lowest frequency, in Hz.
         f_max: highest frequency, in Hz; None: half the sample rate.
-        base: of the logarithm.
+        base: base of the logarithm.
         floor: magnitudes below it count as silence.
         center: as for :class:`LogMelSpectrogram`.
 
@@ -155,14 +156,14 @@ class MelDistance(nn.Module):
         )
 
     def forward(self, sample: Tensor, target: Tensor) -> Tensor:
-        """A scalar, of waveforms (n, channels, t) or (n, t); channels are compared one by one."""
+        """The distance of waveforms (n, channels, t) or (n, t), a scalar; channels are compared one by one."""
         _check_shapes(sample, target)
         sample, target = (x.flatten(0, 1) if x.dim() == 3 else x for x in (sample, target))
         return torch.stack([(s(sample) - s(target)).abs().mean() for s in self.spectrograms]).sum()
 
 
 class STFTDistance(nn.Module):
-    """The mean over windows of spectral convergence and of the distance of logarithmic magnitudes.
+    """The mean over windows of the spectral convergence plus the distance of logarithmic magnitudes.
 
     ‖|Y| − |X|‖_F / ‖|Y|‖_F + E |log |Y| − log |X||, with the spectra X of the sample and Y of the target. "Parallel
     WaveGAN", https://arxiv.org/abs/1910.11480.
@@ -198,7 +199,7 @@ class STFTDistance(nn.Module):
             check(0 < hop <= window <= n_fft, "win_lengths", "from hop length to transform length", win_lengths)
 
     def forward(self, sample: Tensor, target: Tensor) -> Tensor:
-        """A scalar, of waveforms (n, channels, t) or (n, t)."""
+        """The distance of waveforms (n, channels, t) or (n, t), a scalar."""
         _check_shapes(sample, target)
         least = max(n_fft for n_fft, *_ in self.settings) // 2
         if sample.shape[-1] <= least:

@@ -1,9 +1,9 @@
-"""Augmentations that gradients flow through, for what the discriminator sees in training.
+"""Differentiable augmentations of the discriminator's inputs in training.
 
-Give one to a module, ``GANModule(augment=DiffAugment())``. Every sample gets draws of its own, from the module's noise:
-a resumed run, micro-batches, and many processes in the place of one get the same. Gradients flow through them to any
-order, as penalties need. All parts of a sample, such as an image and its mask, get the same draws; and where the
-discriminator is told images as condition, these are turned, moved and cut with their samples.
+Pass one to a module, ``GANModule(augment=DiffAugment())``. Each sample gets its own random draws, from the module's
+noise, so that a resumed run, micro-batches, and several processes instead of one get the same draws. Gradients of any
+order flow through them, as penalties need. All parts of a sample, such as an image and its mask, get the same draws.
+If the discriminator gets images as condition, these are flipped, moved and cut with their samples.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Draws = dict[str, Tensor]
 
 
 class Augmentation(nn.Module):
-    """What augmentations share: one draw for each sample, and values in float32 at least, outside of autocast.
+    """Base class of augmentations: one draw for each sample, computed in at least float32, outside of autocast.
 
-    Subclasses implement :meth:`draw` and :meth:`apply_to`, and name in ``moves`` the draws that change where things
-    are: by these the images of a condition go along with their samples.
+    Subclasses implement :meth:`draw` and :meth:`apply_to`. They list in ``moves`` the draws that change positions:
+    these are also applied to the images of a condition.
 
     Example:
         >>> class Mirror(Augmentation):
@@ -49,15 +49,15 @@ class Augmentation(nn.Module):
     moves: frozenset[str] = frozenset()
 
     def forward(self, sample: Sample) -> Sample:
-        """Augment samples (n, ...) by new draws."""
+        """Augment samples (n, ...) with new random draws."""
         return self.augment_pairs(sample, None)[0]
 
     def augment_pairs(self, sample: Sample, condition: Condition) -> tuple[Sample, Condition]:
-        """Augment samples by new draws, and move the images (n, channels, height, width) of their condition with them.
+        """Augment samples, and apply the same movements to images (n, channels, height, width) in their condition.
 
         Raises:
             ValueError: if samples cannot be augmented; if the condition has maps of the samples' height and width that
-                are not images of floating point numbers, and would stay where they are.
+                are not floating-point images, and so would not be moved.
         """
         leaves = tree_leaves(sample)
         for leaf in leaves:
@@ -84,22 +84,22 @@ class Augmentation(nn.Module):
             )
 
     def draw(self, x: Tensor) -> Draws:
-        """What is drawn for samples, each value (n, ...)."""
+        """Draw random values for samples, each (n, ...)."""
         raise NotImplementedError
 
     def for_another_part(self, x: Tensor, draws: Draws) -> Draws:
-        """The draws for a further part of samples, from those for their first."""
+        """The draws for a further part of samples, given those for the first part."""
         return draws
 
     def apply_to(self, x: Tensor, draws: Draws) -> Tensor:
-        """Augment samples by given draws; those that are not there change nothing."""
+        """Augment samples by given draws; draws that are missing change nothing."""
         raise NotImplementedError
 
 
 def augment_pairs(augment: nn.Module, sample: Sample, condition: Condition) -> tuple[Sample, Condition]:
-    """Send samples, and the images of their condition, through an augmentation, or several in a ``Sequential``.
+    """Apply an augmentation, or several in a ``Sequential``, to samples and the images of their condition.
 
-    Other modules get the samples alone.
+    Other modules get only the samples.
 
     Example:
         >>> augment_pairs(nn.Identity(), torch.zeros(2, 1), None)
@@ -138,7 +138,7 @@ def _check_images(name: str, x: Tensor) -> None:
 
 
 def _as_rows(values: Tensor, x: Tensor) -> Tensor:
-    """Values (n,) in the type of samples, to be broadcast over what follows the first dimension."""
+    """Values (n,) in the dtype of samples, shaped to broadcast over all dimensions but the first."""
     return values.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 
@@ -146,21 +146,23 @@ def _as_rows(values: Tensor, x: Tensor) -> Tensor:
 
 
 class DiffAugment(Augmentation):
-    r"""Differentiable augmentation of real and of generated images alike, each image every time.
+    r"""Differentiable augmentation of real and generated images; each image is augmented every time.
 
     * ``"color"``: brightness x + U(−½, ½); then saturation, m + U(0, 2) · (x − m) with the mean m over the channels of
       a pixel; then contrast, m + U(½, 1½) · (x − m) with the mean m of the image.
-    * ``"translation"``: by whole pixels, uniform in −s … s with s = ⌊size / 8 + ½⌋ in each direction; zeros come in.
-    * ``"cutout"``: a box of zeros of ⌊size / 2 + ½⌋ pixels, whose centre lies anywhere in the image: it may stand out.
+    * ``"translation"``: by whole pixels, uniform in −s … s with s = ⌊size / 8 + ½⌋ in each direction; filled with
+      zeros.
+    * ``"cutout"``: a box of zeros of ⌊size / 2 + ½⌋ pixels, whose centre is anywhere in the image, so that it may
+      extend beyond it.
 
-    "Differentiable Augmentation for Data-Efficient GAN Training", https://arxiv.org/abs/2006.10738. The authors take
-    all three for 100 images, and translation and cutout for CIFAR-10.
+    "Differentiable Augmentation for Data-Efficient GAN Training", https://arxiv.org/abs/2006.10738. The authors use all
+    three for 100 images, and translation and cutout for CIFAR-10.
 
     Args:
-        policy: names from the list, in the order in which they are applied, with commas between them.
+        policy: comma-separated names from the list, in the order in which they are applied.
 
     Raises:
-        ValueError: if the policy has other names or none; if samples are no images (n, c, h, w), or smaller than 2 × 2.
+        ValueError: if the policy has other names or none; if samples are not images (n, c, h, w) of at least 2 × 2.
 
     Example:
         >>> DiffAugment("translation,cutout")(torch.ones(5, 3, 16, 16)).shape
@@ -182,14 +184,14 @@ class DiffAugment(Augmentation):
         return repr(self.policy)
 
     def check_samples(self, x: Tensor) -> None:
-        """Refuse what is no image."""
+        """Refuse samples that are not images."""
         super().check_samples(x)
         _check_images("DiffAugment", x)
         if "cutout" in self.names and min(x.shape[2:]) < 2:
             raise ValueError(f"DiffAugment's cutout needs images of 2 by 2 pixels or more, got {describe(x)}.")
 
     def draw(self, x: Tensor) -> Draws:
-        """Uniform values in [0, 1) for each image: three of colours, two of the translation, two of the cutout."""
+        """Uniform values in [0, 1) for each image: three for colours, two for the translation, two for the cutout."""
         shapes = {"color": 3, "translation": 2, "cutout": 2}
         return {name: batch_rand(len(x), shapes[name], device=x.device) for name in self.names}
 
@@ -274,35 +276,37 @@ SYM2 = tuple(x / (4 * math.sqrt(2)) for x in (1 - 3**0.5, 3 - 3**0.5, 3 + 3**0.5
 
 
 class AugmentPipe(Augmentation):
-    r"""The augmentations of ADA, each with a probability: so rare that the generator does not learn to make them.
+    r"""The augmentations of ADA, each with a probability: rare enough for the generator not to learn them.
 
     "Training Generative Adversarial Networks with Limited Data", https://arxiv.org/abs/2006.06676. Each transform is
     applied to an image with probability p times its multiplier, in this order, with σ and maxima from ``strengths``:
 
-    * ``"blit"``: ``xflip`` (chosen, it flips one time in two), ``rotate90`` (by 0 to 3 quarters), ``xint`` (whole
-      pixels, U(−⅛, ⅛) of the size).
+    * ``"blit"``: ``xflip`` (flips one time in two if chosen), ``rotate90`` (by 0 to 3 quarter turns), ``xint`` (by
+      whole pixels, U(−⅛, ⅛) of the size).
     * ``"geom"``: ``scale`` 2^N(0, 0.2²), ``rotate`` U(−π, π), ``aniso`` (s, 1/s) with s as scale, ``rotate`` again
       (either one with probability p), ``xfrac`` N(0, ⅛²) of the size. Then the image is resampled once: padded by
-      reflection, at twice the size, bilinearly, with the wavelet sym6 on the way there and back.
-    * ``"color"``: ``brightness`` + N(0, 0.2²), ``contrast`` · 2^N(0, 0.5²), ``lumaflip`` (one time in two the grey part
-      is negated), ``hue`` U(−π, π) about the grey axis, ``saturation`` · 2^N(0, 1); the last two on three channels.
+      reflection, at twice the size, bilinearly, with the wavelet sym6 for up- and downsampling.
+    * ``"color"``: ``brightness`` + N(0, 0.2²), ``contrast`` · 2^N(0, 0.5²), ``lumaflip`` (negates the grey part one
+      time in two), ``hue`` U(−π, π) about the grey axis, ``saturation`` · 2^N(0, 1); the last two for three channels.
     * ``"filter"``: ``imgfilter``, four bands amplified by 2^N(0, 1), normalized to the power of natural images.
-    * ``"noise"``: N(0, σ²) on each value with σ = |N(0, 0.1²)|. The one for samples of any shape, sound and points too.
-    * ``"cutout"``: a box of zeros of half the width and height, its centre anywhere.
+    * ``"noise"``: N(0, σ²) on each value with σ = |N(0, 0.1²)|. The only one for samples of any shape, such as sounds
+      and points.
+    * ``"cutout"``: a box of zeros of half the width and height, centred anywhere.
 
-    ADA takes ``"bgc"`` and lets :class:`~lightning_gan_stability.AdaptiveAugmentation` find p; R3GAN takes
-    ``{"bg": 1, "color": 0.5, "cutout": 1}`` and a p that rises to 0.3 (FFHQ) or 0.55 (CIFAR-10).
+    ADA uses ``"bgc"`` and lets :class:`~lightning_gan_stability.AdaptiveAugmentation` find p. R3GAN uses
+    ``{"bg": 1, "color": 0.5, "cutout": 1}`` and a p that increases to 0.3 (FFHQ) or 0.55 (CIFAR-10).
 
     Args:
-        transforms: a set (``"blit"``, ``"geom"``, ``"color"``, ``"filter"``, ``"noise"``, ``"cutout"``, ``"bg"``,
-            ``"bgc"``, ``"bgcf"``, ``"bgcfn"``, ``"bgcfnc"``), or multipliers of p by names of sets and transforms.
-        p: the probability of each transform, in [0, 1].
-        strengths: other values of σ or maxima by names of transforms: ``xint``, ``rotate`` (1: a full circle), ``hue``
-            and ``cutout`` are maxima, the others standard deviations.
+        transforms: a set of transforms (``"blit"``, ``"geom"``, ``"color"``, ``"filter"``, ``"noise"``, ``"cutout"``,
+            ``"bg"``, ``"bgc"``, ``"bgcf"``, ``"bgcfn"``, ``"bgcfnc"``), or multipliers of p by names of sets and
+            transforms.
+        p: probability of each transform, in [0, 1].
+        strengths: other values of σ or maxima, by names of transforms. Those of ``xint``, ``rotate`` (1: a full
+            circle), ``hue`` and ``cutout`` are maxima, the others standard deviations.
 
     Raises:
-        ValueError: if an argument has a bad value; if samples are no images (n, c, h, w) where a transform needs them,
-            or if there is ``"color"`` for others than one or three channels.
+        ValueError: if an argument has a bad value; if a transform needs images (n, c, h, w) and samples are not images;
+            or if there is ``"color"`` and images do not have one or three channels.
 
     Example:
         >>> AugmentPipe("bg", p=0.5)(torch.ones(5, 1, 16, 16)).shape
@@ -334,7 +338,7 @@ class AugmentPipe(Augmentation):
         return [name for name in self.multipliers if self.multipliers[name]]
 
     def check_samples(self, x: Tensor) -> None:
-        """Refuse samples that a transform is not for."""
+        """Refuse samples that a transform does not support."""
         super().check_samples(x)
         names = self._names()
         if names in ([], ["noise"]):
@@ -350,7 +354,7 @@ class AugmentPipe(Augmentation):
     # ---------- what is drawn
 
     def draw(self, x: Tensor) -> Draws:
-        """The amount of each transform for each sample; that of one that is not chosen changes nothing."""
+        """The amount of each transform for each sample; one that is not chosen has an amount that changes nothing."""
         n, names = len(x), self._names()
         amounts = {name: 2 if name == "rotate" else 1 for name in names}
         u = _Columns(batch_rand(n, 3 * len(names) + 16, device=x.device))
@@ -365,7 +369,7 @@ class AugmentPipe(Augmentation):
         return draws
 
     def for_another_part(self, x: Tensor, draws: Draws) -> Draws:
-        """The same draws, and noise of its own."""
+        """The same draws, but new noise."""
         return draws | {"values": batch_randn(*x.shape, device=x.device)} if "noise" in draws else draws
 
     def _draw_one(self, name: str, u: _Columns, z: _Columns) -> Tensor:
@@ -411,7 +415,7 @@ class AugmentPipe(Augmentation):
         return x
 
     def _constants(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The wavelet and the bank of filters, on the device and in the type of samples."""
+        """The wavelet and the filter bank, on the device and in the dtype of samples."""
         key = (x.device, x.dtype)
         if key not in self._filters:
             wavelet = torch.tensor(SYM6, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Modules from checkpoints, without running code that a file names."""
+"""Loads modules from checkpoints, without running code that a file names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import yaml
 
 from lightning_gan_stability.module import GANModule
 
-#: What a checkpoint may name without being told to: classes of networks, losses and optimizers.
+#: What a checkpoint may always name: classes of networks, losses and optimizers.
 TRUSTED = ("lightning_gan_stability", "torch.nn", "torch.optim")
 
 _INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
@@ -32,21 +32,21 @@ def load_gan(
     model: type[GANModule] | Callable[[], GANModule] | None = None,
     trust: Sequence[str] = (),
 ) -> GANModule:
-    """Make the module of a checkpoint, in eval mode and on the CPU, ready for ``sample``.
+    """Load the module of a checkpoint, in eval mode and on the CPU, ready for ``sample``.
 
-    A file is read with ``weights_only=True``. Checkpoints of runs from YAML name the classes of their parts: those of
-    this package, of ``torch.nn`` and ``torch.optim`` are imported, and others only if ``trust`` names them.
+    Files are read with ``weights_only=True``. Checkpoints of runs from YAML name the classes of their parts. Classes of
+    this package, of ``torch.nn`` and of ``torch.optim`` are imported, and others only if ``trust`` names them.
 
     Args:
-        path: a checkpoint, or the folder of a run: then its newest checkpoint.
+        path: a checkpoint, or the folder of a run, whose newest checkpoint is then loaded.
         model: for runs from Python: the class, if it makes its networks itself, or a function without arguments that
-            makes the module. None: the checkpoint says it.
-        trust: packages, modules or classes that a checkpoint may have imported, such as ``["my_project"]``.
+            makes the module. None: use the checkpoint's hyperparameters.
+        trust: packages, modules or classes that a checkpoint may import, such as ``["my_project"]``.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        ValueError: if the file is torn or not of a GANModule, if it names classes that are not trusted, or if nothing
-            says how its networks are made.
+        ValueError: if the file is damaged or not of a GANModule, if it names classes that are not trusted, or if it
+            does not say how to make its networks.
 
     Example:
         >>> import tempfile
@@ -72,7 +72,7 @@ def load_gan(
 
 
 def find_checkpoint(path: str | PathLike[str]) -> Path:
-    """The checkpoint that a path means: a file, or in the folder of a run the last one.
+    """The checkpoint at a path: the file itself, or the newest one in the folder of a run.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -89,7 +89,7 @@ def find_checkpoint(path: str | PathLike[str]) -> Path:
 
 
 def newest_checkpoint(files: Sequence[Path]) -> Path:
-    """The file that was written last; of those of one moment ``last.ckpt``, or the one of the latest step.
+    """The file that was written last; of files of the same time ``last.ckpt``, or the one of the latest step.
 
     Example:
         >>> import tempfile
@@ -109,10 +109,10 @@ def newest_checkpoint(files: Sequence[Path]) -> Path:
 
 
 def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
-    """The content of a checkpoint of a GANModule, read with ``weights_only=True``.
+    """Read the content of a checkpoint of a GANModule, with ``weights_only=True``.
 
     Raises:
-        ValueError: if the file is torn, if it holds more than weights and plain data, or if it is of something else.
+        ValueError: if the file is damaged, if it holds more than weights and plain data, or is not of a GANModule.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no checkpoint {str(path)!r}.")
@@ -135,22 +135,22 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
 
 
 def find_config(checkpoint: str | PathLike[str]) -> Path | None:
-    """The ``config.yaml`` of the run that a checkpoint is of; None if there is none."""
+    """The ``config.yaml`` of a checkpoint's run; None if there is none."""
     folder = Path(checkpoint).resolve().parent
     file = (folder.parent if folder.name == "checkpoints" else folder) / "config.yaml"
     return file if file.is_file() else None
 
 
 def check_trust(parameters: Any, trust: Sequence[str], origin: str) -> None:
-    """Refuse names of classes and functions that nobody trusts, before anything imports them.
+    """Refuse names of classes and functions that are not trusted, before they are imported.
 
     Args:
         parameters: dicts and lists of plain values, in which strings may be dotted names.
-        trust: what may be imported besides :data:`TRUSTED`.
-        origin: what they are from, for the message.
+        trust: names that may be imported besides :data:`TRUSTED`.
+        origin: their source, for the message.
 
     Raises:
-        ValueError: if there is one.
+        ValueError: if there is such a name.
 
     Example:
         >>> check_trust({"class_path": "os.system"}, (), "This config")
@@ -175,15 +175,15 @@ def check_trust(parameters: Any, trust: Sequence[str], origin: str) -> None:
 
 
 def check_parameters(parameters: dict[str, Any], trust: Sequence[str], origin: str) -> None:
-    """Refuse hyperparameters of a run from YAML that would have something imported that nobody trusts.
+    """Refuse hyperparameters of a run from YAML that would import names that are not trusted.
 
     Args:
-        parameters: of a checkpoint.
-        trust: what may be imported besides :data:`TRUSTED`.
-        origin: what they are from, for the message.
+        parameters: hyperparameters of a checkpoint.
+        trust: names that may be imported besides :data:`TRUSTED`.
+        origin: their source, for the message.
 
     Raises:
-        ValueError: if there are such.
+        ValueError: if there are such names.
 
     Example:
         >>> check_parameters({"_class_path": "lightning_gan_stability.GANModule", "latent_dim": 4}, (), "This file")
@@ -199,12 +199,12 @@ def class_of(parameters: dict[str, Any], trust: Sequence[str], origin: str) -> t
     """The class that the hyperparameters of a run from YAML name.
 
     Args:
-        parameters: of a checkpoint.
-        trust: what may be imported besides :data:`TRUSTED`.
-        origin: what they are from, for the message.
+        parameters: hyperparameters of a checkpoint.
+        trust: names that may be imported besides :data:`TRUSTED`.
+        origin: their source, for the message.
 
     Raises:
-        ValueError: if they name none, one that is not trusted, or something else than a GANModule.
+        ValueError: if they name no class, one that is not trusted, or one that is not a GANModule.
 
     Example:
         >>> class_of({"_class_path": "lightning_gan_stability.SuperResolution"}, (), "This file").__name__
@@ -225,10 +225,10 @@ def class_of(parameters: dict[str, Any], trust: Sequence[str], origin: str) -> t
 
 
 def resolve(name: str) -> Any:
-    """What a dotted name means, such as ``"my_project.MyGAN"``.
+    """Import the object of a dotted name, such as ``"my_project.MyGAN"``.
 
     Raises:
-        ValueError: if there is no such thing.
+        ValueError: if there is no such object.
     """
     module, _, attribute = name.rpartition(".")
     try:

@@ -1,4 +1,4 @@
-"""What a trained generator is worth by the protocol of its run, how sure that is, and which of several is better."""
+"""Evaluates trained generators by the protocol of their runs, with confidence intervals, and compares them."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ Watch = Callable[[Iterable[int]], Iterable[int]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a generator is worth.
+    """The metrics of a generator.
 
     Attributes:
-        name: of the generator.
-        values: by the names of metrics; ``memorization/...`` of the test for copies.
-        intervals: of those metrics that samples alone decide: ``fid``, ``kid``, ``precision``, ``recall``, ``density``,
-            ``coverage`` and ``diversity``.
-        null: what metrics give for one half of the real data against the other.
-        protocol: what values depend on besides the generator, and intervals too.
+        name: name of the generator.
+        values: values by the names of metrics; ``memorization/...`` for the test for copies.
+        intervals: confidence intervals of the metrics that depend on samples only: ``fid``, ``kid``, ``precision``,
+            ``recall``, ``density``, ``coverage`` and ``diversity``.
+        null: the metrics of one half of the real data against the other.
+        protocol: what values and intervals depend on besides the generator.
         notes: what was not measured, and why.
-        lower_is_better: of metrics besides those of QualityMonitor.
+        lower_is_better: for metrics besides those of QualityMonitor.
     """
 
     name: str
@@ -60,17 +60,17 @@ class Evaluation:
 
 
 class Difference(NamedTuple):
-    """The difference of a metric of two generators.
+    """The difference of a metric between two generators.
 
     Attributes:
-        metric: its name.
+        metric: name of the metric.
         first: name of a generator.
         second: name of another one.
-        value: that of the first minus that of the second.
-        low: of the interval that holds all pairs of generators together at its level, for this metric.
-        high: of the same.
-        better: the name of the better one, if the difference is larger than noise; an empty string if it is larger, and
-            neither large nor small is better; None if it is no larger than noise.
+        value: value of the first minus that of the second.
+        low: lower end of the interval; the intervals of all pairs hold together at the level, for this metric.
+        high: upper end of the interval.
+        better: name of the better one, if the difference is larger than noise; an empty string if it is larger, but
+            neither high nor low values are better; None if it is not larger than noise.
     """
 
     metric: str
@@ -110,29 +110,29 @@ def evaluate(
     """Measure a generator as the monitors of its run do, with confidence intervals.
 
     The values are those of :class:`~lightning_gan_stability.QualityMonitor` in a run, in ``trainer.validate`` and in
-    ``trainer.test``, from the same latents: equal weights and an equal protocol have equal values. Random states stay
-    as they are. The intervals come from ``resamples`` random ways to halve real and generated samples
-    (:func:`~lightning_gan_stability.metrics.uncertainty.interval`). They say where the mean of a metric over other
-    samples, as many of them, lies for this generator: other runs of the same training differ by more.
+    ``trainer.test``, from the same latents: equal weights and an equal protocol give equal values. Random states are
+    preserved. The intervals come from ``resamples`` random splits of real and generated samples into halves
+    (:func:`~lightning_gan_stability.metrics.uncertainty.interval`). They are intervals for the mean of a metric over
+    other sets of as many samples of this generator; other runs of the same training differ by more.
 
     Args:
-        module: on the device on which it is to run.
-        data: of the run.
-        monitor: has the protocol. None: ``QualityMonitor()``.
+        module: the GAN, on the device to use.
+        data: the run's data.
+        monitor: the monitor with the protocol. None: ``QualityMonitor()``.
         others: callbacks that log values in validation, such as :class:`~lightning_gan_stability.PairedMonitor`.
-        memorization: how copies of training samples are looked for. None: among 10,000 training samples, where the data
-            module has held-out samples.
+        memorization: the monitor that tests for copies of training samples. None: test among 10,000 training samples,
+            if the data module has held-out samples.
         stage: ``"test"`` compares with test data.
-        resamples: how often samples are halved; 0: no intervals.
-        level: of confidence.
-        seed: of the halves.
-        precision: of the Trainer.
-        name: of the generator, in tables.
-        watch: wraps the loop over halves, such as in a progress bar.
+        resamples: number of random splits; 0: no intervals.
+        level: confidence level.
+        seed: seed of the splits.
+        precision: precision of the Trainer.
+        name: name of the generator, in tables.
+        watch: wraps the loop over splits, for instance in a progress bar.
 
     Raises:
         ValueError: if an argument has a bad value.
-        MisconfigurationException: what the monitors raise, if the data are not there or too few.
+        MisconfigurationException: from the monitors, if the data are missing or too few.
 
     Example:
         >>> from lightning_gan_stability import MLP, GANModule, QualityMonitor, Ring
@@ -177,18 +177,18 @@ def evaluate(
 
 
 def compare(evaluations: Sequence[Evaluation], level: float = 0.95) -> list[Difference]:
-    """Which differences of several generators are larger than noise, for each pair of them and each metric.
+    """Find the differences between generators that are larger than noise, for each pair and metric.
 
-    The generators were compared with the same real samples and in the same halves of these, and most often they have
-    the same latents: what they share cancels in the difference. For each metric, all intervals hold together with
+    The generators were compared with the same real samples, split into the same halves, and usually have the same
+    latents, so that what they share cancels in the difference. For each metric, all intervals hold together with
     probability ``level``, by Bonferroni's inequality.
 
     Args:
-        evaluations: of :func:`evaluate`, by one protocol and seed.
-        level: of confidence.
+        evaluations: results of :func:`evaluate`, with the same protocol and seed.
+        level: confidence level.
 
     Raises:
-        ValueError: if names are equal, or protocols are not.
+        ValueError: if names are equal, or protocols differ.
 
     Example:
         >>> from lightning_gan_stability import MLP, GANModule, QualityMonitor, Ring

@@ -1,4 +1,4 @@
-"""What has to happen around a run: refusals, checks of gradients, and the state that a run is stopped in."""
+"""Guard, the callback that checks a run and its gradients, and saves the state in which a run is stopped."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ if TYPE_CHECKING:
 
 
 class Guard(Callback):
-    """Stands beside one GANModule in a run, so that its hooks belong to its subclasses.
+    """Accompanies one GANModule in a run, so that the module's hooks remain free for subclasses.
 
-    :meth:`GANModule.configure_callbacks` attaches it. It comes after the user's callbacks and before checkpoints, and
-    does nothing for another module that the same Trainer fits.
+    :meth:`GANModule.configure_callbacks` attaches it, after the user's callbacks and before checkpoints. It does
+    nothing for other modules that the same Trainer fits.
 
     Args:
-        module: whose run.
+        module: the GAN.
     """
 
     def __init__(self, module: GANModule) -> None:
@@ -66,7 +66,7 @@ class Guard(Callback):
         self._events: EventLog | None = None
 
     def is_visible(self, trainer: Trainer) -> bool:
-        """Whether somebody looks at this step's values: logging costs as much as a small network's step."""
+        """Whether this step's values are logged or used: logging costs as much as the step of a small network."""
         step = trainer.global_step
         return not trainer.barebones and (
             (trainer.log_every_n_steps and (step + 1) % trainer.log_every_n_steps == 0)  # type: ignore[attr-defined]
@@ -79,7 +79,7 @@ class Guard(Callback):
     # ---------- before a run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work, before a checkpoint is read."""
+        """Refuse configurations that cannot work, before a checkpoint is read."""
         if pl_module is not self.module:
             return
         module, self.attached = self.module, True
@@ -133,7 +133,7 @@ class Guard(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse networks in eval mode and optimizers that cannot be right; compile."""
+        """Refuse networks in eval mode and wrong optimizers; compile the networks."""
         if pl_module is not self.module:
             return
         module = self.module
@@ -165,7 +165,7 @@ class Guard(Callback):
         module.compile_networks()
 
     def _check_optimizers(self, trainer: Trainer) -> None:
-        """Refuse what an overridden `configure_optimizers` may return, and steps that need the loss anew."""
+        """Refuse wrong results of an overridden `configure_optimizers`, and optimizers that recompute the loss."""
         optimizers = trainer.optimizers
         if len(optimizers) < len(NETWORKS):
             raise MisconfigurationException(
@@ -203,7 +203,7 @@ class Guard(Callback):
                     )
 
     def _can_step(self, scheduler: Any) -> bool:
-        """Whether Lightning's `lr_scheduler_step`, or an overridden one, can step a scheduler."""
+        """Whether Lightning's `lr_scheduler_step`, possibly overridden, can step a scheduler."""
         if is_overridden("lr_scheduler_step", self.module):
             return True
         try:
@@ -215,7 +215,7 @@ class Guard(Callback):
     # ---------- during a run
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out which steps somebody will look at."""
+        """Find out which steps are logged or used."""
         if pl_module is not self.module:
             return
         module = self.module
@@ -239,7 +239,7 @@ class Guard(Callback):
             check_equal_batches(trainer, pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note the record of the step before; refuse a module that somebody has put into eval mode."""
+        """Store the record of the previous step; refuse a module that was put into eval mode."""
         if pl_module is self.module and not pl_module.training:
             raise MisconfigurationException(
                 "The module is in eval mode in the middle of training, in which BatchNorm, dropout and the average are "
@@ -250,14 +250,14 @@ class Guard(Callback):
             self._read.before_batch(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Check and clip the gradient; here, because here a gradient scaler has unscaled it."""
+        """Check and clip the gradient; at this point a gradient scaler has unscaled it."""
         if pl_module is self.module:
             self.module.engine.before_step(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Refuse a training step without the package's; let the signals in that have come meanwhile."""
+        """Refuse a training step that skips the package's; handle signals that have arrived."""
         if pl_module is not self.module:
             return
         callbacks = self.module.engine.callbacks()
@@ -275,7 +275,7 @@ class Guard(Callback):
         self._release_signals()
 
     def _refuse_other_steps(self, callbacks: list[GANCallback]) -> None:
-        """Refuse a training step that does not reach the package's on its first batch, if something is lost by that."""
+        """Refuse a training step that does not call the package's on its first batch, if something would be lost."""
         module = self.module
         lost = [type(callback).__name__ for callback in callbacks]
         lost += ["accumulate"] if module.accumulate > 1 else []
@@ -288,25 +288,25 @@ class Guard(Callback):
             )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let signals in at once, where one process trains: between two batches nothing is cut."""
+        """Handle signals at once, if a single process trains: no batch is interrupted."""
         if self._running:
             self._read.before_validation(trainer)
             if not is_distributed():
                 self._signals.stop()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hold signals back again, of several processes after those that have come."""
+        """Hold signals back again; with several processes, first handle those that have arrived."""
         if self._running:
             self._read.after_validation(trainer, pl_module)
             self._release_signals()
             self._signals.start()
 
     def _release_signals(self) -> None:
-        """Let signals in, on all processes if on one: their handlers save a checkpoint together."""
+        """Handle signals, on all processes if one has received any: their handlers save a checkpoint together."""
         self._signals.release(lambda come: any_rank(come, self.module.device))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if there was nothing to train on; hide what was not measured at this step."""
+        """Warn if there was nothing to train on; hide values that were not measured at this step."""
         if pl_module is not self.module:
             return
         if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
@@ -314,7 +314,7 @@ class Guard(Callback):
         self._read.after_epoch(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave signals alone again, and each EarlyStopping as it was."""
+        """Restore the handling of signals and each EarlyStopping."""
         if self._running:
             self._release_signals()
             self._read.stop(trainer)
@@ -322,7 +322,7 @@ class Guard(Callback):
         self._signals.stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave signals and EarlyStopping alone again; name the file if a checkpoint could not be read."""
+        """Restore signals and EarlyStopping; name the file if a checkpoint could not be read."""
         if self._running:
             self._read.stop(trainer, failed=True)
         self._running = False
@@ -340,7 +340,7 @@ class Guard(Callback):
             ) from exception
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if there was nothing to train on, and Lightning knew without a look."""
+        """Warn if there was nothing to train on and Lightning knew so beforehand."""
         if pl_module is self.module and trainer.num_training_batches == 0:
             raise MisconfigurationException(_NO_BATCHES)
         if pl_module is self.module:
@@ -350,12 +350,12 @@ class Guard(Callback):
     # ---------- what is said of the run
 
     def _outcome(self, trainer: Trainer) -> Outcome:
-        """What all callbacks know."""
+        """The outcomes of all callbacks."""
         return joined(callback.outcome(trainer) for callback in self.module.engine.callbacks())
 
     @rank_zero_only
     def _note_start(self, trainer: Trainer) -> None:
-        """Begin the file of events beside the log of values."""
+        """Start the file of events beside the log of values."""
         logs = [Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, CSVLogger)]
         folders = [folder for folder in logs if folder.is_dir()]  # on this machine
         if not folders:
@@ -370,7 +370,7 @@ class Guard(Callback):
         self._events = None
 
     def _note(self, write: Callable[[EventLog], None]) -> None:
-        """Write into the file of events if there is one; a run goes on without it where the disk is full."""
+        """Write to the file of events if there is one; a full disk does not stop the run."""
         if self._events is None:
             return
         try:
@@ -381,7 +381,7 @@ class Guard(Callback):
 
     @rank_zero_only
     def _say_outcome(self, trainer: Trainer, stopped: str = "") -> None:
-        """Print what the callbacks know of the run, if they know anything."""
+        """Print the outcomes of the callbacks, if there are any."""
         if not logging.getLogger("lightning.pytorch").isEnabledFor(logging.INFO):
             return  # a script of many runs silences Lightning, and has words of its own
         known = self._outcome(trainer)
@@ -392,7 +392,7 @@ class Guard(Callback):
     # ---------- checkpoints
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save no state of which nobody knows whether it is finite; add what the optimizers were made with."""
+        """Refuse to save a state that may not be finite; add the options of the optimizers."""
         if pl_module is self.module:
             self.module.engine.check_finite()
             self._resuming.save(checkpoint)
@@ -408,7 +408,7 @@ class Guard(Callback):
                 checkpoint["state_dict"]["_extra_state"] = self.module.get_extra_state()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the extra state that came beside shards, and what the optimizers were made with."""
+        """Load the extra state that is stored beside shards, and the options of the optimizers."""
         if pl_module is self.module:
             self._resuming.load(checkpoint)
             if self.module.device_mesh is not None:
@@ -416,7 +416,7 @@ class Guard(Callback):
 
 
 def _checkpoints(trainer: Trainer) -> list[str]:
-    """Where the best and the last weights are."""
+    """Paths of the best and the last weights."""
     found = []
     for saves in callbacks_of(trainer, ModelCheckpoint):
         best, score = saves.best_model_path, saves.best_model_score
@@ -431,7 +431,7 @@ _NO_BATCHES = "The training loader has no batches: is its data set smaller than 
 
 
 def check_run(trainer: Trainer, module: GANModule) -> None:
-    """Refuse what other callbacks' `setup` depends on."""
+    """Refuse what would break the `setup` of other callbacks."""
     if trainer.state.fn != "fit":
         return
     check_strategy(trainer)

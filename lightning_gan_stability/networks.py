@@ -1,4 +1,4 @@
-"""Runs a module's networks, and checks what goes in and what comes out."""
+"""Runs a module's networks, and checks their inputs and outputs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def call_network(network: nn.Module, inputs: Any, condition: Condition) -> Any:
 
 
 def logits_and_features(found: dict[str, Any] | list[Any]) -> Any:
-    """What several discriminators return: their logits, or their logits and their features, if they return both.
+    """Combine the results of several discriminators: their logits, or logits and features if they return both.
 
     Example:
         >>> logits_and_features({"a": (torch.zeros(1), [torch.ones(1)])})
@@ -65,10 +65,10 @@ def logits_and_features(found: dict[str, Any] | list[Any]) -> Any:
 
 
 def check_samples(name: str, sample: Sample) -> int:
-    """The number of samples, all of whose leaves are real floating point tensors.
+    """Check samples, all of whose leaves must be real floating-point tensors, and return their number.
 
     Raises:
-        ValueError: if they are not, if there is none, or if the leaves disagree on their number.
+        ValueError: if they are not, if there are none, or if the leaves disagree on their number.
 
     Example:
         >>> check_samples("Real samples", {"image": torch.zeros(4, 3), "audio": torch.zeros(4, 8)})
@@ -89,7 +89,7 @@ def check_samples(name: str, sample: Sample) -> int:
 
 
 def check_condition(condition: Condition, n: int) -> None:
-    """Refuse a condition whose leaves are not tensors with one row for each sample.
+    """Refuse a condition whose leaves are not tensors with one row per sample.
 
     Example:
         >>> check_condition([torch.zeros(3)], 2)
@@ -108,10 +108,10 @@ def check_condition(condition: Condition, n: int) -> None:
 
 
 class NetworkRunner:
-    """Asks a module's `generate` and `discriminate`, and explains where a network fails before the first step.
+    """Calls a module's `generate` and `discriminate`, and explains errors of networks before the first step.
 
     Args:
-        module: whose networks.
+        module: the GAN.
     """
 
     def __init__(self, module: GANProtocol) -> None:
@@ -122,7 +122,7 @@ class NetworkRunner:
         self._seen: dict[str, list[Any]] = {}  # what they returned in the last pass
 
     def generate(self, n: int, condition: Condition, latents: Tensor | None) -> tuple[Sample, Extras]:
-        """Samples of the current generator, and what it returns beside them."""
+        """Samples of the current generator, and its extras."""
         module = self.module
         network = module.current_generator
         if is_compiled(network):
@@ -143,12 +143,12 @@ class NetworkRunner:
     def discriminate(
         self, sample: Sample, condition: Condition, randomness: Randomness | None = None
     ) -> tuple[Logits, Features, dict[str, Any], Sample]:
-        """Logits (n,) or (n, patches) of each discriminator, features, outputs of watched layers, and what was judged.
+        """Logits (n,) or (n, patches) of each discriminator, features, outputs of watched layers, and its inputs.
 
         Args:
             sample: (n, ...); it is augmented in training.
-            condition: what the discriminator is told.
-            randomness: what the augmentation draws from; None: from here.
+            condition: the discriminator's condition.
+            randomness: random state for the augmentation; None: the present one.
         """
         module = self.module
         augmented = sample
@@ -200,7 +200,7 @@ class NetworkRunner:
         return [self._rows(entry, n) for entry in logits]
 
     def watch(self, layers: Sequence[str]) -> Callable[[], None]:
-        """Keep what layers of the discriminator return; see :meth:`GANModule.watch_layers`."""
+        """Record outputs of the discriminator's layers; see :meth:`GANModule.watch_layers`."""
         discriminator = self.module.discriminator
         found = {name: layer for name, layer in discriminator.named_modules() if name}
         running = [name for name, layer in found.items() if _runs(layer)]
@@ -247,7 +247,7 @@ class NetworkRunner:
         return found
 
     def _reconstruction_errors(self, output: Any, sample: Sample) -> Tensor:
-        """The mean absolute error of each sample, where the discriminator rebuilds samples."""
+        """The mean absolute error of each sample, if the discriminator reconstructs samples."""
         if not isinstance(output, Tensor) or not isinstance(sample, Tensor):
             raise ValueError(
                 f"{type(self.module.loss).__name__} judges the reconstructions of one tensor by one discriminator, got "
@@ -284,7 +284,7 @@ class NetworkRunner:
         return logits.reshape(n) if logits.numel() == n else logits.reshape(n, -1)
 
     def _explain(self, name: str, inputs: Any, error: Exception) -> None:
-        """Raise an error that says what a network failed on, unless it has worked before."""
+        """Raise an error that describes the inputs on which a network failed, unless it has worked before."""
         ours = isinstance(error, torch.OutOfMemoryError | MisconfigurationException | FloatingPointError)
         if ours or self.module.iteration:
             return

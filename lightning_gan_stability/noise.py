@@ -1,4 +1,4 @@
-"""Random numbers that are functions of a key: of a seed, a rank, an iteration and the number of the draw."""
+"""Random numbers as functions of a key: of a seed, a rank, an iteration and the number of the draw."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_gan_stability.outputs import tree_map
 
 
 def seed_of(*key: object) -> int:
-    """A seed that is a function of a key alone.
+    """A seed that depends only on a key.
 
     Example:
         >>> seed_of(0, "train", 1) == seed_of(0, "train", 1), seed_of(0) == seed_of(1)
@@ -29,7 +29,7 @@ def seed_of(*key: object) -> int:
 
 
 def generator(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
-    """A random generator whose state is a function of a key alone.
+    """A random generator whose state depends only on a key.
 
     Example:
         >>> generator(0, "train", 1).initial_seed() == generator(0, "train", 1).initial_seed()
@@ -44,9 +44,9 @@ _OF_BATCH: ContextVar[Noise | None] = ContextVar("noise of the batch", default=N
 def batch_rand(n: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
     r"""Values (n, \*shape) in float32, uniform in [0, 1), for the n samples of a batch.
 
-    Where a GANModule augments samples they come from its noise, and are rows of what all processes would draw together:
-    N processes draw what one does for the whole batch, and so do micro-batches. Elsewhere they come from torch's
-    default generator.
+    When a GANModule augments samples, the values come from its noise, as rows of a draw for all processes together: N
+    processes draw the same values as one process for the full batch, and so do micro-batches. Otherwise they come from
+    torch's default generator.
 
     Example:
         >>> batch_rand(2, 3).shape
@@ -83,14 +83,14 @@ class Clock(Protocol):
 
 
 class Randomness(NamedTuple):
-    """Where all randomness stands: the module's own draws, and torch's default generators."""
+    """The state of all randomness: the module's own draws, and torch's default generators."""
 
     draw: int
     cpu: Tensor
     device: Tensor | None
 
     def equals(self, other: Randomness) -> bool:
-        """Whether nobody has drawn between two looks."""
+        """Whether nothing was drawn between two states."""
         same = self.draw == other.draw and torch.equal(self.cpu, other.cpu)
         return same and (self.device is None or other.device is None or torch.equal(self.device, other.device))
 
@@ -98,13 +98,13 @@ class Randomness(NamedTuple):
 class Noise:
     r"""The random numbers of a GANModule.
 
-    A draw is a function of (``seed``, rank, iteration, whether it is part of a training step, number of the draw): a
-    resumed run draws what the uninterrupted one did, every rank draws its own, and torch's default generators are
-    neither used nor changed. A micro-batch draws its rows of the whole batch's noise.
+    A draw is a function of (``seed``, rank, iteration, whether it is part of a training step, number of the draw). A
+    resumed run therefore draws the same numbers as the uninterrupted one, each rank draws its own, and torch's default
+    generators are neither used nor changed. A micro-batch draws its rows of the full batch's noise.
 
     Args:
         seed: any integer.
-        clock: tells rank, iteration and device: the module.
+        clock: the module, which has rank, iteration and device.
 
     Example:
         >>> from lightning_gan_stability import MLP, GANModule
@@ -127,7 +127,7 @@ class Noise:
         Args:
             n: number of samples.
             shape: shape of one sample's noise.
-            dtype: None: that of the module's parameters.
+            dtype: dtype of the values. None: that of the module's parameters.
 
         Raises:
             ValueError: if ``n`` is not a positive integer.
@@ -142,11 +142,11 @@ class Noise:
         return self._sample(torch.rand, n, shape, self._dtype() if dtype is None else dtype)
 
     def randn_like(self, sample: Any) -> Any:
-        """Standard normal values of the shape and type of a sample, which may be a tree."""
+        """Standard normal values of the shape and dtype of a sample, which may be a tree."""
         return tree_map(lambda leaf: self.randn(len(leaf), *leaf.shape[1:], dtype=leaf.dtype), sample)
 
     def rand_like(self, sample: Any) -> Any:
-        """Values uniform in [0, 1) of the shape and type of a sample, which may be a tree."""
+        """Values uniform in [0, 1) of the shape and dtype of a sample, which may be a tree."""
         return tree_map(lambda leaf: self.rand(len(leaf), *leaf.shape[1:], dtype=leaf.dtype), sample)
 
     def _dtype(self) -> torch.dtype:
@@ -161,7 +161,7 @@ class Noise:
         return values if total == n else values[start:stop]
 
     def of_batch(self, function: Callable[..., Tensor], n: int, *shape: int) -> Tensor:
-        """The rows of n samples in what is drawn for the batch of all processes together; see :func:`batch_rand`."""
+        """The rows of n samples in a draw for the batch of all processes together; see :func:`batch_rand`."""
         start, _, total = self._rows_of(n)
         start += self.clock.global_rank * total
         key = (self.seed, "batch", self._iteration, *self._key, self.draw)
@@ -197,15 +197,15 @@ class Noise:
 
     @property
     def in_step(self) -> bool:
-        """Whether a training step is being taken."""
+        """Whether a training step is running."""
         return self._key == (True,)
 
     @contextmanager
     def of_step(self) -> Iterator[None]:
-        """Everything that is drawn within, by whomever, is a function of (seed, rank, iteration).
+        """Make all random draws within a function of (seed, rank, iteration), including those of other code.
 
-        Networks and augmentations draw from torch's default generators, of the CPU and of the module's device: these
-        are seeded, and put back at the end.
+        Networks and augmentations draw from torch's default generators, of the CPU and of the module's device. These
+        are seeded, and restored at the end.
         """
         with self._seeded(True):
             yield
@@ -214,12 +214,11 @@ class Noise:
 
     @contextmanager
     def of(self, *key: object, iteration: int | None = None) -> Iterator[None]:
-        """As :meth:`of_step`, for what is no training step: also a function of a key, and without a trace.
+        """Like :meth:`of_step` outside of training steps: draws also depend on a key, and the noise is restored.
 
         Args:
             key: tells the draws of different users apart.
-            iteration: what it is a function of in the place of the module's iteration, for the same draws each time;
-                None: the module's.
+            iteration: iteration to use instead of the module's, for the same draws each time; None: the module's.
         """
         with self._seeded(*key, iteration=iteration):
             yield
@@ -238,7 +237,7 @@ class Noise:
 
     @contextmanager
     def of_samples(self) -> Iterator[None]:
-        """What :func:`batch_rand` and :func:`batch_randn` draw within is this noise."""
+        """Let :func:`batch_rand` and :func:`batch_randn` draw from this noise."""
         token = _OF_BATCH.set(self)
         try:
             yield
@@ -247,7 +246,7 @@ class Noise:
 
     @contextmanager
     def rows(self, start: int, stop: int, total: int, draw: int) -> Iterator[None]:
-        """Noise of a micro-batch: some rows of that of the whole batch, from a given draw on."""
+        """Let a micro-batch draw its rows of the full batch's noise, starting at a given draw."""
         self._rows, self.draw = (start, stop, total), draw
         try:
             yield
@@ -256,7 +255,7 @@ class Noise:
 
     @contextmanager
     def replay(self, start: Randomness | None = None) -> Iterator[None]:
-        """Everything that is drawn within starts from a given point (None: from here), and is not used up."""
+        """Start all random draws within from a given state (None: the present one), and restore it afterwards."""
         before = self.randomness()
         self.restore(start or before)
         try:
@@ -265,13 +264,13 @@ class Noise:
             self.restore(before)
 
     def randomness(self) -> Randomness:
-        """Where all randomness stands."""
+        """The state of all randomness."""
         device = _device_generator(self.clock.device)
         state = None if device is None else device.get_state()
         return Randomness(self.draw, torch.default_generator.get_state(), state)
 
     def restore(self, randomness: Randomness) -> None:
-        """Go on from where randomness stood."""
+        """Restore a state of all randomness."""
         self.draw = randomness.draw
         torch.default_generator.set_state(randomness.cpu)
         device = _device_generator(self.clock.device)

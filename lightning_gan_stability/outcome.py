@@ -1,4 +1,4 @@
-"""What the end of a run says of it: one table, what went wrong, where the files are, and a sentence of judgement."""
+"""The outcome of a run: a table of measurements, failures, files, and a sentence of judgement."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ LITTLE = 0.5  # of the way from the first measurement to real data: less is litt
 
 
 class Course(NamedTuple):
-    """The measurements of one value in a run.
+    """The history of one value in a run.
 
     Attributes:
         name: its key in the log.
-        steps: of the measurements, by ``trainer.global_step``.
-        values: as many.
-        real: what real data have; NaN if it is not known.
+        steps: steps of the measurements, by ``trainer.global_step``.
+        values: the measurements.
+        real: the value of real data; NaN if unknown.
         lower_is_better: None if neither is.
-        limit: beyond which a run has not worked, whatever the other values are; NaN if there is none.
+        limit: a value beyond it means that the run has failed, whatever the other values are; NaN if there is none.
     """
 
     name: str
@@ -47,15 +47,15 @@ class Course(NamedTuple):
 
 
 class Trouble(NamedTuple):
-    """What a monitor has said.
+    """A failure that a monitor has reported.
 
     Attributes:
-        step: since when, by ``trainer.global_step``.
-        verdict: its name.
-        evidence: numbers, in words.
+        step: when it began, by ``trainer.global_step``.
+        verdict: name of the failure.
+        evidence: the numbers behind it, as text.
         advice: what to do.
         done: what was done: ``"rollback"``, ``"stop"``; empty: nothing.
-        lasts: it was so at the end too.
+        lasts: whether it was present at the end.
     """
 
     step: int
@@ -67,12 +67,12 @@ class Trouble(NamedTuple):
 
 
 class Action(NamedTuple):
-    """What somebody who steers a run has done.
+    """An action of a callback that controls a run.
 
     Attributes:
         step: when, by ``trainer.global_step``.
-        who: the name of the callback.
-        what: in words.
+        who: name of the callback.
+        what: the action, as text.
         why: the reason.
     """
 
@@ -83,14 +83,14 @@ class Action(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one callback knows of a run at its end.
+    """The findings of one callback at the end of a run.
 
     Attributes:
-        courses: of what it measured, the most telling first.
-        troubles: what it said.
+        courses: histories of its measurements, the most informative first.
+        troubles: the failures that it reported.
         files: where to look, each a kind and a place.
-        watched: steps that it looked at for trouble.
-        actions: what it did to the run.
+        watched: number of steps that it checked for failures.
+        actions: its actions on the run.
     """
 
     courses: Sequence[Course] = ()
@@ -107,15 +107,15 @@ def courses_of(
     real: Mapping[str, float] | None = None,
     limits: Mapping[str, float] | None = None,
 ) -> list[Course]:
-    """The courses of a monitor's values.
+    """The histories of a monitor's values.
 
     Args:
-        name: what the log's keys begin with.
+        name: prefix of the log's keys.
         history: measurements, each with its ``step``.
-        lower_is_better: by the names of the values, in the order of the table; those that were never measured have no
-            course.
-        real: what real data have.
-        limits: beyond which a run has not worked.
+        lower_is_better: by the names of the values, in the order of the table; values that were never measured are left
+            out.
+        real: values of real data.
+        limits: values beyond which a run has failed.
 
     Example:
         >>> [course.values for course in courses_of("quality", [{"step": 0, "fid": 3.0}], {"fid": True, "kid": True})]
@@ -132,7 +132,7 @@ def courses_of(
 
 
 def in_words(evidence: Mapping[str, float]) -> str:
-    """Numbers by their names, as warnings and the table have them.
+    """Numbers with their names as text, as in warnings and the table.
 
     Example:
         >>> in_words({"fid": 12.3456, "p": 1e-9})
@@ -142,7 +142,7 @@ def in_words(evidence: Mapping[str, float]) -> str:
 
 
 def joined(outcomes: Iterable[Outcome]) -> Outcome:
-    """What several callbacks know.
+    """The combined outcome of several callbacks.
 
     Example:
         >>> joined([Outcome(watched=5), Outcome(troubles=[Trouble(3, "collapse")])]).watched
@@ -159,12 +159,12 @@ def joined(outcomes: Iterable[Outcome]) -> Outcome:
 
 
 def describe_outcome(outcome: Outcome, steps: int, stopped: str = "") -> str:
-    """The table, and below it a sentence.
+    """The table, followed by a sentence of judgement.
 
     Args:
-        outcome: of all callbacks.
-        steps: how many the run had.
-        stopped: why it did not come to its end.
+        outcome: outcome of all callbacks.
+        steps: number of steps of the run.
+        stopped: why it stopped early.
 
     Example:
         >>> fid = Course("quality/fid", [0, 100, 200], [57.0, 8.0, 8.5], real=1.0, lower_is_better=True)
@@ -187,12 +187,12 @@ def describe_outcome(outcome: Outcome, steps: int, stopped: str = "") -> str:
 
 
 def judgement(outcome: Outcome, stopped: str = "", going: str = "") -> str:
-    """Whether a run worked, from its most telling value and what was said.
+    """A sentence that says whether a run worked, from its most informative value and the reported failures.
 
     Args:
-        outcome: of all callbacks.
-        stopped: why the run did not come to its end.
-        going: a sentence on how far it is, of a run of which nobody knows whether it goes on; it is not judged yet.
+        outcome: outcome of all callbacks.
+        stopped: why the run stopped early.
+        going: a sentence on the progress of a run that may still be going; such a run is not judged yet.
 
     Example:
         >>> fid = Course("quality/fid", [0, 100], [52.0, 57.0], lower_is_better=True)

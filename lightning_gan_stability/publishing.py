@@ -1,4 +1,4 @@
-"""A generator as others can use it: weights, config, program, samples and a model card in one folder, or on the Hub."""
+"""Publishes a generator in one folder or on the Hub: weights, config, program, samples and a model card."""
 
 from __future__ import annotations
 
@@ -48,33 +48,33 @@ def publish(
     program: bool = True,
     overwrite: bool = False,
 ) -> Path:
-    """Write what others need to draw samples into a folder: all of it, or nothing.
+    """Write everything that others need to draw samples into a folder; on failure nothing is written.
 
-    * ``generator.safetensors``: the weights of the average if there is one, else those of the generator.
-    * ``config.yaml``: how the module is made, for :func:`load_published`.
-    * ``sampler.pt2``: the generator as a program of ``torch.export``, from latents (n, latent_dim), and a condition if
-      it takes one, to samples, for any n; it runs without this package.
-    * ``samples.png``, if there is a picture of such samples.
-    * ``README.md``: a model card as the Hugging Face Hub reads it, with what the run of the checkpoint has logged.
+    * ``generator.safetensors``: the weights of the average if there is one, otherwise those of the generator.
+    * ``config.yaml``: how to make the module, for :func:`load_published`.
+    * ``sampler.pt2``: the generator as a program of ``torch.export``, which maps latents (n, latent_dim), and a
+      condition if the generator takes one, to samples, for any n. It runs without this package.
+    * ``samples.png``, if samples can be drawn.
+    * ``README.md``: a model card for the Hugging Face Hub, with the values logged by the checkpoint's run.
 
-    Spectral norm is computed into the weights, those of the module too, which is left in eval mode on the CPU.
+    Spectral norm is folded into the weights, also in the given module, which is left in eval mode on the CPU.
 
     Args:
-        module: of the checkpoint, from :func:`~lightning_gan_stability.checkpoints.load_gan`.
-        folder: where the files go.
+        module: the checkpoint's module, from :func:`~lightning_gan_stability.checkpoints.load_gan`.
+        folder: the folder to write to.
         checkpoint: the file, or the folder of its run.
-        condition: rows of a condition, two at least, for a generator that takes one. Class labels are found without.
-        n_samples: in the picture.
-        program: whether there is a ``sampler.pt2``.
-        overwrite: whether files of these names are replaced in a folder that is not empty.
+        condition: at least two rows of a condition, for a generator that takes one. Not needed for class labels.
+        n_samples: number of samples in the picture.
+        program: write ``sampler.pt2``.
+        overwrite: replace files of these names in a folder that is not empty.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: if the folder is not empty, if nothing says what condition the generator takes, if the network
-            cannot be exported, or if the program makes other samples than the module.
-        ModuleNotFoundError: without safetensors or huggingface_hub, which come with ``hub``.
+        ValueError: if the folder is not empty, if the generator's condition is unknown, if the network cannot be
+            exported, or if the program and the module return different samples.
+        ModuleNotFoundError: without safetensors or huggingface_hub, which the extra ``hub`` installs.
 
     Example:
         >>> import tempfile
@@ -120,22 +120,22 @@ def load_published(
     model: type[GANModule] | Callable[[], GANModule] | None = None,
     trust: Sequence[str] = (),
 ) -> GANModule:
-    """Make the module of a published generator, in eval mode and on the CPU, ready for ``sample``.
+    """Load the module of a published generator, in eval mode and on the CPU, ready for ``sample``.
 
-    Its discriminator is untrained. Names of classes are imported as by
+    Its discriminator is untrained. Class names are imported as by
     :func:`~lightning_gan_stability.checkpoints.load_gan`.
 
     Args:
-        folder: what :func:`publish` has written.
+        folder: a folder written by :func:`publish`.
         model: for runs from Python: the class, if it makes its networks itself, or a function without arguments that
-            makes the module. None: the config says it.
-        trust: packages, modules or classes that the config may have imported, such as ``["my_project"]``.
+            makes the module. None: use the config.
+        trust: packages, modules or classes that the config may import, such as ``["my_project"]``.
 
     Raises:
-        FileNotFoundError: if the folder has no such files.
-        ValueError: if it names classes that are not trusted, if nothing says how the networks are made, or if the
-            weights do not fit.
-        ModuleNotFoundError: without safetensors, which comes with ``hub``.
+        FileNotFoundError: if the folder lacks these files.
+        ValueError: if the config names classes that are not trusted, if it does not say how to make the networks, or if
+            the weights do not fit.
+        ModuleNotFoundError: without safetensors, which the extra ``hub`` installs.
     """
     safetensors = require("safetensors.torch", "hub")
     place = Path(folder)
@@ -157,22 +157,22 @@ def load_published(
 
 
 def push(folder: str | PathLike[str], repository: str, private: bool = False) -> str:
-    """Upload the files of a published generator to the Hugging Face Hub, and nothing else of the folder.
+    """Upload the files of a published generator, and no others of the folder, to the Hugging Face Hub.
 
-    The token is that of ``huggingface_hub``: ``HF_TOKEN`` in the environment, or what ``hf auth login`` has kept.
+    The token is that of ``huggingface_hub``: ``HF_TOKEN`` in the environment, or the one stored by ``hf auth login``.
 
     Args:
-        folder: what :func:`publish` has written.
-        repository: ``"user/name"``; it is made if there is none.
-        private: whether a new repository is private.
+        folder: a folder written by :func:`publish`.
+        repository: ``"user/name"``; it is created if it does not exist.
+        private: make a new repository private.
 
     Returns:
         The address of the repository.
 
     Raises:
         FileNotFoundError: if there are no such files.
-        ValueError: if the name is none, or if the Hub refuses or cannot be reached.
-        ModuleNotFoundError: without huggingface_hub, which comes with ``hub``.
+        ValueError: if the name is invalid, or if the Hub refuses or cannot be reached.
+        ModuleNotFoundError: without huggingface_hub, which the extra ``hub`` installs.
     """
     hub = require("huggingface_hub", "hub")
     check_repository(repository)
@@ -190,10 +190,10 @@ def push(folder: str | PathLike[str], repository: str, private: bool = False) ->
 
 
 def check_repository(repository: str) -> str:
-    """Return the name of a repository on the Hub.
+    """Check and return the name of a repository on the Hub.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is invalid.
     """
     hub = require("huggingface_hub", "hub")
     if repository.count("/") != 1:
@@ -206,10 +206,10 @@ def check_repository(repository: str) -> str:
 
 
 class Sampler(nn.Module):
-    """From latents (n, latent_dim), and a condition if there is one, to samples; what is exported.
+    """The module that is exported: it maps latents (n, latent_dim), and a condition if there is one, to samples.
 
     Args:
-        module: whose ``generate`` is called, with its current generator.
+        module: the GAN, whose ``generate`` is called with its current generator.
     """
 
     def __init__(self, module: GANModule) -> None:
@@ -219,7 +219,7 @@ class Sampler(nn.Module):
         self.takes_latents = module.latent_dim is not None
 
     def forward(self, *inputs: Any) -> Sample:
-        """Samples, without what the generator returns beside them."""
+        """Samples, without the generator's extras."""
         latents, condition = (*inputs, None)[:2] if self.takes_latents else (None, inputs[0])
         n = tree_leaves(inputs[0])[0].shape[0]  # len would be a constant on export
         made = self.generate(self.network, n, condition, latents)
@@ -227,14 +227,14 @@ class Sampler(nn.Module):
 
 
 def export_sampler(module: GANModule, condition: Condition = None) -> torch.export.ExportedProgram:
-    """The generator as a program of ``torch.export``, for any number of samples, that makes what the module samples.
+    """Export the generator as a program of ``torch.export`` for any number of samples, equal to ``module.sample``.
 
     Args:
-        module: in eval mode.
-        condition: rows of a condition, two at least; None: the generator takes none.
+        module: the GAN, in eval mode.
+        condition: at least two rows of a condition; None: the generator takes none.
 
     Raises:
-        ValueError: if it cannot be exported, or if the program makes other samples than ``module.sample``.
+        ValueError: if it cannot be exported, or if the program and ``module.sample`` return different samples.
 
     Example:
         >>> from lightning_gan_stability import MLP
@@ -350,13 +350,13 @@ def _made(parameters: dict[str, Any], model: Any, trust: Sequence[str], origin: 
 
 
 class Measured(NamedTuple):
-    """What a monitor measured nearest to a checkpoint.
+    """The measurement of a monitor closest to a checkpoint.
 
     Attributes:
-        name: of the monitor.
-        step: of the measurement.
-        values: by metric.
-        protocol: what they depend on, if it was logged.
+        name: name of the monitor.
+        step: step of the measurement.
+        values: values by metric.
+        protocol: what the values depend on, if it was logged.
     """
 
     name: str
@@ -375,7 +375,7 @@ def _plain_yaml(file: Path) -> dict[str, Any]:
 
 
 def measurements(checkpoint: Path, step: int) -> list[Measured]:
-    """The last measurements of a run's monitors up to a step, from the files of its CSVLogger; none without these."""
+    """The last measurements of a run's monitors up to a step, from the files of its CSVLogger; empty without these."""
     run = next((place for place in checkpoint.resolve().parents[:2] if (place / "metrics.csv").is_file()), None)
     if run is None:
         return []
@@ -403,7 +403,7 @@ def _card(
     state: Mapping[str, Any],
     written: set[str],
 ) -> str:
-    """The model card: a header for the Hub, and what a reader wants to know."""
+    """The model card, with a header for the Hub."""
     hub = require("huggingface_hub", "hub")
     measured = measurements(checkpoint, state["global_step"])
     source = find_config(checkpoint)

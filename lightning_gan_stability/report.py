@@ -1,4 +1,4 @@
-"""One page on a run, or on several side by side: a file of HTML that needs no network.
+"""Reports on one run or several side by side: an HTML file that needs no network.
 
 Charts are Bokeh's, whose code is in the page; the page itself is ``report.html.jinja``.
 """
@@ -111,21 +111,21 @@ class Series(NamedTuple):
 def write_report(
     folders: Sequence[str | PathLike[str]], out: str | PathLike[str] = "report.html", overwrite: bool = False
 ) -> Path:
-    """Write a page on one run, or on several side by side.
+    """Write a report on one run, or on several side by side.
 
     Args:
-        folders: of runs, as a CSVLogger makes them.
-        out: the file.
-        overwrite: replace a file that is there.
+        folders: folders of runs, as made by a CSVLogger.
+        out: the file to write.
+        overwrite: replace an existing file.
 
     Returns:
         The file.
 
     Raises:
-        FileExistsError: if it is there.
+        FileExistsError: if the file exists.
         FileNotFoundError: if a run has no folder or no log, or if the file's folder is missing.
         ValueError: if there is nothing to report, or a run is given twice.
-        OSError: if the file cannot be written; what was there stays as it was.
+        OSError: if the file cannot be written; an existing file is kept.
         ModuleNotFoundError: without Bokeh.
     """
     check(bool(folders), "folders", "at least one folder of a run", folders)
@@ -149,7 +149,7 @@ def write_report(
 
 
 def _write(file: Path, text: str) -> None:
-    """Write all of it or nothing; what was there is there until then."""
+    """Write the complete file or nothing; until then an existing file is kept."""
     try:
         with written_whole(file) as place:
             place.write_text(text, encoding="utf-8")
@@ -158,7 +158,7 @@ def _write(file: Path, text: str) -> None:
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """What runs are called: their paths from where they differ.
+    """Names of runs: the parts of their paths that differ.
 
     Example:
         >>> names_of([Path("/a/runs/ring/version_0"), Path("/a/runs/ring/version_1")])
@@ -176,7 +176,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 
 def make_page(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """The page, below 5 MB: with fewer charts and pictures where there are more than fit."""
+    """The page, below 5 MB: charts and pictures that do not fit are left out."""
     charts = charts_of(runs)
     shown = min(len(charts), CHARTS)
     page = _render(runs, names, charts[:shown], charts[shown:])
@@ -227,13 +227,13 @@ def _render(runs: Sequence[Run], names: Sequence[str], charts: Sequence[Chart], 
 
 
 def render_page(document: Any, title: str, template: Template, variables: Mapping[str, Any]) -> str:
-    """A page that needs no network.
+    """Render a page that needs no network.
 
     Args:
-        document: of Bokeh, with the charts.
-        title: of the page.
-        template: that places them.
-        variables: of the template.
+        document: Bokeh document with the charts.
+        title: title of the page.
+        template: template that places the charts.
+        variables: variables of the template.
     """
     resources = require("bokeh.resources", EXTRA).Resources(mode="inline", log_level="warn")
     embed = require("bokeh.embed", EXTRA).file_html
@@ -270,7 +270,7 @@ def _describe(run: Run) -> dict[str, Any]:
 
 
 def mood_of(verdict: str) -> str:
-    """How a verdict is colored: ``"good"``, ``"bad"``, or ``"open"``.
+    """The color class of a verdict: ``"good"``, ``"bad"``, or ``"open"``.
 
     Example:
         >>> mood_of("It worked: quality/fid fell."), mood_of("It stopped: KeyboardInterrupt.")
@@ -350,7 +350,7 @@ def _labels(keys: Sequence[str]) -> list[str]:
 
 
 def thinned(curve: Curve, points: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Steps and values, at most so many: the least and the greatest value of each stretch.
+    """Steps and values, reduced to the smallest and the largest value of each stretch.
 
     Example:
         >>> from array import array

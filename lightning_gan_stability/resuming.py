@@ -1,4 +1,4 @@
-"""What a run goes on with when its optimizers or schedulers are given anew: the new values, or a refusal."""
+"""Resolves changed optimizers and schedulers when a run is resumed: uses new values, or refuses them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ Settings = dict[str, Any]
 
 
 class Resuming:
-    """Holds what a run was given against what the run of its checkpoint was given.
+    """Compares a run's optimizers and schedulers with those of its checkpoint's run.
 
-    A checkpoint's state of an optimizer has the rate of that run, which Lightning puts back, whatever the optimizer was
-    made with. Here a checkpoint keeps what optimizers and schedulers were made with, too. What differs when a run goes
-    on has been changed by the user: options of an optimizer are taken, other optimizers and schedulers are refused.
+    The optimizer state of a checkpoint contains the learning rate of that run, which Lightning restores regardless of
+    how the optimizer was made. Checkpoints therefore also store the options of optimizers and schedulers. Differences
+    on resume are changes by the user: new options of an optimizer are applied; other optimizers and schedulers are
+    refused.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,7 @@ class Resuming:
         self._before: list[Settings] | None = None
 
     def note(self, trainer: Trainer) -> None:
-        """Note what this run was given, before a checkpoint's state is put into it.
+        """Store the options of this run, before a checkpoint's state is loaded.
 
         Raises:
             MisconfigurationException: if the checkpoint's run had other optimizers or schedulers.
@@ -45,15 +46,15 @@ class Resuming:
                 _check(name, given, before)
 
     def save(self, checkpoint: dict[str, Any]) -> None:
-        """Put what the run was given into a checkpoint."""
+        """Add the options of the run to a checkpoint."""
         checkpoint[KEY] = self._given
 
     def load(self, checkpoint: Mapping[str, Any]) -> None:
-        """Read what the run of a checkpoint was given."""
+        """Read the options of a checkpoint's run."""
         self._before = checkpoint.get(KEY)
 
     def take(self, trainer: Trainer) -> None:
-        """Give the optimizers what the user has changed, after a checkpoint's state was put into them."""
+        """Apply the options that the user has changed, after a checkpoint's state was loaded."""
         if self._before is None:
             return
         schedulers = _by_optimizer(trainer)

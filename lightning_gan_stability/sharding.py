@@ -1,4 +1,4 @@
-"""What a GANModule needs of the strategies that spread it over processes: DDP, and ModelParallelStrategy's shards."""
+"""Support for strategies with several processes: DDP, and the shards of ModelParallelStrategy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def check_strategy(trainer: Trainer) -> None:
-    """Refuse strategies that cannot work; let plain ``strategy: ddp`` work."""
+    """Refuse strategies that cannot work; make plain ``strategy: ddp`` work."""
     strategy = trainer.strategy
     if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
         raise MisconfigurationException(
@@ -36,14 +36,14 @@ def check_strategy(trainer: Trainer) -> None:
 
 
 def exchange_own_gradients(trainer: Trainer) -> None:
-    """Let DDP send only the gradients of the player whose turn it is, unless the user has a hook of their own."""
+    """Let DDP send only the gradients of the player that steps, unless the user has a communication hook."""
     model = trainer.strategy.model
     if isinstance(model, DistributedDataParallel) and not has_comm_hook(model):
         model.register_comm_hook(None, own_gradients(group=model.process_group))
 
 
 def check_equal_batches(trainer: Trainer, device: torch.device) -> None:
-    """Refuse processes with different numbers of batches: those with more would wait for the others for ever."""
+    """Refuse processes with different numbers of batches: those with more would wait for the others forever."""
     mine = trainer.num_training_batches
     if trainer.world_size > 1 and math.isfinite(mine):
         count = torch.tensor(float(mine), device=device)
@@ -56,13 +56,13 @@ def check_equal_batches(trainer: Trainer, device: torch.device) -> None:
 
 
 def without_exchange(trainer: Trainer) -> AbstractContextManager[None]:
-    """Backward passes whose gradients stay on this process: those of all micro-batches but the last."""
+    """Backward passes without gradient exchange, for all micro-batches but the last."""
     strategy = trainer.strategy
     return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
-    """The L2 norm of gradients, of all of their shards."""
+    """The L2 norm of gradients, including all of their shards."""
     if len({g.device for g in gradients}) == 1 and not any(isinstance(g, DTensor) for g in gradients):
         stacked = torch.stack(norms(gradients))  # what torch does too, at a fraction of the cost
         whole: Tensor = torch.linalg.vector_norm(stacked)
@@ -77,7 +77,7 @@ class Sharding:
     """The shards of both networks under ModelParallelStrategy; without a device mesh there are none.
 
     Args:
-        module: whose networks.
+        module: the GAN.
     """
 
     def __init__(self, module: GANProtocol) -> None:
@@ -86,7 +86,7 @@ class Sharding:
 
     @property
     def networks(self) -> list[nn.Module]:
-        """The networks, with the average if there is one; of a ModuleDict or a ModuleList each of its values."""
+        """The networks, with the average if there is one; a ModuleDict or ModuleList counts as its values."""
         module = self.module
         found = [
             module.discriminator,
@@ -115,7 +115,7 @@ class Sharding:
                 fully_shard(network, mesh=mesh["data_parallel"])
 
     def prepare(self) -> None:
-        """Let second derivatives be taken; refuse networks that an overridden ``configure_model`` has not sharded."""
+        """Allow second derivatives; refuse networks that an overridden ``configure_model`` has not sharded."""
         if self.module.device_mesh is None:
             return
         if not all(isinstance(network, FSDPModule) for network in self.networks):
@@ -128,27 +128,27 @@ class Sharding:
             network.set_reshard_after_backward(False)  # type: ignore[operator]
 
     def layers(self) -> list[FSDPModule]:
-        """The networks and layers that are sharded; none, without a look at all layers, but on a mesh."""
+        """The sharded networks and layers; empty without a device mesh."""
         if self.module.device_mesh is None:
             return []
         return [m for network in self.networks for m in network.modules() if isinstance(m, FSDPModule)]
 
     def reshard(self) -> None:
-        """Put shards into the place of full weights: optimizers step shards."""
+        """Replace full weights by shards, because optimizers step shards."""
         for layer in self.layers():
             layer.reshard()
 
     def note_shards(self) -> None:
-        """Note which shard belongs to which full weight, while no weight is full."""
+        """Record which shard belongs to which full weight, while all weights are sharded."""
         self.reshard()
         on_mesh = self.module.device_mesh is not None
         self._shards = dict(self.module.named_parameters()) if on_mesh else {}
 
     @contextmanager
     def gradients_of(self, own: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[None]:
-        """A backward pass that leaves the gradients of others as they are.
+        """Run a backward pass that leaves the gradients of other parameters unchanged.
 
-        ``requires_grad`` of shards does not reach full weights, so those of the other player get gradients in vain.
+        ``requires_grad`` of shards does not reach full weights, so the other player's weights get gradients needlessly.
         """
         kept = [p.grad for p in others]
         for p in others:

@@ -1,4 +1,4 @@
-"""Other tensors in the place of a network's parameters for a while, and buffers that stay where they are."""
+"""Temporarily substitutes tensors for a network's parameters, and freezes buffers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ T = TypeVar("T")
 
 
 class FrozenBuffers:
-    """A context in which a module's buffers stay as they are, whatever forward passes do to them.
+    """A context in which forward passes do not change a module's buffers.
 
-    BatchNorm in train mode goes on using the statistics of its batch, and forgets them; the singular vectors of
-    spectral norm are constants. Forward passes get copies of buffers. Made once, used many times.
+    BatchNorm in train mode still uses the statistics of its batch, but does not record them; the singular vectors of
+    spectral norm are constants. Forward passes get copies of buffers. Make it once and use it many times.
 
     Args:
-        module: whose buffers, with those of all its layers.
+        module: the module, whose buffers and those of all its layers are frozen.
 
     Example:
         >>> norm = nn.BatchNorm1d(1)
@@ -63,19 +63,19 @@ class FrozenBuffers:
 
 
 class Substitution:
-    """Runs functions with other tensors in the place of a module's parameters, in which buffers stay as they are.
+    """Runs functions with tensors substituted for a module's parameters, and with fixed buffers.
 
-    Values and gradients are those that the module would give with these parameters. Made once, used many times.
+    Values and gradients are those of the module with these parameters. Make it once and use it many times.
 
     Args:
-        module: where the parameters are, in it or below.
-        parameters: those that are replaced.
-        frozen: the part of the module whose buffers must not move; None: all of it.
+        module: the module that contains the parameters.
+        parameters: the parameters to replace.
+        frozen: the part of the module whose buffers must not change; None: the whole module.
 
     Raises:
-        ValueError: if parameters of recurrent layers, which keep their own list of weights, are to be replaced.
-        RuntimeError: from a run in which a layer uses ``torch.utils.checkpoint``: it would run again with other
-            parameters when gradients are taken.
+        ValueError: if parameters of recurrent layers are to be replaced, because these keep their own list of weights.
+        RuntimeError: from a run in which a layer uses ``torch.utils.checkpoint``, which would run again with other
+            parameters when gradients are computed.
 
     Example:
         >>> layer = nn.Linear(1, 1, bias=False)
@@ -97,7 +97,7 @@ class Substitution:
             raise ValueError(f"{type(recurrent).__name__} keeps its own list of weights, which cannot be replaced.")
 
     def __call__(self, tensors: Sequence[Tensor], function: Callable[..., T], *arguments: Any) -> T:
-        """Run a function, in which the tensors are the module's parameters."""
+        """Run a function with the tensors as the module's parameters."""
         with ExitStack() as stack:
             stack.enter_context(self.frozen())
             for root in self.roots:

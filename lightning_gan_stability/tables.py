@@ -1,4 +1,4 @@
-"""Tables of mixed columns as rows of numbers that a generator can make, and back."""
+"""TableEncoder: encodes tables of mixed columns as rows of numbers for a generator, and decodes them."""
 
 import warnings
 from collections import Counter
@@ -21,7 +21,7 @@ class Span(NamedTuple):
     """A part of an encoded row, or of a condition.
 
     Args:
-        name: Of the column.
+        name: Name of the column.
         start: First position.
         end: Position after the last.
         kind: "scalar" for a normalised value in [-1, 1], "onehot" for a component or a category.
@@ -36,7 +36,7 @@ class Span(NamedTuple):
 
 
 class Column(dict[str, Any]):
-    """The description of a column that prints as its name and sizes, without values of the table.
+    """The description of a column, printed as its name and sizes without values of the table.
 
     Example:
         >>> Column({"name": "sex", "categories": ["f", "m"]})
@@ -60,10 +60,10 @@ class TableEncoder:
     components with a Dirichlet process prior of 0.001, of which those with a weight above 0.005 are kept, and 1e-6 is
     added to the probabilities.
 
-    The description is plain, so that it can stand in YAML or in a checkpoint. A continuous column is `{"name": ...,
-    "means": [...], "stds": [...]}`, optionally with `"weights"` of the components (default: equal ones) and `"integer":
-    True` for values that are rounded when decoded. A discrete column is `{"name": ..., "categories": [...]}`,
-    optionally with `"weights"`, the shares of the categories (default: equal ones).
+    The description is plain data, for use in YAML or in a checkpoint. A continuous column is `{"name": ..., "means":
+    [...], "stds": [...]}`, optionally with `"weights"` of the components (default: equal) and `"integer": True` for
+    values that are rounded when decoded. A discrete column is `{"name": ..., "categories": [...]}`, optionally with
+    `"weights"`, the shares of the categories (default: equal).
 
     Args:
         columns: Description of each column.
@@ -71,9 +71,9 @@ class TableEncoder:
     Attributes:
         columns: The description, with all keys.
         spans: Parts of an encoded row, in order.
-        width: Of an encoded row: 1 + components of each continuous column, and categories of each discrete one.
+        width: Width of an encoded row: 1 + components of each continuous column, and categories of each discrete one.
         condition_spans: Categories of each discrete column in a condition.
-        condition_width: Of a condition: categories of all discrete columns.
+        condition_width: Width of a condition: categories of all discrete columns.
 
     Raises:
         ValueError: If the description is wrong.
@@ -119,16 +119,16 @@ class TableEncoder:
     def fit(
         cls, table: Mapping[str, Any], discrete: Sequence[str] = (), components: int = 10, seed: int = 0
     ) -> "TableEncoder":
-        """Return an encoder that is fitted to the values of a table.
+        """Return an encoder fitted to the values of a table.
 
-        A column is standardised before its mixture is fitted, so that scikit-learn's constant in the variances (1e-6)
-        does not matter for columns of small values.
+        Columns are standardised before their mixtures are fitted, so that scikit-learn's constant in the variances
+        (1e-6) does not affect columns of small values.
 
         Args:
             table: Columns of equal length by name: a mapping, or a DataFrame of pandas.
             discrete: Names of the discrete columns; the others must be numbers.
-            components: Most components of a continuous column.
-            seed: Of the start of each mixture.
+            components: Maximum number of components of a continuous column.
+            seed: Seed of the start of each mixture.
 
         Raises:
             ValueError: If the table has fewer than 2 rows; if columns have different lengths, missing or infinite
@@ -220,7 +220,7 @@ class TableEncoder:
         """Return n equal conditions (n, `condition_width`) for one category of one discrete column.
 
         Args:
-            n: How many.
+            n: Number of conditions.
             choice: `{column: category}`.
 
         Raises:
@@ -243,10 +243,10 @@ class TableEncoder:
         return condition
 
     def draw_conditions(self, uniform: Tensor) -> Tensor:
-        """Return conditions (n, `condition_width`): each of a discrete column, and of a category by its weight.
+        """Return conditions (n, `condition_width`): each for a random discrete column, and a category by its weight.
 
         Args:
-            uniform: Values (n, 2) in [0, 1), which choose column and category.
+            uniform: Values (n, 2) in [0, 1), which select column and category.
 
         Example:
             >>> encoder = TableEncoder([{"name": "sex", "categories": ["f", "m"], "weights": [0.7, 0.3]}])
@@ -267,7 +267,7 @@ class TableEncoder:
 
 
 def is_description(columns: object) -> TypeGuard[Sequence[Mapping[str, Any]]]:
-    """Whether something is a description of columns as :class:`TableEncoder` takes it, by its form.
+    """Whether an object has the form of a description of columns for :class:`TableEncoder`.
 
     Example:
         >>> is_description([{"name": "sex", "categories": ["f", "m"]}]), is_description(["sex"])
