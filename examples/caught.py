@@ -1,4 +1,4 @@
-"""A collapse that is caught and cured: draws docs/caught.png. Two to three CPU minutes.
+"""Detect a collapse and recover from it: draws docs/caught.png. Takes two to three CPU minutes.
 
     python examples/caught.py --out caught.png
 

@@ -1,4 +1,4 @@
-"""Count which digits a GAN has learned to write: trains a classifier on the real ones, then reads 1,000 samples.
+"""Count the digits that a GAN has learned: trains a classifier on real ones, then classifies 1,000 samples.
 
     gan-stability fit --config configs/digits.yaml
     python examples/check_digits.py runs/digits/version_0/checkpoints/last.ckpt

@@ -1,4 +1,4 @@
-"""Digits by request: both networks take the class, and a classifier says how often the asked-for digit comes out.
+"""Generate digits by class: both networks take the class, and a classifier measures how often samples match it.
 
     python examples/conditional_digits.py --out digits.png
 

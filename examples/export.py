@@ -1,4 +1,4 @@
-"""From a checkpoint to a file that any torch can run: the averaged generator, spectral norm baked in, by torch.export.
+"""Export a checkpoint to a file for plain torch: the averaged generator, with spectral norm folded in.
 
     python examples/export.py --out generator.pt2
 

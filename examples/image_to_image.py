@@ -1,4 +1,4 @@
-"""Image to image: a GANModule without latents, here to colour digits in, with patch logits and an L1 term.
+"""Image to image: a GANModule without latents that colours digits, with patch logits and an L1 term.
 
 As in pix2pix, https://arxiv.org/abs/1611.07004: the source image is the condition that the generator translates.
 """

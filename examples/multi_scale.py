@@ -1,4 +1,4 @@
-"""A discriminator of several scales: a network each for the image, its half and its quarter.
+"""A multi-scale discriminator: separate networks for the image, its half and its quarter.
 
     python examples/multi_scale.py
 

@@ -1,4 +1,4 @@
-"""An adversarial loss of your own: two methods. Here the discriminator fits ±1 with the Huber loss."""
+"""A custom adversarial loss takes two methods. Here the discriminator fits ±1 with the Huber loss."""
 
 import torch
 from lightning.pytorch import Trainer
@@ -9,7 +9,7 @@ from lightning_gan_stability import MLP, AdversarialLoss, GANModule, R1Penalty, 
 
 
 class Huber(AdversarialLoss):
-    """Least squares near its targets, linear far away."""
+    """Least squares near its targets, linear far from them."""
 
     threshold = 0.0  # the logit between both targets, which `d/accuracy` counts by; without it, pairs are compared
     # direction = -1.0  # if a lower logit looked more real

@@ -1,4 +1,4 @@
-"""A penalty of your own: one method. Here the generator's samples should have the mean of the data."""
+"""A custom penalty takes one method. Here the generator's samples should have the mean of the data."""
 
 import torch
 from lightning.pytorch import Trainer

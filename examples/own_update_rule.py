@@ -1,4 +1,4 @@
-"""An update rule of your own: one method from the two primitives. Here WGAN's: five discriminator steps, then one."""
+"""A custom update rule takes one method. Here it is WGAN's: five discriminator steps, then one generator step."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from lightning_gan_stability import MLP, GANModule, GradientPenalty, Ring, Updat
 
 
 class CriticFirst(UpdateRule):
-    """The discriminator moves ``steps`` times on a batch, with fresh latents each time, then the generator once."""
+    """Steps the discriminator ``steps`` times on a batch, with fresh latents each time, then the generator once."""
 
     def __init__(self, steps: int = 5) -> None:
         self.steps = steps

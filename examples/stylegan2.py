@@ -1,4 +1,4 @@
-"""StyleGAN2 with all of its parts, on handwritten digits by request: a minute on one core.
+"""StyleGAN2 with all of its parts, for handwritten digits by class: a minute on one core.
 
     python examples/stylegan2.py --out stylegan2.png
 
@@ -67,7 +67,7 @@ def act(x: Tensor) -> Tensor:
 
 
 class Mapping(nn.Module):
-    """Latents and a class, both of unit variance, to w."""
+    """Maps latents and a class, both of unit variance, to w."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Mapping(nn.Module):
 
 
 class Synthesis(nn.Module):
-    """A learned 4x4 base, and in each layer a convolution that w scales; the last one makes the image."""
+    """A learned 4x4 base, followed by convolutions that w modulates; the last one makes the image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Discriminator(nn.Module):
 
 
 class StyleGAN2(GANModule):
-    """What StyleGAN2 adds to the networks: mixed styles, an average of w, and labels for each pass."""
+    """The training of StyleGAN2 beyond the networks: mixed styles, an average of w, and labels for each pass."""
 
     labels: Tensor
 

@@ -1,4 +1,4 @@
-"""A GAN of your own project: own networks, own batches, own log, and a checkpoint that loads without arguments.
+"""A custom GAN: your own networks, batches and log, and a checkpoint that loads without arguments.
 
     python examples/subclass.py
 
@@ -40,7 +40,7 @@ class DigitGAN(GANModule):
         return batch["pixels"].float().unsqueeze(1) / 8 - 1, None
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Any hook of Lightning's is yours."""
+        """You can override any hook of Lightning."""
         if self.iteration % 20 == 0:
             self.log("ink", self.ink(200))
 

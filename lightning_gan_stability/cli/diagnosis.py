@@ -62,9 +62,9 @@ class Entry(NamedTuple):
     """A setting that was given.
 
     Attributes:
-        place: where it stands, in words.
+        place: where it was given, as text.
         key: its dotted name, such as ``"trainer.callbacks"``.
-        node: of YAML.
+        node: its YAML node.
     """
 
     place: str
@@ -89,11 +89,11 @@ def given_configs(args: Sequence[str]) -> list[str]:
 
 
 def diagnose(args: Sequence[str], message: str) -> str:
-    """One sentence on what is wrong: where, what, and what may have been meant.
+    """One sentence on the mistake: where it is, what it is, and what may have been meant.
 
     Args:
         args: the command line that was refused.
-        message: of the parser.
+        message: the parser's message.
     """
     for file in given_configs(args):
         if said := _unreadable(file):
@@ -319,7 +319,7 @@ def _wanted_class(key: str, message: str, values: Sequence[str]) -> str:
 
 
 def repeated(node: yaml.Node | None) -> Iterator[tuple[yaml.Node, yaml.Node]]:
-    """Keys that stand twice in one place, of which YAML would take the last without a word.
+    """Keys that occur twice in one mapping, of which YAML would silently use the last.
 
     Example:
         >>> [key.value for key, before in repeated(yaml.compose("{a: 1, b: {c: 2, c: 3}}"))]
@@ -364,7 +364,7 @@ def _known() -> dict[str, Any]:
 
 
 def names_for(key: str) -> list[str]:
-    """The short names of classes that may stand in a place.
+    """The short names of classes that are allowed in a place.
 
     Example:
         >>> names_for("model.loss")[:2]
@@ -389,7 +389,7 @@ def _names(node: yaml.Node) -> list[str] | None:
 
 
 def _arguments(kind: type) -> list[str] | None:
-    """The names of a class's arguments, with those of its bases behind ``**kwargs``; None: they cannot be known."""
+    """The names of a class's arguments, including those of base classes behind ``**kwargs``; None if unknown."""
     found: list[str] = []
     for base in kind.__mro__:
         if "__init__" not in vars(base):
@@ -407,7 +407,7 @@ def _arguments(kind: type) -> list[str] | None:
 
 
 def _fits(kind: Any, key: str) -> bool:
-    """Whether a class may stand in a place."""
+    """Whether a class is allowed in a place."""
     from lightning.pytorch import Callback, LightningDataModule
     from lightning.pytorch.loggers import Logger
 

@@ -3,8 +3,9 @@
   gan-stability evaluate runs/ring/version_0
   gan-stability evaluate a/last.ckpt b/last.ckpt --data my_project.MyData --model my_project.make_gan --out table.md
 
-A run from a config has its data and its protocol in config.yaml, and nothing else is needed; options override it. Of
-several checkpoints, a table says which differences are larger than noise. All are compared by the first one's protocol.
+A run from a config needs nothing else, because config.yaml has its data and its protocol; options override them. For
+several checkpoints, a table shows which differences are larger than noise. All are compared by the first one's
+protocol.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ``gan-stability evaluate`` does: data and protocol of a run, and the measurements."""
+"""Implements ``gan-stability evaluate``: data and protocol of a run, and the measurements."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ PAIRED = {"psnr": "PeakSignalNoiseRatio", "ssim": "StructuralSimilarityIndexMeas
 
 
 class Plan(NamedTuple):
-    """What is measured, and with which data.
+    """What to measure, and with which data.
 
     Attributes:
-        data: of the run; None where nothing says which.
-        callbacks: of the run, those that measure.
-        precision: of its Trainer.
-        config: the file that says so; None where there is none.
+        data: the run's data; None if unknown.
+        callbacks: the run's callbacks that measure.
+        precision: precision of its Trainer.
+        config: the config file; None if there is none.
     """
 
     data: LightningDataModule | None = None
@@ -57,11 +57,11 @@ class Plan(NamedTuple):
 
 
 def measure(arguments: argparse.Namespace) -> Results:
-    """Measure the checkpoints that arguments name, by the protocol that they amount to.
+    """Evaluate the checkpoints that are given as arguments, by the protocol of their runs and of the arguments.
 
     Raises:
         ValueError: if a checkpoint cannot be read or trusted, or an argument has a bad value.
-        MisconfigurationException: if nothing says which data to compare with.
+        MisconfigurationException: if the data to compare with are unknown.
     """
     files = [find_checkpoint(path) for path in arguments.checkpoints]
     steps = [read_checkpoint(file).get("global_step") for file in files]  # refuses what is torn before anything runs
@@ -108,7 +108,7 @@ def measure(arguments: argparse.Namespace) -> Results:
 
 
 def plan_of(arguments: argparse.Namespace, checkpoint: Path) -> Plan:
-    """The data and the measuring callbacks of the run that a checkpoint is of.
+    """The data and the measuring callbacks of a checkpoint's run.
 
     Raises:
         ValueError: if its config cannot be read, or names classes that are not trusted.
@@ -138,7 +138,7 @@ def read_config(file: Path) -> dict[str, Any]:
     """The content of a YAML file.
 
     Raises:
-        ValueError: if it cannot be read, or is no config.
+        ValueError: if it cannot be read, or is not a config.
     """
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -150,12 +150,12 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def measuring_part(config: dict[str, Any], trust: Sequence[str], trusted: bool) -> dict[str, Any]:
-    """Of a config what an evaluation needs: nothing else of it is made or imported.
+    """Create the parts of a config that an evaluation needs; nothing else is created or imported.
 
     Args:
-        config: of a run.
-        trust: what may be imported.
-        trusted: all of it may.
+        config: config of a run.
+        trust: names that may be imported.
+        trusted: everything may be imported.
     """
     trainer = config.get("trainer") or {}
     callbacks = trainer.get("callbacks") or []
@@ -206,7 +206,7 @@ def _metrics_in(value: Any) -> Iterator[str]:
 
 
 def monitor_of(arguments: argparse.Namespace, plan: Plan, cache: Path | None) -> QualityMonitor:
-    """The QualityMonitor with the protocol: that of the run, with what arguments override.
+    """The QualityMonitor with the protocol: that of the run, with overrides by arguments.
 
     Raises:
         ValueError: if an argument has a bad value.
@@ -237,10 +237,10 @@ def monitor_of(arguments: argparse.Namespace, plan: Plan, cache: Path | None) ->
 
 
 def data_of(name: str, module: GANModule) -> LightningDataModule:
-    """The data module that a name means, or images of a folder in the size that a generator makes.
+    """The data module of a name, or images of a folder in the size of the generator's images.
 
     Raises:
-        ValueError: if it means none.
+        ValueError: if the name is neither.
     """
     if Path(name).exists():
         shape = _shape_of(module)
@@ -254,10 +254,10 @@ def data_of(name: str, module: GANModule) -> LightningDataModule:
 
 
 def extractor_of(name: str) -> nn.Module:
-    """The extractor that a name means.
+    """The extractor of a name.
 
     Raises:
-        ValueError: if it means none.
+        ValueError: if there is none.
     """
     made = nn.Identity() if name == "Identity" else _made("extractor", name)
     if not isinstance(made, nn.Module):
@@ -277,7 +277,7 @@ def paired_of(arguments: argparse.Namespace) -> list[PairedMonitor]:
 
 
 def _made(option: str, name: str) -> Any:
-    """What a name means, made without arguments if it is a class or a function."""
+    """The object of a name; a class or a function is called without arguments."""
     if name in package.__all__:
         found = getattr(package, name)
     elif "." in name:

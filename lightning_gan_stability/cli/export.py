@@ -1,4 +1,4 @@
-"""Writes what others need to draw samples: weights, config, program, picture and model card; uploads it on wish."""
+"""Writes what others need to draw samples: weights, config, program, picture and model card; can upload them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the files, and upload them if asked to.
+    """Write the files, and upload them if requested.
 
     Raises:
         ValueError: if ``--private`` is given without ``--push-to-hub``, or if nothing can be written.

@@ -1,4 +1,4 @@
-"""The command ``gan-stability``: which of its subcommands runs, and its help on one page."""
+"""The command ``gan-stability``: selects a subcommand, and prints the help page."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Command(NamedTuple):
     """A subcommand.
 
     Attributes:
-        usage: what follows its name.
+        usage: its arguments, as text.
         summary: one line.
-        module: of :mod:`lightning_gan_stability.cli`; None: it is a method of Lightning's Trainer.
+        module: its module in :mod:`lightning_gan_stability.cli`; None: it is a method of Lightning's Trainer.
     """
 
     usage: str
@@ -68,7 +68,7 @@ package or you name them.
 
 
 class Subcommand(Protocol):
-    """What a module of a subcommand has."""
+    """The interface of a subcommand's module."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add arguments to the subcommand's parser."""
@@ -80,8 +80,8 @@ class Subcommand(Protocol):
 def main(args: Sequence[str] | None = None) -> None:
     """Run a subcommand: ``fit``, ``validate``, ``test``, ``predict``, ``sample``, ...
 
-    On the command line, where ``args`` is None, an error that a configuration has caused is one sentence without a
-    traceback, and the exit status is 2.
+    On the command line, that is if ``args`` is None, a configuration error is reported in one sentence without a
+    traceback, with exit status 2.
 
     Args:
         args: the command line; None: ``sys.argv``.
@@ -139,7 +139,7 @@ def describe_commands() -> str:
 
 
 def refuse_command(name: str) -> NoReturn:
-    """Say which commands there are, and end with status 2."""
+    """List the commands, and exit with status 2."""
     close = difflib.get_close_matches(name, COMMANDS, 1)
     hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}."
     print(f"gan-stability: error: there is no command {name!r}: {hint}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What the command line says to mistakes: one sentence, at the end."""
+"""Reports configuration errors on the command line in one sentence, at the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-#: Set to anything, it leaves tracebacks as they are.
+#: Environment variable that, if set, keeps tracebacks.
 TRACEBACK = "GAN_STABILITY_TRACEBACK"
 
 _ERRORS = (
@@ -33,7 +33,7 @@ _UNION = "Does not validate against any of the Union subtypes"
 
 @contextmanager
 def explained(interactive: bool) -> Iterator[None]:
-    """On a command line, end with a sentence in place of a traceback where a configuration has caused an error.
+    """On a command line, exit with one sentence instead of a traceback if a configuration has caused an error.
 
     Args:
         interactive: whether this is a command line; otherwise errors are raised.
@@ -47,7 +47,7 @@ def explained(interactive: bool) -> Iterator[None]:
 
 
 def complain(sentence: str, *details: str) -> NoReturn:
-    """Say what is wrong, in the last line, and end with status 2."""
+    """Print the error in the last line, and exit with status 2."""
     for detail in details:
         print(detail, file=sys.stderr)
     print(f"gan-stability: error: {sentence}", file=sys.stderr)
@@ -73,7 +73,7 @@ def sentence(error: BaseException) -> str:
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether this package, Lightning or the parser has raised an error, and no code of the user."""
+    """Whether an error was raised by this package, Lightning or the parser, rather than by the user's code."""
     if str(error).startswith(_UNFIT):
         return True
     if (

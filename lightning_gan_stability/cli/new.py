@@ -1,4 +1,4 @@
-"""Begins a GAN: writes a config that is ready to run, chosen by what a folder of images holds."""
+"""Starts a GAN: writes a config that is ready to run, chosen by the contents of a folder of images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the config, and say what was found, what was chosen, and how to go on."""
+    """Write the config, and print what was found, what was chosen, and how to continue."""
     from lightning_gan_stability.cli.template import start
 
     print(*start(arguments.folder, arguments.images, arguments.size, arguments.overwrite), sep="\n")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add what says how the module of a checkpoint is made, and where it runs."""
+    """Add the options that determine how to load the module of a checkpoint, and on which device."""
     parser.add_argument(
         "--model",
         metavar="PATH",

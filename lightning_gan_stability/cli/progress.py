@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 
 class StepsProgressBar(TQDMProgressBar):
-    """Lightning's, which in an epoch that ends no sooner counts to the last step of the run, after a resume too."""
+    """Lightning's bar, which counts to the run's last step if the epoch ends no sooner, also after a resume."""
 
     def __init__(self) -> None:
         super().__init__()

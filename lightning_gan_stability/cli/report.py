@@ -1,7 +1,7 @@
-"""Writes one page on a run, or on several side by side: a file of HTML that needs no network.
+"""Writes a report on a run, or on several side by side: an HTML page that needs no network.
 
-It has the verdict, what was said, samples over time, curves, the config and the environment, from what the CSVLogger
-and the monitors leave in the folder of a run: also of a run that is still going, or was killed.
+It shows the verdict, messages, samples over time, curves, the config and the environment, from the files that the
+CSVLogger and the monitors write to the folder of a run. The run may still be going, or may have been killed.
 
   gan-stability report runs/digits/version_0
   gan-stability report runs/digits/version_0 runs/digits/version_1 --out compared.html
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the page, and say where it is."""
+    """Write the report, and print its path."""
     from lightning_gan_stability.report import write_report
 
     print(write_report(arguments.runs, arguments.out, arguments.overwrite))

@@ -22,11 +22,11 @@ _HEAD, _CELL = 26, 30  # characters of a column of names, and of one of values
 
 
 class Checkpoint(NamedTuple):
-    """What was evaluated.
+    """A checkpoint that was evaluated.
 
     Attributes:
-        path: of the file.
-        step: optimizer steps of a player that it was saved after; None if it does not say.
+        path: path of the file.
+        step: optimizer steps of a player at which it was saved; None if unknown.
         weights: ``"average"`` or ``"last"``.
     """
 
@@ -36,7 +36,7 @@ class Checkpoint(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Everything that a table or a file says; ``checkpoints`` by the names of evaluations."""
+    """All results for tables and files; ``checkpoints`` by the names of evaluations."""
 
     evaluations: Sequence[Evaluation]
     differences: Sequence[Difference]
@@ -69,7 +69,7 @@ def as_markdown(results: Results) -> str:
 
 
 def as_json(results: Results) -> str:
-    """All there is; numbers that are not finite are null."""
+    """All results; numbers that are not finite are null."""
     checkpoints = []
     for evaluation in results.evaluations:
         checkpoint = results.checkpoints[evaluation.name]
@@ -128,10 +128,10 @@ def check_files(files: Sequence[Path], overwrite: bool) -> None:
 
 
 def write(results: Results, files: Sequence[Path]) -> None:
-    """Write all files, each of them whole or not at all.
+    """Write all files, each of them completely or not at all.
 
     Raises:
-        OSError: if one cannot be written; files that existed before are as they were.
+        OSError: if one cannot be written; existing files are kept.
     """
     try:
         with ExitStack() as all_written:

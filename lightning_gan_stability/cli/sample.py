@@ -4,7 +4,7 @@
   gan-stability sample last.ckpt --n 100 --condition label=3 --truncation 0.7 --out threes
   gan-stability sample last.ckpt --condition photos --out larger       (a folder of sources: pictures, sounds, npy)
 
-Samples depend on the seed alone, not on the size of batches. They are of the generator's average, if there is one.
+Samples depend only on the seed, not on the batch size. They come from the generator's average, if there is one.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _refuse(arguments: argparse.Namespace, what: str, *names: str) -> None:
 
 
 def latents_of(module: GANModule, n: int, seed: int) -> Tensor:
-    """Latents (n, latent_dim) that depend on their number and the seed alone.
+    """Latents (n, latent_dim) that depend only on their number and the seed.
 
     Example:
         >>> import torch
@@ -149,7 +149,7 @@ def latents_of(module: GANModule, n: int, seed: int) -> Tensor:
 
 
 def between(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
-    """Spherical interpolation of latents (n, d), whose lengths are interpolated too.
+    """Spherical interpolation of latents (n, d); their lengths are interpolated as well.
 
     slerp(a, b, t) = sin((1 − t) θ) / sin θ · a + sin(t θ) / sin θ · b, with the angle θ of a and b.
 
@@ -172,12 +172,12 @@ def between(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
 
 
 class Labels(NamedTuple):
-    """Classes that samples are asked to have.
+    """Classes to request for samples.
 
     Attributes:
-        values: in turn.
-        drawn: at random instead, each as often as another.
-        classes: how many there are; None: not known.
+        values: classes, used in turn.
+        drawn: draw classes at random instead, with equal probability.
+        classes: number of classes; None: unknown.
     """
 
     values: list[int]
@@ -196,10 +196,10 @@ class Labels(NamedTuple):
 
 
 def labels_of(module: GANModule, key: str, value: str) -> Labels | None:
-    """What ``--condition`` asks a generator from latents for; None: it takes no labels.
+    """The labels that ``--condition`` requests from a generator with latents; None: it takes no labels.
 
     Raises:
-        ValueError: if it needs something else, or has no such class.
+        ValueError: if it needs another condition, or has no such class.
     """
     from lightning_gan_stability._compat import original_module
     from lightning_gan_stability.layers import condition_parameter, number_of_classes
@@ -271,10 +271,10 @@ def _write_drawn(module: GANModule, arguments: argparse.Namespace, labels: Label
 
 
 def rejection_of(module: GANModule, arguments: argparse.Namespace) -> Rejection:
-    """What ``--reject`` names, calibrated with held-out samples of ``--data`` or of the run, if there are any.
+    """The rejection that ``--reject`` names, calibrated with held-out samples of ``--data`` or of the run, if any.
 
     Raises:
-        ValueError: if it names no Rejection.
+        ValueError: if it is not the name of a Rejection.
     """
     import torch
 

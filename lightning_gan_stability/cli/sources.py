@@ -1,4 +1,4 @@
-"""Pictures, sounds and arrays that samples are made from."""
+"""Reads pictures, sounds and arrays that samples are generated from."""
 
 from __future__ import annotations
 

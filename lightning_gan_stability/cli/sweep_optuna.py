@@ -1,4 +1,4 @@
-"""Trials of a sweep by Optuna, in a database that several processes share and that a sweep goes on from."""
+"""Runs the trials of a sweep with Optuna, in a database that processes share and that a sweep can resume from."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ POLL = 0.2  # seconds
 
 
 def run_trials(plan: Plan, say: Callable[[str], None] = print) -> list[Record]:
-    """Run what is missing of a sweep.
+    """Run the remaining trials of a sweep.
 
     Args:
-        plan: of the sweep.
-        say: is given a line for each trial that ends.
+        plan: plan of the sweep.
+        say: called with a line for each trial that ends.
 
     Returns:
-        All trials of the study, those of other processes too.
+        All trials of the study, including those of other processes.
 
     Raises:
         ValueError: if the study exists with another search space, metric or config.
-        KeyboardInterrupt: if it is broken off; its trials are ended, and the same call goes on.
+        KeyboardInterrupt: if it is interrupted; its trials are stopped, and the same call resumes the sweep.
         ModuleNotFoundError: without Optuna.
     """
     studies = Studies(plan)
@@ -58,10 +58,10 @@ class Claim(NamedTuple):
 
     Attributes:
         side: the value of ``side_by_side``.
-        number: from 0, for each side.
-        trial: of Optuna.
-        started: by ``time.monotonic``.
-        values: that were measured.
+        number: number of the trial on its side, from 0.
+        trial: Optuna's trial.
+        started: start time by ``time.monotonic``.
+        values: measurements so far.
     """
 
     side: str
@@ -72,13 +72,13 @@ class Claim(NamedTuple):
 
 
 class Studies:
-    """A study for each side, in one database.
+    """The studies of all sides, in one database.
 
     Args:
-        plan: of the sweep.
+        plan: plan of the sweep.
 
     Raises:
-        ValueError: if a study exists and has another search space, metric or config.
+        ValueError: if a study exists with another search space, metric or config.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -147,20 +147,20 @@ class Studies:
         return claim
 
     def beat(self, claim: Claim) -> None:
-        """Say once in a while that a trial is still going."""
+        """Report from time to time that a trial is still running."""
         now = time.time()
         if now - self._beats.get(claim.trial.number, claim.trial.user_attrs["alive"]) > BEAT:
             self._beats[claim.trial.number] = now
             claim.trial.set_user_attr("alive", now)
 
     def report(self, claim: Claim, step: int, value: float) -> bool:
-        """Take a measurement, and say whether the trial shall end."""
+        """Report a measurement, and return whether to stop the trial."""
         claim.values.append(value)
         claim.trial.report(value, step)
         return bool(claim.trial.should_prune())
 
     def end(self, claim: Claim, state: State, error: str = "") -> Record:
-        """Write down how a trial has ended."""
+        """Record how a trial has ended."""
         study, states = self.studies[claim.side], self.optuna.trial.TrialState
         value = result(claim.values, self.plan.value, self.plan.mode) if claim.values else None
         if state == "complete" and (value is None or not np.isfinite(value)):
@@ -178,7 +178,7 @@ class Studies:
         return Record(claim.side, claim.number, state, value, claim.trial.params, folder, seconds, error)
 
     def give_up(self, claim: Claim) -> None:
-        """Free the number of a trial that was broken off."""
+        """Release the number of a trial that was interrupted."""
         self._forget(self.studies[claim.side], claim.trial.number)
 
     def _forget(self, study: Any, number: int) -> None:

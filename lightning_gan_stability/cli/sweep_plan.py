@@ -1,4 +1,4 @@
-"""What a file of ``gan-stability sweep`` says, checked against the config that it searches."""
+"""Reads the file of ``gan-stability sweep``, and checks it against the config that it searches."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ class Plan:
 
     Attributes:
         config: files for ``gan-stability fit --config``.
-        space: what is searched, without the setting whose values are compared.
-        metric: key of the log that says how good a trial is.
-        mode: whether less of it is better, or more.
-        study: name, and folder in ``folder``.
-        settings: other values for all trials, by key.
-        value: of a trial: the last measurement or the best.
-        trials: budget, for each value of ``side_by_side``.
-        folder: where studies lie.
+        space: the search space, without the setting of ``side_by_side``.
+        metric: key of the log that measures how good a trial is.
+        mode: whether lower or higher values are better.
+        study: name of the study, and of its folder in ``folder``.
+        settings: values of other settings for all trials, by key.
+        value: value of a trial: the last measurement or the best.
+        trials: number of trials, for each value of ``side_by_side``.
+        folder: folder of the studies.
         storage: URL of the database; empty: SQLite in the study's folder.
         sampler: how values are drawn.
-        pruner: what ends a trial early.
-        prune_after: steps before it does.
-        seed: of the draws.
-        backend: who runs the trials.
-        jobs: trials at a time, each a process; 0: one after another in this process.
+        pruner: how trials are stopped early.
+        prune_after: number of steps before that.
+        seed: seed of the draws.
+        backend: how trials are run.
+        jobs: number of trials at a time, each a process; 0: one after another in this process.
         side_by_side: the setting whose values are compared at the same budget.
     """
 
