@@ -2,8 +2,8 @@
 
     python examples/caught.py --out caught.png
 
-The GAN of configs/ring_collapse.yaml, whose generator learns ten times faster than its discriminator, twice from the
-same start: with the rollback of CollapseDetector, and with its warnings alone. It prints events, and modes at the end.
+The GAN of configs/ring_collapse.yaml, whose generator learns ten times faster than its discriminator, runs twice from
+the same start: with the rollback of CollapseDetector, and with its warnings only. Prints events, and modes at the end.
 """
 
 import argparse

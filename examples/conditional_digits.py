@@ -2,8 +2,8 @@
 
     python examples/conditional_digits.py --out digits.png
 
-The picture has ten samples of each class, one class a row. Measured: 98.7 % of 1,000 samples are read as what was asked
-for, by class 94 (the eight) to 100 %; 43 CPU seconds.
+The picture has ten samples of each class, one class a row. Measured: 98.7 % of 1,000 samples are classified as
+requested, by class 94 (the eight) to 100 %; 43 CPU seconds.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from lightning_gan_stability.monitors.pictures import picture
 
 
 def make() -> GANModule:
-    """A label reaches each network whose ``forward`` has a second parameter: nothing else is needed."""
+    """Labels are passed to each network whose ``forward`` has a second parameter: nothing else is needed."""
     generator = MLP([32, 128, 128, 64], output_activation=nn.Tanh, output_shape=[1, 8, 8], num_classes=10)
     discriminator = MLP([64, 128, 128, 1], activation=nn.LeakyReLU, num_classes=10)
 

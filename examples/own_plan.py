@@ -1,7 +1,7 @@
 """A plain Callback that sets the plan: the generator pauses while the discriminator is behind.
 
-``module.plan`` says who moves on the next batch, ``module.augment`` what happens to samples before they are judged.
-The decision is taken from a value reduced over ranks, so that all of them take the same one.
+``module.plan`` sets who steps on the next batch, ``module.augment`` what happens to samples before they are judged.
+The decision depends on a value reduced over ranks, so that all ranks decide alike.
 """
 
 from typing import Any

@@ -3,13 +3,13 @@
     python examples/stylegan2.py --out stylegan2.png
 
 A mapping and a synthesis network with modulated convolutions (without noise inputs); four phases, of which R1 and the
-path length take steps of their own; mixed styles, labels drawn from the data, deviations over the batch, an average of
-weights by half-life, and one of w. The picture has the same latents with the truncations 1, 0.7 and 0.5, one class a
-row, and what is printed says how many digits a classifier reads as what was asked for, and how much they vary.
+path length take separate steps; mixed styles, labels drawn from the data, minibatch standard deviations, an average
+of weights by half-life, and an average of w. The picture has the same latents with the truncations 1, 0.7 and 0.5, one
+class a row. The output says how many digits a classifier recognizes as the requested class, and how much they vary.
 
-Measured: 97.0, 91.0 and 79.4 % are read so, with 0.37, 0.20 and 0.11 of the data's variance within a class. Digits are
-legible, the one worst, and those of a class too much alike. Truncation takes variety, as it should, and here quality
-too: w is pulled to one average of all classes, which is that of no digit, and the digits blur towards it.
+Measured: 97.0, 91.0 and 79.4 % are recognized, with 0.37, 0.20 and 0.11 of the data's variance within a class. Digits
+are legible; the one is worst, and digits of a class are too much alike. Truncation reduces variety, as it should, but
+here also quality: w is pulled to one average of all classes, which belongs to no digit, and the digits blur towards it.
 """
 
 import argparse
@@ -37,7 +37,7 @@ LATENTS, W, WIDTH, LAYERS, CLASSES = 32, 48, 16, 4, 10
 
 
 class Equalized(nn.Module):
-    """A layer whose weights start as N(0, 1) / rate and are scaled as it runs, so that all of them learn alike."""
+    """A layer whose weights start as N(0, 1) / rate and are scaled at run time, so that all layers learn alike."""
 
     def __init__(self, *shape: int, bias: float = 0.0, rate: float = 1.0, up: bool = False) -> None:
         super().__init__()

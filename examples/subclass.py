@@ -36,7 +36,7 @@ class DigitGAN(GANModule):
         super().__init__(generator, discriminator, latent_dim)
 
     def unpack(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Bytes in 0 ... 16 to images in [-1, 1]; the labels, which these networks do not take, stay behind."""
+        """Converts bytes in 0 ... 16 to images in [-1, 1], and drops the labels, which these networks do not take."""
         return batch["pixels"].float().unsqueeze(1) / 8 - 1, None
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -46,7 +46,7 @@ class DigitGAN(GANModule):
 
     @torch.no_grad()
     def ink(self, n: int) -> Tensor:
-        """The share of black on n samples, with latents of its own: training does not notice."""
+        """The share of black on n samples, from separate latents, so that training is not affected."""
         latents = torch.randn(n, self.latent_dim, generator=torch.Generator().manual_seed(0))
         return (self.sample(n, latents=latents) + 1).mean() / 2
 

@@ -11,9 +11,9 @@ from lightning_gan_stability.cli.main import COMMANDS, Subcommand
 
 
 def complete() -> None:
-    """Tell a shell that asks through argcomplete what could follow, and end the process.
+    """Tell a shell that asks through argcomplete the possible continuations, and exit.
 
-    In bash and zsh, ``eval "$(register-python-argcomplete gan-stability)"`` makes it ask.
+    In bash and zsh, ``eval "$(register-python-argcomplete gan-stability)"`` enables this.
 
     Raises:
         ModuleNotFoundError: if argcomplete is not installed.

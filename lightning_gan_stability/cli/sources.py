@@ -17,14 +17,14 @@ SOUNDS = {".wav", ".flac", ".ogg", ".mp3"}
 
 
 def read_sources(module: GANModule, place: str) -> list[tuple[str, Callable[[], Tensor]]]:
-    """The names of sources, and what reads each as a batch: of one picture or sound, or of an array's rows.
+    """The names of sources, and a function for each that reads it as a batch: one picture or sound, or an array's rows.
 
     Args:
-        module: reads pictures of 1 or 3 channels, as its generator's first convolution says.
+        module: the GAN, whose first convolution determines whether pictures are read with 1 or 3 channels.
         place: a file, or a folder with its subfolders.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are no sources.
     """
     path = Path(place)
     if not path.exists():

@@ -1,11 +1,11 @@
-"""Searches hyperparameters of a config by the quality of samples, and says what was found.
+"""Searches hyperparameters of a config by the quality of samples, and reports the results.
 
-A sweep is a file of YAML beside the config that it searches:
+A sweep is a YAML file beside the config that it searches:
 
   config: configs/ring.yaml
   settings:                                    # for all trials
     trainer.callbacks+: [{class_path: QualityMonitor, init_args: {every: 500}}]
-  search_space:                                # keys as behind `gan-stability fit`
+  search_space:                                # keys as for `gan-stability fit`
     model.loss: [Hinge, NonSaturating, Wasserstein]
     model.g_optimizer.lr: {log_uniform: [1e-5, 1e-2]}
     trainer.callbacks.R1Penalty.gamma: {uniform: [0, 10]}
@@ -13,8 +13,8 @@ A sweep is a file of YAML beside the config that it searches:
   metric: quality/fid
   trials: 40
 
-Each trial is a run in a folder of its own, runs/STUDY/trial_0, ... The same command goes on with what is missing, and
-several at once, also on several machines with one database, share the trials.
+Each trial is a run in its own folder, runs/STUDY/trial_0, ... Repeat the same command to resume a sweep. Several
+processes, also on several machines with one database, share the trials.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run what is missing of a sweep, and say what was found."""
+    """Run the remaining trials of a sweep, and report the results."""
     from lightning_gan_stability.cli.sweep_plan import read_plan
 
     names = ("trials", "jobs", "study", "storage", "backend")
@@ -54,17 +54,17 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def sweep(plan: Plan, only_read: bool = False) -> list[Record]:
-    """Run what is missing of a sweep.
+    """Run the remaining trials of a sweep.
 
     Args:
-        plan: of the sweep, from ``sweep_plan.read_plan`` or ``make_plan``.
+        plan: plan of the sweep, from ``sweep_plan.read_plan`` or ``make_plan``.
         only_read: run nothing.
 
     Returns:
         All trials.
 
     Raises:
-        SystemExit: if it is broken off; the same call goes on.
+        SystemExit: if it is interrupted; the same call resumes it.
     """
     from lightning_gan_stability._checks import require
     from lightning_gan_stability.cli.sweep_optuna import Studies, run_trials
@@ -86,10 +86,10 @@ def sweep(plan: Plan, only_read: bool = False) -> list[Record]:
 
 
 def show(plan: Plan, records: list[Record]) -> None:
-    """Say what was found, and write it into files.
+    """Print the results, and write them to files.
 
     Raises:
-        SystemExit: with status 1, if no trial came to its end.
+        SystemExit: with status 1, if no trial was completed.
     """
     from lightning_gan_stability.cli.sweep_results import as_text, evaluate, write_results
 

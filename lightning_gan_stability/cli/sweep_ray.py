@@ -1,4 +1,4 @@
-"""Trials of a sweep by Ray Tune, on a cluster or on one machine."""
+"""Runs the trials of a sweep with Ray Tune, on a cluster or on one machine."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SIDE, NUMBER, SECONDS, ENDED = "side", "number", "seconds", "ended"
 def run_on_ray(plan: Plan, only_read: bool = False) -> list[Record]:
     """Run a sweep on the cluster that this machine belongs to, or on this machine.
 
-    The folder of the study lies where all nodes see it. A study that was broken off goes on.
+    The folder of the study must be visible to all nodes. An interrupted study is resumed.
 
     Args:
-        plan: of the sweep.
+        plan: plan of the sweep.
         only_read: run nothing.
 
     Returns:
@@ -41,7 +41,7 @@ def run_on_ray(plan: Plan, only_read: bool = False) -> list[Record]:
 
 
 def tuner(plan: Plan) -> Any:
-    """The ``ray.tune.Tuner`` of a sweep: new, or where a broken off one goes on."""
+    """The ``ray.tune.Tuner`` of a sweep: a new one, or one that resumes an interrupted sweep."""
     ray, tune = require("ray", EXTRA), require("ray.tune", EXTRA)
     if not ray.is_initialized():
         paths = [str(Path.cwd()), *sys.path]

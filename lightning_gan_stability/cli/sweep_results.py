@@ -1,4 +1,4 @@
-"""What a sweep has found: tables, a page with charts, and the best recipe as a config that runs."""
+"""Results of a sweep: tables, a page with charts, and the best recipe as a config that runs."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ EXTRA = "report"
 
 
 class Results(NamedTuple):
-    """What a sweep has found so far.
+    """The results of a sweep so far.
 
     Attributes:
-        plan: of the sweep.
-        records: of its trials, the best first, then those that were pruned, have failed or still run.
-        curves: best quality by budget, for each side with a trial that has ended.
-        importance: of parameters, the greatest first.
+        plan: plan of the sweep.
+        records: its trials, the best first, then those that were pruned, failed or are still running.
+        curves: best quality by budget, for each side with a completed trial.
+        importance: importance of parameters, the largest first.
     """
 
     plan: Plan
@@ -45,15 +45,15 @@ class Results(NamedTuple):
 
     @property
     def best(self) -> Record | None:
-        """The best trial that came to its end."""
+        """The best completed trial."""
         first = self.records[0] if self.records else None
         return first if first is not None and first.state == "complete" else None
 
 
 def evaluate(plan: Plan, records: Sequence[Record]) -> Results:
-    """Rank trials, and draw up what budgets are worth.
+    """Rank trials, and compute the best quality by budget.
 
-    A trial that was pruned counts by its last value, and one that died by the worst of all.
+    A pruned trial counts with its last value, and a failed one with the worst of all.
     """
     order = ["complete", "pruned", "failed", "running"]
     sign = 1 if plan.mode == "min" else -1
@@ -191,10 +191,10 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def write_results(results: Results) -> list[Path]:
-    """Write ``best.yaml``, ``sweep.html``, ``sweep.md`` and ``trials.csv`` into the folder of the study.
+    """Write ``best.yaml``, ``sweep.html``, ``sweep.md`` and ``trials.csv`` to the folder of the study.
 
     Returns:
-        The files, ``best.yaml`` first, which needs a trial that came to its end.
+        The files, ``best.yaml`` first, which exists only if a trial was completed.
     """
     home = results.plan.home
     home.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The search space of a sweep: one description, for Optuna, Ray Tune and Weights & Biases."""
+"""The search space of a sweep, described once for Optuna, Ray Tune and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Kind = Literal["uniform", "log_uniform", "integer", "choice"]
 
 @dataclass(frozen=True)
 class Parameter:
-    """A setting that is searched.
+    """A setting to search.
 
     Attributes:
         key: as on the command line of ``gan-stability fit``.
-        kind: of the distribution.
-        low: the least value; of a choice None.
-        high: the greatest value, which is included.
+        kind: kind of the distribution.
+        low: smallest value; None for a choice.
+        high: largest value, which is included.
         log: whether orders of magnitude are equally likely.
         choices: the values of a choice.
     """
@@ -135,14 +135,14 @@ def short_names(keys: Sequence[str]) -> list[str]:
 
 
 def read_space(given: Any) -> list[Parameter]:
-    """The parameters of a section ``search_space``.
+    """Read the parameters of a section ``search_space``.
 
     Args:
-        given: by key a distribution: ``{log_uniform: [1e-5, 1e-2]}``, ``{uniform: [0, 1]}``, ``{integer: [1, 5]}``,
-            which may have ``log: true`` beside it, or ``{choice: [...]}``.
+        given: a distribution for each key: ``{log_uniform: [1e-5, 1e-2]}``, ``{uniform: [0, 1]}``,
+            ``{integer: [1, 5]}``, optionally with ``log: true``, or ``{choice: [...]}``.
 
     Raises:
-        ValueError: with the key, if one is no such thing.
+        ValueError: with the key, if a distribution is invalid.
 
     Example:
         >>> read_space({"trainer.max_steps": {"integer": [10, 20]}})[0].high

@@ -1,7 +1,7 @@
-"""One trial of a sweep: a run of ``gan-stability fit`` that hands on what its monitors measure.
+"""One trial of a sweep: a run of ``gan-stability fit`` that reports the measurements of its monitors.
 
-In a process of its own it is ``python -m lightning_gan_stability.cli.sweep_trial RECIPE METRIC``, which processes of
-`ddp` begin anew as they do with ``gan-stability fit``.
+In a separate process it is ``python -m lightning_gan_stability.cli.sweep_trial RECIPE METRIC``, which processes of
+`ddp` start again as they do with ``gan-stability fit``.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ Report = Callable[[int, float], None]
 
 
 class Record(NamedTuple):
-    """What is known of a trial.
+    """The record of a trial.
 
     Attributes:
         side: the value of ``side_by_side``; empty if there is none.
-        number: from 0, for each side.
+        number: number of the trial on its side, from 0.
         state: how it ended.
-        value: of the metric; of a pruned trial the last one; None if there is none.
-        parameters: what was drawn, by key.
-        folder: of its run.
-        seconds: that it took.
-        error: what a failed one died of, in a line.
+        value: value of the metric; the last one of a pruned trial; None if there is none.
+        parameters: the drawn values, by key.
+        folder: folder of its run.
+        seconds: duration.
+        error: the error of a failed trial, on one line.
     """
 
     side: str
@@ -59,19 +59,19 @@ class Record(NamedTuple):
 
 
 class Pruned(Exception):
-    """A trial ends because others are better."""
+    """Raised to stop a trial because others are better."""
 
 
 class Measured(Callback):
-    """Hands on each new measurement of a value, but for that of the untrained generator.
+    """Reports each new measurement of a value, except that of the untrained generator.
 
     Args:
-        key: of the value in the log.
-        report: is given step and value, by one process.
-        beat: is called after each batch.
+        key: key of the value in the log.
+        report: called with step and value, in one process.
+        beat: called after each batch.
 
     Raises:
-        ValueError: at the end of a run that has not measured it.
+        ValueError: at the end of a run without a measurement.
     """
 
     def __init__(self, key: str, report: Report, beat: Callable[[], None] = lambda: None) -> None:
@@ -153,14 +153,14 @@ def prepare(folder: Path, recipe: Mapping[str, Any], where: str) -> Path:
 
 
 def run_here(folder: Path, metric: str, report: Report, beat: Callable[[], None] = lambda: None) -> str:
-    """Run a trial, and keep what it prints, and the traceback if it dies.
+    """Run a trial, and save its output, and the traceback if it fails.
 
     Returns:
-        What it died of; empty if it did not.
+        The error; empty if there was none.
 
     Raises:
-        Pruned: as ``report`` does.
-        KeyboardInterrupt: if it is broken off.
+        Pruned: from ``report``.
+        KeyboardInterrupt: if it is interrupted.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with (folder / OUTPUT).open("w", encoding="utf-8") as out, _all_output_in(out):
@@ -216,12 +216,12 @@ def _in_a_line(error: BaseException) -> str:
 
 
 class Process:
-    """A trial that runs in a process of its own.
+    """A trial that runs in a separate process.
 
     Args:
-        folder: of the trial, which is prepared.
-        metric: that it hands on.
-        environment: of the process.
+        folder: the prepared folder of the trial.
+        metric: the metric to report.
+        environment: environment variables of the process.
     """
 
     def __init__(self, folder: Path, metric: str, environment: Mapping[str, str]) -> None:
@@ -241,12 +241,12 @@ class Process:
 
     @property
     def ended(self) -> bool:
-        """Whether it has come to its end."""
+        """Whether it has ended."""
         return self._process.poll() is not None
 
     @property
     def error(self) -> str:
-        """What it died of, in a line; empty if it did not."""
+        """The error, on one line; empty if there was none."""
         code = self._process.returncode
         if not code:
             return ""
@@ -256,7 +256,7 @@ class Process:
         return f"ended by signal {-code}" if code < 0 else f"ended with status {code}"
 
     def measurements(self) -> list[tuple[int, float]]:
-        """Those that are new, with their steps."""
+        """New measurements, with their steps."""
         file = self.folder / MEASUREMENTS
         if not file.is_file():
             return []
@@ -265,7 +265,7 @@ class Process:
         return [(entry["step"], entry["value"]) for entry in map(json.loads, new)]
 
     def stop(self) -> None:
-        """End it, and the processes that it has begun."""
+        """Stop it, and the processes that it has started."""
         for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
             if self.ended:
                 return

@@ -1,4 +1,4 @@
-"""A sweep as configs of Weights & Biases, whose agents run ``gan-stability fit`` with what they draw behind it."""
+"""Writes a sweep as configs for Weights & Biases, whose agents run ``gan-stability fit`` with the drawn values."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")  # of a parameter, as Weights & 
 
 
 def write_sweep(plan: Plan) -> list[str]:
-    """Write ``wandb.yaml`` into the study's folder; of several sides one file each.
+    """Write ``wandb.yaml`` to the study's folder; with several sides one file each.
 
     Returns:
-        What to type then.
+        The commands to run next.
 
     Raises:
         ValueError: if a key cannot be a parameter of Weights & Biases.
@@ -41,7 +41,7 @@ def write_sweep(plan: Plan) -> list[str]:
 def sweep_of(plan: Plan, side: str = "") -> dict[str, Any]:
     """The config of a sweep.
 
-    Weights & Biases ends runs early by Hyperband alone, whatever the pruner; its brackets count measurements.
+    Weights & Biases stops runs early only by Hyperband, whatever the pruner; its brackets count measurements.
     """
     bare = replace(plan, space=())
     fixed = bare.arguments({}, side)

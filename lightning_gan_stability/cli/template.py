@@ -1,4 +1,4 @@
-"""A config for a new GAN, chosen by what its folder of images holds."""
+"""Writes a config for a new GAN, chosen by the contents of its folder of images."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ STEPS = {16: 2000, 32: 2000, 64: 10_000, 128: 20_000, 256: 40_000}
 
 @dataclass(frozen=True)
 class Look:
-    """What a folder of images holds.
+    """The contents of a folder of images.
 
     Attributes:
-        count: images that can be read.
-        sides: the smallest, the median and the greatest of their shorter sides, in pixels.
-        modes: how many of those that were looked at have each of Pillow's modes.
+        count: number of images that can be read.
+        sides: smallest, median and largest of their shorter sides, in pixels.
+        modes: number of checked images in each of Pillow's modes.
         classes: names of the sub-folders, if these can be conditions; else None.
         notes: sentences on what is left out.
     """
@@ -64,19 +64,19 @@ class Choice:
 
 
 def start(folder: str, images: str | None = None, size: int | None = None, overwrite: bool = False) -> list[str]:
-    """Write a config that is ready to run into a folder, and say what it is.
+    """Write a config that is ready to run into a folder, and describe it.
 
     Args:
-        folder: of the config, and of the runs.
+        folder: folder of the config, and of the runs.
         images: a folder or a zip archive of images; None: scikit-learn's handwritten digits.
         size: height and width in pixels; None: chosen by the images.
-        overwrite: whether a config that is there is replaced.
+        overwrite: replace an existing config.
 
     Returns:
-        Lines that say what was found, what was chosen, and how to go on.
+        Lines that describe what was found, what was chosen, and how to continue.
 
     Raises:
-        ValueError: if the folder is not empty, if there is nothing to learn from, or if no network takes the size.
+        ValueError: if the folder is not empty, if there is nothing to learn from, or if no network supports the size.
     """
     home = Path(folder)
     if home.exists() and not home.is_dir():
@@ -123,7 +123,7 @@ def refuse_inside(images: str, home: Path) -> None:
 
 
 def look_at(folder: str) -> Look:
-    """Look at the images of a folder or of a zip archive.
+    """Inspect the images of a folder or of a zip archive.
 
     Raises:
         ValueError: if there is no such folder, no image in it that can be read, or too few of them.
@@ -172,16 +172,16 @@ def _classes(folder: str, readable: ImageFiles) -> tuple[list[str] | None, list[
 
 
 def choose(look: Look, size: int | None, gpu: bool) -> Choice:
-    """Choose what suits images.
+    """Choose settings that suit the images.
 
     Args:
-        look: at them.
-        size: height and width in pixels; None: the greatest that enlarges less than half of the images, up to 64, or
-            to 128 with a GPU.
-        gpu: whether there is one.
+        look: the contents of the folder.
+        size: height and width in pixels; None: the largest that enlarges less than half of the images, up to 64, or to
+            128 with a GPU.
+        gpu: whether there is a GPU.
 
     Raises:
-        ValueError: if no network takes the size.
+        ValueError: if no network supports the size.
 
     Example:
         >>> look = Look(300, (200, 300, 400), Counter(RGB=300), None, [])

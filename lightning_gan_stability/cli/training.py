@@ -1,4 +1,4 @@
-"""LightningCLI over :class:`GANModule`, with every name of the package short."""
+"""LightningCLI for :class:`GANModule`, with short names for all classes of the package."""
 
 import json
 import os
@@ -35,8 +35,8 @@ def train(args: ArgsType, interactive: bool = False, callbacks: Sequence[Callbac
 
     Args:
         args: the command line, subcommand first.
-        interactive: whether errors that a configuration has caused end the process with a sentence.
-        callbacks: more of them, which no config names.
+        interactive: whether a configuration error ends the process with one sentence.
+        callbacks: further callbacks, besides those of configs.
     """
     with explained(interactive):
         try:
@@ -46,7 +46,7 @@ def train(args: ArgsType, interactive: bool = False, callbacks: Sequence[Callbac
 
 
 def build(args: ArgsType) -> LightningCLI:
-    """Make what a config describes and run nothing, for a script that goes on with it.
+    """Create the objects of a config without running anything, for use in a script.
 
     Args:
         args: the command line without a subcommand, such as ``["--config", "configs/ring.yaml"]``.
@@ -240,16 +240,16 @@ def _of_named(args: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def put(config: dict[str, Any], key: str, value: Any) -> None:
-    """Set a setting that has a place in a config already.
+    """Replace a setting that exists in a config.
 
     Args:
-        config: as plain data, with all settings, as :func:`read_config` reads it.
+        config: plain data with all settings, from :func:`read_config`.
         key: as on the command line, such as ``trainer.callbacks.R1Penalty.gamma``: classes of a list by their names, or
-            by numbers from 0; ``init_args`` may be left out.
-        value: in place of what is there. None in place of a class of a list takes it out of the list.
+            by numbers from 0; ``init_args`` may be omitted.
+        value: the new value. None instead of a class of a list removes it from the list.
 
     Raises:
-        ValueError: if there is no such place, with the nearest one.
+        ValueError: if there is no such setting; the message names the nearest one.
 
     Example:
         >>> config = {"callbacks": [{"class_path": "R1Penalty", "init_args": {"gamma": 1.0}}]}

@@ -43,16 +43,16 @@ from lightning_gan_stability.protocols import GANProtocol
 from lightning_gan_stability.regularizers.gradient import R1Penalty, R2Penalty
 
 When = Literal["trouble", "always"]
-Runner: TypeAlias = dict[str, Any]  # settings, their place among others, score, rank, and the state it has come to
+Runner: TypeAlias = dict[str, Any]  # settings, its place among the candidates, score, rank, and its state
 
-KEPT = (2, 1)  # runners that go on after each round of a race, for twice as many steps
+KEPT = (2, 1)  # number of candidates kept after each round of a race, each round twice as long
 CHECKS = 50  # measurements in a run
-STEPS = 60  # of the first round, in a run whose length is not known
-WORSE = 4.0  # times the best distance since the last race, in two measurements in a row: it went wrong
-NEAR = 4.0  # times the distance of real data to themselves: as good as it gets
+STEPS = 60  # of the first round, in a run of unknown length
+WORSE = 4.0  # two measurements in a row above this many times the best distance since the last race are a failure
+NEAR = 4.0  # distances below this many times that between real data count as equally good
 PATIENCE = 10  # measurements without progress
-PROGRESS = 0.9  # of the best distance before: progress
-STILL = 0.02  # of the distance to the data at the beginning: samples that went less far stand still
+PROGRESS = 0.9  # a distance below this part of the best one is progress
+STILL = 0.02  # samples that moved less than this part of the initial distance to the data have not moved
 #: Verdicts that other rates, momentum or penalties may help against.
 ANSWERED = (
     "vanishing_gradient",
@@ -166,7 +166,7 @@ class Autopilot(GANCallback):
     history: list[list[float]]
     measured: dict[str, Any]
     _waiting = False  # for the adversarial game to begin
-    _null: float = math.nan  # the mean distance of real data to themselves, of as many samples
+    _null: float = math.nan  # the mean distance between sets of real data of this size
 
     def __init__(
         self,
@@ -194,27 +194,27 @@ class Autopilot(GANCallback):
         self.every = None if every is None else check_integer("every", every)
         self.max_races = check_integer("max_races", max_races)
         self.explain = check_bool("explain", explain)
-        self.add_state("own", {})  # what the user set
+        self.add_state("own", {})  # settings of the user
         self.add_state("settings", {})
-        self.add_state("shares", {})  # of the rates of parameter groups, in that of the first
-        self.add_state("steers", False)  # the run is no longer the user's alone
+        self.add_state("shares", {})  # rates of parameter groups, relative to the first group
+        self.add_state("steers", False)  # whether it has taken control of the run
         self.add_state("races", 0)
-        self.add_state("returns", 0)  # to the best state, without a race
+        self.add_state("returns", 0)  # number of returns to the best state without a race
         self.add_state("actions", [])
         self.add_state("history", [])  # step and distance, outside of races
-        self.add_state("answered", 0)  # verdicts of monitors
+        self.add_state("answered", 0)  # number of monitors' verdicts that it has reacted to
         self.add_state("moved", -1)  # steps of the generator at the last measurement
         self.add_state("runners", [], on_device=False)
-        self.add_state("turn", 0)  # whose turn it is
+        self.add_state("turn", 0)  # index of the current candidate
         self.add_state("round", 0)
-        self.add_state("leg", 0)  # steps of the first round of this race
-        self.add_state("leg_ends", -1)  # at which global step
-        self.add_state("start", None, on_device=False)  # of a race
+        self.add_state("leg", 0)  # number of steps in the first round of this race
+        self.add_state("leg_ends", -1)  # global step at which the current candidate's steps end
+        self.add_state("start", None, on_device=False)  # state at the start of a race
         self.add_state("start_distance", math.inf)
-        self.add_state("start_seen", None, on_device=False)  # features of its generator's samples
-        self.add_state("first", None, on_device=False)  # of the run
-        self.add_state("best", None, on_device=False)  # since the last race
-        self.add_state("measured", {}, on_device=False)  # of the average
+        self.add_state("start_seen", None, on_device=False)  # features of that state's samples
+        self.add_state("first", None, on_device=False)  # initial state of the run
+        self.add_state("best", None, on_device=False)  # best state since the last race
+        self.add_state("measured", {}, on_device=False)  # latest measurement of the average
         self._brought: list[Regularizer] = []
         self._ema: GeneratorEMA | None = None
 
@@ -275,7 +275,7 @@ class Autopilot(GANCallback):
 
     def count_anew(self, module: GANProtocol) -> None:
         """Keep the settings and the average that were found; actions and measurements belong to another run."""
-        if not self.steers or self.leg_ends >= 0:  # the user's own settings, or those of some runner
+        if not self.steers or self.leg_ends >= 0:  # settings of the user, or of some candidate
             self.reset(module)
             return
         found = {name: getattr(self, name) for name in ("own", "settings", "shares", "steers", "measured")}
@@ -290,12 +290,12 @@ class Autopilot(GANCallback):
         self._steering = Steering(trainer, module, self._brought, self.limits)
         self._real: Reading | None = None
         with isolate_rng(), module.noise.of("autopilot"):
-            self._read(trainer, module)  # what cannot be compared is refused before the first batch
+            self._read(trainer, module)  # refuses samples that cannot be compared before the first batch
         self._horizon = self._steps_of(trainer)
         self._waiting = _game_rests(trainer, module)
         if self.own:
             self._steering.shares = self.shares
-            there = self._steering.read()  # a run may go on with other penalties
+            there = self._steering.read()  # a resumed run may have other penalties
             self.own = there | {name: value for name, value in self.own.items() if name in there}
             self.settings = there | {name: value for name, value in self.settings.items() if name in there}
             if self.steers:
@@ -365,7 +365,7 @@ class Autopilot(GANCallback):
         gan: GANModule = module  # type: ignore[assignment]
         if self.leg_ends >= 0:
             self._end_leg(trainer, gan, [])
-            self.leg_ends += 1 if self.leg_ends >= 0 else 0  # the batch at hand is still to be counted
+            self.leg_ends += 1 if self.leg_ends >= 0 else 0  # the current batch is not counted yet
             return True
         return self._act(trainer, gan, "the loss or a gradient is not finite", went_wrong=True)
 
@@ -374,7 +374,7 @@ class Autopilot(GANCallback):
     def _look(self, trainer: Trainer, module: GANModule) -> None:
         """Measure the distance; act if something is wrong."""
         if module.steps["g"] == self.moved:
-            return  # it waits for the discriminator
+            return  # the generator waits for the discriminator
         self.moved = module.steps["g"]
         distance = self._distance(trainer, self._see(trainer, module))
         self._log(trainer, {"distance": distance})
@@ -382,7 +382,7 @@ class Autopilot(GANCallback):
         before = min(past, default=math.inf)
         self.history.append([trainer.global_step, distance])
         away = max(WORSE * before, NEAR * self._null)
-        wrong = distance > away and past[-1] > away  # with high rates, samples go away for a moment and come back
+        wrong = distance > away and past[-1] > away  # at high rates, samples may move away briefly and come back
         why = self._trouble(trainer, [*past, distance], wrong)
         # rates rise again after a race, and samples may go away for a while: its winner is better than that
         if distance < before and (self.best is None or distance <= WORSE * self.best["distance"]):
@@ -424,7 +424,7 @@ class Autopilot(GANCallback):
             why = f"{why}; back to step {self.best['step']:,}"
             self._put_back(trainer, module, self.best)
             calmer = self._steering.calmer(self.settings)
-            if not may_race:  # no time to find out more
+            if not may_race:  # no time left for a race
                 self.returns += 1
                 before, now = self.settings, calmer[min(1, len(calmer) - 1)]
                 self._set(trainer, now)
@@ -456,7 +456,7 @@ class Autopilot(GANCallback):
         self.start = self._take(trainer, module)
         *_, self.start_seen = seen = self._see(trainer, module)
         self.start_distance = self._distance(trainer, seen)
-        places = [len(candidates), *range(1, len(candidates))]  # known ones before those that stand
+        places = [len(candidates), *range(1, len(candidates))]  # known settings before the present ones
         self.runners = [
             {"settings": settings, "place": place, "score": math.inf, "rank": None, "state": None}
             for settings, place in zip(candidates, places, strict=True)
@@ -491,7 +491,7 @@ class Autopilot(GANCallback):
         self.turn += 1
         ranking = sorted(self.runners[: self.turn], key=_rank)
         for one in ranking[KEPT[self.round] :]:
-            one["state"] = None  # it is out, and its memory is free
+            one["state"] = None  # it has lost; free its memory
         if self.turn < len(self.runners):
             self._begin_leg(trainer, module)
             return
@@ -506,7 +506,7 @@ class Autopilot(GANCallback):
     def _finish(self, trainer: Trainer, module: GANModule) -> None:
         """Continue with the best candidate."""
         self.leg_ends = -1
-        self.answered = len(_verdicts(trainer))  # of runners that are no more
+        self.answered = len(_verdicts(trainer))  # verdicts on candidates that were dropped
         if not self.runners:
             self._put_back(trainer, module, self.start)
             self._set(trainer, self.settings)
@@ -538,7 +538,7 @@ class Autopilot(GANCallback):
         if state["average"]:
             self._moving.load_state_dict(deepcopy(state["average"]))
             self._moving.go_on(module)
-        else:  # of a time when there was none: the weights that were put back are its beginning
+        else:  # the state has no average yet: it starts from the restored weights
             self._moving.reset(module)
         self.measured = self._moving.state_dict()
 
@@ -579,7 +579,7 @@ class Autopilot(GANCallback):
             return self._real
         held_out = loader_to_read(trainer, "val")
         there = not (isinstance(held_out, list) and not held_out)
-        there &= not overfits(trainer)  # or else it would steer away from what is to be learned by heart
+        there &= not overfits(trainer)  # otherwise it would steer away from the batches to be memorized
         data = RealData(trainer, held_out if there else loader_to_read(trainer, "train"), self.n_samples)
         first = next(iter(data), None)
         if first is None:

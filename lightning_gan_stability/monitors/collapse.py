@@ -37,19 +37,19 @@ Verdict = Literal[
 Event: TypeAlias = dict[str, Any]
 Act = Literal["warn", "alert", "stop", "rollback"]
 
-NOWHERE = 0.02  # below this part of its null, coverage says that samples are nowhere near the data
-VARIED = 0.2  # part of the real data's diversity below which samples do not vary
-IGNORED = 0.25  # part of the real samples' dependence on conditions below which these are ignored
-COVERED = 0.1  # part of its null that a healthy generator's coverage has, at least, where it is confirmed
-YOUNG = 500  # steps before which nobody is said not to have learned
-SHARES = ("recall", "coverage", "dependence", "class_consistency", "class_diversity")  # of what real data have
-CONCENTRATED = ("collapse", "partial collapse", "mode hopping")  # names of one trouble, which change with its extent
+NOWHERE = 0.02  # if coverage is below this part of its null, samples are nowhere near the data
+VARIED = 0.2  # if diversity is below this part of the real data's, samples do not vary
+IGNORED = 0.25  # if the dependence on conditions is below this part of real samples', they are ignored
+COVERED = 0.1  # smallest coverage of a healthy generator in confirmation tests, as a part of its null
+YOUNG = 500  # steps before any verdict of not having learned
+SHARES = ("recall", "coverage", "dependence", "class_consistency", "class_diversity")  # values relative to real data
+CONCENTRATED = ("collapse", "partial collapse", "mode hopping")  # names of one failure that changes in extent
 CONFIRMED = ("missing", "diversity", "coverage")
-CONFIRMED_BY: dict[str, tuple[str, ...]] = {  # tests, by verdicts
+CONFIRMED_BY: dict[str, tuple[str, ...]] = {  # tests that confirm each verdict
     "ignored condition": ("dependence", "class_consistency"),
     "class collapse": ("class_diversity",),
 }
-GAIN = 0.05  # what counts as progress of a share; of FID, twice that part of it
+GAIN = 0.05  # increase of a share that counts as progress; twice this part for FID
 
 
 def is_bad(values: Mapping[str, float], best: Mapping[str, float], null: Mapping[str, float]) -> bool:
@@ -184,7 +184,7 @@ def is_progress(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
     """
     if not _finite(values):
         return False
-    shares = [name for name in SHARES if name in values and name in best]  # some come up later than others
+    shares = [name for name in SHARES if name in values and name in best]  # some appear later than others
     return (
         not best
         or values["missing"] < best["missing"] - GAIN
@@ -326,17 +326,17 @@ class CollapseDetector(GANCallback):
         self.false_alarms = check_share("false_alarms", false_alarms, open_start=True, open_end=True)
         self.monitor = None if monitor is None else check_type("monitor", monitor, str)
         self.add_state("events", [])
-        self.add_state("looks", 0)  # at suspicions
+        self.add_state("looks", 0)  # number of suspicions
         self.add_state("course", [])  # the last measurements, three times ``patience``
-        self.add_state("best", {})  # of each value so far
+        self.add_state("best", {})  # best of each value so far
         self.add_state("seen", [])  # the last measurements
         self.add_state("recent", [])  # bad measurements in a row
-        self.add_state("said", [])  # the verdicts that they have got
+        self.add_state("said", [])  # verdicts already given for these
         self.add_state("rollbacks", 0)
-        self.add_state("healthy", None, on_device=False)  # what a rollback puts back
-        self.add_state("weights", [])  # of penalties, after remedies
-        self._given: Weights = []  # before any
-        self._warned = False  # of few samples
+        self.add_state("healthy", None, on_device=False)  # state for rollbacks
+        self.add_state("weights", [])  # weights of penalties after remedies
+        self._given: Weights = []  # weights before any remedy
+        self._warned = False  # whether it has warned of few samples
 
     def _begin(self) -> None:
         self.best, self.seen, self.course, self.recent, self.said = {}, [], [], [], []
@@ -381,7 +381,7 @@ class CollapseDetector(GANCallback):
         """Warn of what cannot be decided from the available samples, and how many are needed."""
         self._warned, first, n = True, level(self.false_alarms, 1), monitor.n_seen
         if monitor.n_real is not None and n >= monitor.n_real:
-            return  # more may be read to confirm a suspicion
+            return  # confirmation can read more samples
         needed = {}
         if "coverage" in monitor.null:
             least = min(COVERED * monitor.null["coverage"], 0.5)
@@ -541,7 +541,7 @@ class CollapseDetector(GANCallback):
         assert state is not None
         self.rollbacks += 1
         put_back(trainer, module, state)
-        for _ in range(self.rollbacks - state["rollbacks"]):  # what was kept has only the remedies before it
+        for _ in range(self.rollbacks - state["rollbacks"]):  # the saved state has only the earlier remedies
             for remedy in self.remedies:
                 remedy(trainer, module)
         self.weights = weights_of(trainer)

@@ -61,9 +61,9 @@ Window: TypeAlias = Mapping[str, float]
 SIGNALS = ("accuracy", "gap", "d_loss", "g_loss", "reconstruction", "d_norm", "g_norm")
 LEVELS, POINTS = (1, 4, 16), 64  # steps between the positions that a rotation is looked for in; how many at each
 KEPT = (POINTS + 1) * LEVELS[-1]
-HELD_OUT = 256  # samples of held-out data, of each process
-LIKELY, YOUTH, EARLY = 0.95, 500, 5  # an accuracy, and steps and windows before which nobody looks for a give-away
-AT_ONCE = ("head_start", "giveaway")  # verdicts that take no patience
+HELD_OUT = 256  # samples of held-out data, per process
+LIKELY, YOUTH, EARLY = 0.95, 500, 5  # an accuracy, and the steps and windows before any search for a give-away
+AT_ONCE = ("head_start", "giveaway")  # verdicts that need no patience
 
 
 # ---------- decisions, from the windows so far, the last one at the end
@@ -255,22 +255,22 @@ class HealthMonitor(GANCallback):
         self.held_out = check_bool("held_out", held_out)
         self.add_state("verdicts", [])
         self.add_state("windows", [])
-        self.add_state("rows", [])  # of signals, since the last decision
-        self.add_state("positions", None)  # the last ones, (KEPT, d), each in the place of the one KEPT steps before it
+        self.add_state("rows", [])  # rows of signals since the last decision
+        self.add_state("positions", None)  # the last positions, (KEPT, d); each replaces the one KEPT steps before it
         self.add_state("positions_seen", 0)
-        self.add_state("counts", {})  # decisions in a row
+        self.add_state("counts", {})  # number of decisions in a row
         self.add_state("fids", [])  # generator loss and FID at each measurement
-        self.add_state("squares", {})  # of the norms of terms' gradients, in this window
-        self.add_state("kinds", {})  # of these terms
-        self.add_state("measured", {})  # the iteration of each
-        self.add_state("counted", {})  # how often each code came in this window, (books, cells + 1)
-        self.add_state("cells", {})  # codes that there is room for
-        self.add_state("largest", {})  # code of each that was ever seen
-        self.add_state("finding", None)  # a give-away, {} if there was none
-        self._refused = False  # graphs that cannot run twice
-        self._codes: int | None = None  # in the generator's codebook
+        self.add_state("squares", {})  # squared norms of terms' gradients in this window
+        self.add_state("kinds", {})  # kinds of these terms
+        self.add_state("measured", {})  # iteration of each measurement
+        self.add_state("counted", {})  # number of uses of each code in this window, (books, cells + 1)
+        self.add_state("cells", {})  # number of cells for codes
+        self.add_state("largest", {})  # largest code seen so far
+        self.add_state("finding", None)  # a give-away, {} if none was found
+        self._refused = False  # graphs allow only one backward pass
+        self._codes: int | None = None  # number of codes in the generator's codebook
         self._held: list[Unpacked] = []  # held-out data, in main memory
-        self._followed: list[nn.Parameter] = []  # each player's two largest, the discriminator's first
+        self._followed: list[nn.Parameter] = []  # each player's two largest parameters, the discriminator's first
         self._watched = 0
 
     # ---------- what the Trainer calls
@@ -318,7 +318,7 @@ class HealthMonitor(GANCallback):
     def _measure(self, module: GANProtocol, outputs: GANOutputs, terms: Terms, names: list[str]) -> None:
         try:
             found = squared_norms(module, outputs, terms, names)
-        except RuntimeError as error:  # of functions that let their graph run once
+        except RuntimeError as error:  # from functions whose graphs allow only one backward pass
             self._refused = True
             rank_zero_warn(f"HealthMonitor leaves out the shares of terms, whose gradients it cannot take: {error}")
             return
@@ -370,7 +370,7 @@ class HealthMonitor(GANCallback):
         news = self._note_quality(trainer, window)
         self.windows.append(window)
         found = {name: f(self.windows) for name, (f, sign) in DECISIONS.items() if not math.isnan(window[sign])}
-        found["oscillation"] = trainer.strategy.broadcast(self._rotation())  # of rank 0, where networks are sharded
+        found["oscillation"] = trainer.strategy.broadcast(self._rotation())  # from rank 0, where networks are sharded
         if news:
             found["loss_tells_nothing"] = loss_tells_nothing(*zip(*self.fids, strict=True))
         if (giveaway := self._giveaway(trainer, module)) is not None:
@@ -413,7 +413,7 @@ class HealthMonitor(GANCallback):
         spread = ((g / g.mean()).square().mean() - 1).clamp(min=0).sqrt()
         overflows = norms.isinf().sum() / norms.isnan().logical_not().sum()
         values = dict(zip(SIGNALS, _mean(rows), strict=True)) | {"g_spread": spread, "overflows": overflows}
-        alone = rows[:, SIGNALS.index("g_loss")].isnan().cumprod(0).bool()  # before the adversarial loss came up
+        alone = rows[:, SIGNALS.index("g_loss")].isnan().cumprod(0).bool()  # before the adversarial loss started
         values["accuracy_before"] = _mean(rows[alone])[SIGNALS.index("accuracy")]
         values |= self._probe(module, batch)
         reduced = trainer.strategy.reduce(torch.stack([v.float() for v in values.values()]), reduce_op="mean")
@@ -490,7 +490,7 @@ class HealthMonitor(GANCallback):
         gap = (train.mean() - made.mean()).abs().clamp(min=1e-12)
         chance = (train.var(correction=0) / len(train) + other.var(correction=0) / len(other)).sqrt() / gap
         return {
-            "apart": torch.where(total > 1e-12, apart / total, 0.0),  # of a single point there is no measure
+            "apart": torch.where(total > 1e-12, apart / total, 0.0),  # undefined for a single point
             "apart_by_chance": apart.new_tensor(8 / n),
             "r_v": (train.mean() - other.mean()) / gap,
             "r_v_by_chance": chance,
