@@ -487,6 +487,8 @@ class GANModule(LightningModule):
                 detached for the discriminator.
             regularizers: regularizers that the outputs are for: tensors that they differentiate by require grad. None:
                 those that are due.
+
+        Returns:
             Outputs without logits.
 
         Raises:
