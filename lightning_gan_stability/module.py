@@ -654,8 +654,7 @@ class GANModule(LightningModule):
             player: the player.
             batch: the full batch; it is split into ``accumulate`` micro-batches.
             objective: function of a (micro-)batch that returns outputs, the player's total loss, and the terms for the
-                log.
-                None: :meth:`compute_outputs` and :meth:`player_loss`.
+                log. None: :meth:`compute_outputs` and :meth:`player_loss`.
 
         Returns:
             The outputs of the full batch, detached.

@@ -81,8 +81,7 @@ class Inception(nn.Module):
 
     Raises:
         ValueError: if ``weights`` is no file or does not hold the weights, if ``width`` is not one of those, or if
-            images
-            have another form or type, or are in 0 ... 255 or (50 of them, none with a value below 0) in [0, 1].
+            images have another form or type, or are in 0 ... 255 or (50 of them, none with a value below 0) in [0, 1].
         RuntimeError: if the download fails.
 
     Example:
