@@ -530,7 +530,7 @@ def steered(rank=None, **kwargs):
     for when, lr in (("always", 1e-3), ("trouble", 1e18)):
         module = small(g_optimizer=partial(torch.optim.Adam, lr=lr))
         real = torch.randn(160, 2, generator=torch.Generator().manual_seed(0))
-        autopilot = Autopilot(when, n_samples=51, every=4)
+        autopilot = Autopilot(when, n_samples=51, every=4, search=0.2)
         run = trainer(callbacks=[autopilot], max_steps=100, max_epochs=-1, limit_val_batches=0, **kwargs)
         run.fit(module, DataLoader(TensorDataset(real), batch_size=10))
         seen[when] = {

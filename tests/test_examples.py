@@ -193,7 +193,7 @@ def test_cost_benchmark_smoke(run, monkeypatch):
 @pytest.mark.filterwarnings("default")
 def test_ring_benchmark_smoke(run, monkeypatch):
     table = benchmark(run, monkeypatch, "ring").split("\n\n")[1].splitlines()
-    assert len(table) == 2 + 7 * 3  # methods and marks
+    assert len(table) == 2 + 8 * 3  # methods and marks
     assert all(line.count("|") == table[0].count("|") for line in table)
 
 
