@@ -90,7 +90,7 @@ TEXTS = {
     "symptoms, little data": (to_add(GUIDES["symptoms"], "## Training goes wrong", "Little data"), FEW),
     "recipes, little data": (recipes("There is little data"), FEW),
     "codec": (guide("codec", "Unstable on a small set"), TOKENIZER),
-    "tokenizer": (guide("tokenizer", "Few images"), TOKENIZER),
+    "tokenizer": (guide("tokenizer", "With few images"), TOKENIZER),
 }
 
 
