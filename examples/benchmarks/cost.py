@@ -11,16 +11,15 @@ set of a process of its own.
 import argparse
 import importlib.util
 import logging
-import resource
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
+from jobs import peak_memory
 from lightning.pytorch import Callback, LightningModule
 from overhead import Steps, adam, compare, lightning
 from torch import Tensor, nn
@@ -256,15 +255,7 @@ def measure_memory(steps: int, checkpoint: int, size: int, batch: int) -> None:
     pair = DCGANGenerator(64, 3, size, 16), DCGANDiscriminator(3, size, 16)
     rules = [Unrolling(steps, checkpoint=bool(checkpoint))] if steps else []
     ours(pair, 64, Steps(torch.rand(batch, 3, size, size), 1), *rules)
-    print(peak())
-
-
-def peak() -> float:
-    """The largest resident set of this process in MB."""
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss begins with that of the process that started this one
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(peak_memory() / 2**20)
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
-"""The runs of a benchmark: finished ones from a file, the others in processes of one thread each; and their spread."""
+"""The runs of a benchmark: finished ones from a file, the others in processes of one thread each."""
 
 import json
+import resource
 import statistics
+import sys
 from collections.abc import Callable
 from datetime import date
 from functools import partial
@@ -45,3 +47,12 @@ def _keep(row: dict[str, Any], results: Path | None) -> dict[str, Any]:
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
     return row
+
+
+def peak_memory() -> int:
+    """The largest resident set of this process, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss begins with that of the process that started this one
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most

@@ -10,14 +10,13 @@ data, is taken off. What is left are gradients, states of optimizers, activation
 
 import argparse
 import logging
-import resource
 import statistics
-import sys
 import warnings
 from collections.abc import Callable
 from multiprocessing import get_context
 
 import torch
+from jobs import peak_memory
 from lightning.pytorch import Callback, LightningModule, Trainer
 from overhead import HandWritten
 from torch import nn
@@ -50,8 +49,7 @@ def peak() -> float:
     """The most memory that there was so far, in MB."""
     if CUDA:
         return torch.cuda.max_memory_allocated() / 1e6
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / 1e6 if sys.platform == "darwin" else most * 1024 / 1e6
+    return peak_memory() / 1e6
 
 
 def measure(job: tuple[str, int, int, int]) -> float:

@@ -12,7 +12,6 @@ since its time alone counts), and by one of two layers. Memory is the largest re
 
 import argparse
 import logging
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jobs import peak_memory
 from lightning.pytorch import Callback, Trainer
 from overhead import Steps
 from torch import Tensor, nn
@@ -135,7 +135,7 @@ def process(size: int, n: int, monitored: bool) -> None:
     callbacks: list[Callback] = [QualityMonitor(small(), n_samples=n, every=2)] if monitored else []
     loader = DataLoader(Images(n + 100, size), 16, shuffle=True)
     Trainer(callbacks=callbacks, max_steps=2, **OPTIONS).fit(gan(size, 16), loader)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+    print(peak_memory() / 1024e6)
 
 
 def main() -> None:
