@@ -144,9 +144,8 @@ class Guard(Callback):
             )
         module.sharding.prepare()
         for network in (module.generator, module.discriminator, module):
-            parameter_dtype(
-                network, torch.float32
-            )  # which is known from here on, although parameters are frozen later for a turn
+            # known from here on, although parameters are frozen later for a turn
+            parameter_dtype(network, torch.float32)
         self._check_optimizers(trainer)
         self._resuming.note(trainer)
         for player in module.plan:

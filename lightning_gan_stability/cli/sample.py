@@ -105,13 +105,13 @@ def run(arguments: argparse.Namespace) -> None:
             _write_translated(module, arguments, key, sources, files)
         else:
             labels = labels_of(module, key, value)
-            if arguments.reject is not None:
-                _refuse(arguments, "--reject, which draws latents by itself", "grid", "interpolate", "truncation")
-            reject = None if arguments.reject is None else rejection_of(module, arguments)
-            files = SampleFiles(arguments.out, arguments.overwrite, rate)
-            if reject is None:
+            if arguments.reject is None:
+                files = SampleFiles(arguments.out, arguments.overwrite, rate)
                 _write_drawn(module, arguments, labels, files)
             else:
+                _refuse(arguments, "--reject, which draws latents by itself", "grid", "interpolate", "truncation")
+                reject = rejection_of(module, arguments)
+                files = SampleFiles(arguments.out, arguments.overwrite, rate)
                 _write_chosen(module, arguments, labels, reject, files)
     print(f"{files.written} samples are in {files.folder}.")
 

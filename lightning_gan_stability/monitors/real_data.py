@@ -135,8 +135,7 @@ def _trained_on(trainer: Trainer, loader: Any) -> Any:
         return loader  # an epoch begins where the last one ended
     if isinstance(loader, CombinedLoader):
         return CombinedLoader(tree_map(partial(_trained_on, trainer), loader.iterables), mode_of(loader))
-    several = isinstance(loader, Mapping) or type(loader) in (list, tuple)
-    if several and any(map(_is_loader, tree_leaves(loader))):
+    if _are_several(loader):
         return tree_map(partial(_trained_on, trainer), loader)
     if _is_loader(loader) and not isinstance(loader.dataset, IterableDataset):
         return _first_rows(trainer, loader)
@@ -232,14 +231,19 @@ def from_start(loader: Any, n: int | None, rank: int, world: int) -> Generator[A
         return (batch for _, batch in zip(range(loader.batches), batches, strict=False))
     if isinstance(loader, CombinedLoader):
         return _of_several(loader, n, rank, world)
-    several = isinstance(loader, Mapping) or type(loader) in (list, tuple)
-    if several and any(map(_is_loader, tree_leaves(loader))):
+    if _are_several(loader):
         return _of_several(CombinedLoader(loader, "max_size_cycle"), n, rank, world)
     if _is_loader(loader):
         if isinstance(loader.dataset, IterableDataset):
             return _of_iterable_dataset(loader)
         return _of_map_dataset(loader, n, rank, world)
     return _of_others(loader)
+
+
+def _are_several(loader: Any) -> bool:
+    """Whether it is a dict or list with loaders in it."""
+    several = isinstance(loader, Mapping) or type(loader) in (list, tuple)
+    return several and any(map(_is_loader, tree_leaves(loader)))
 
 
 def _is_loader(thing: Any) -> bool:
@@ -324,8 +328,7 @@ def repeated_share(loader: Any, n: int | None = None) -> float:
     if isinstance(loader, CombinedLoader):
         loader = loader.iterables
     if not _is_loader(loader):
-        several = isinstance(loader, Mapping) or type(loader) in (list, tuple)
-        parts = tree_leaves(loader) if several else []
+        parts = tree_leaves(loader) if _are_several(loader) else []
         return max((repeated_share(part, n) for part in parts if _is_loader(part)), default=0.0)
     if isinstance(loader.dataset, IterableDataset):
         return 0.0
