@@ -22,7 +22,7 @@ from jinja2 import Environment, PackageLoader, Template
 
 import lightning_gan_stability
 from lightning_gan_stability._checks import check, require
-from lightning_gan_stability.monitors.files import written_whole
+from lightning_gan_stability.files import written_whole
 from lightning_gan_stability.outcome import table_rows
 from lightning_gan_stability.run_folder import Curve, Picture, Run, read_run, settings_of
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
+
+from lightning_gan_stability.files import written_whole
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -30,13 +31,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):  # of other storage than a file system
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        beside = Path(f"{path}.part")
-        try:
+        with written_whole(Path(path)) as beside:
             super().save_checkpoint(checkpoint, beside, storage_options)
-            os.replace(beside, path)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
 
 
 def save_whole(trainer: Trainer) -> None:

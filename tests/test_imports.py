@@ -35,6 +35,7 @@ FLOORS = [
         "outcome",
         "events",
         "environment",
+        "files",
     ],
     [
         "augment",

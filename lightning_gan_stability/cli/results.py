@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import lightning_gan_stability as package
 from lightning_gan_stability.evaluation import Difference, Evaluation
-from lightning_gan_stability.monitors.files import written_whole
+from lightning_gan_stability.files import written_whole
 
 WIDTH = 120
 SUFFIXES = (".json", ".csv", ".md")

@@ -19,8 +19,8 @@ from lightning_gan_stability.cli.sweep_optuna import importance
 from lightning_gan_stability.cli.sweep_plan import Plan, recipe
 from lightning_gan_stability.cli.sweep_space import rounded, short_names
 from lightning_gan_stability.cli.sweep_trial import OUTPUT, TRACEBACK, Record
+from lightning_gan_stability.files import written_whole
 from lightning_gan_stability.metrics.budget import BestOfBudget, expected_best
-from lightning_gan_stability.monitors.files import written_whole
 from lightning_gan_stability.report import COLORS, TITLES, page_template, page_theme, render_page
 
 SHOWN = 10  # trials in the table of the terminal

@@ -10,7 +10,7 @@ import yaml
 
 from lightning_gan_stability.cli.sweep_plan import Plan, as_argument
 from lightning_gan_stability.cli.training import read_config
-from lightning_gan_stability.monitors.files import written_whole
+from lightning_gan_stability.files import written_whole
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")  # of a parameter, as Weights & Biases takes it
 

@@ -16,9 +16,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_gan_stability._checks import check, check_integer, check_share, check_type
 from lightning_gan_stability.advice import COLLAPSE
 from lightning_gan_stability.callback import GANCallback, callbacks_of
+from lightning_gan_stability.files import save_atomically
 from lightning_gan_stability.metrics.decisions import level, samples_to_decide, samples_to_decide_on_conditions
 from lightning_gan_stability.module import GANModule
-from lightning_gan_stability.monitors.files import save_atomically
 from lightning_gan_stability.monitors.quality import MAY_MISS, QualityMonitor, Values
 from lightning_gan_stability.monitors.rollback import Remedy, Weights, give_weights, put_back, take, weights_of
 from lightning_gan_stability.outcome import Outcome, Trouble, in_words

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_gan_stability._checks import check, check_choice, check_integer, check_type, is_number
 from lightning_gan_stability.callback import Cadence, GANCallback
+from lightning_gan_stability.files import save_atomically
 from lightning_gan_stability.layers import evaluation
 from lightning_gan_stability.metrics.conditions import ClassReport
 from lightning_gan_stability.metrics.decisions import (
@@ -41,7 +42,6 @@ from lightning_gan_stability.metrics.values import (
 )
 from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.monitors.conditions import as_labels, described
-from lightning_gan_stability.monitors.files import save_atomically
 from lightning_gan_stability.monitors.reading import (
     Reading,
     extractor_for,

@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from lightning_gan_stability._checks import check_bool, check_integer
+from lightning_gan_stability.files import written_whole
 from lightning_gan_stability.monitors.drawn import named, plain, write_wave
-from lightning_gan_stability.monitors.files import written_whole
 from lightning_gan_stability.monitors.pictures import kind_of
 from lightning_gan_stability.outputs import Sample, batch_size
 from lightning_gan_stability.recipes.table import TableSynthesis
