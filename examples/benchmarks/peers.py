@@ -44,7 +44,7 @@ from statistics import median
 from typing import Any, Literal, NamedTuple
 
 import torch
-from cost import peak
+from jobs import peak_memory
 from overhead import Steps, lightning
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -70,7 +70,7 @@ class Batches(Steps):
 
     def __iter__(self) -> Iterator[Tensor]:
         yield from super().__iter__()
-        self.peak = peak()
+        self.peak = peak_memory() / 2**20
 
 
 class Sized(IterableDataset):
