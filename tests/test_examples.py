@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from lightning_gan_stability import Ring
 
@@ -155,9 +156,9 @@ def test_little_data_benchmark_smoke(run, monkeypatch):
         assert float(row[1].split()[0]) > 0
 
 
-def benchmark(run, monkeypatch, name):
+def benchmark(run, monkeypatch, name, *arguments):
     monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
-    return run(ROOT / "examples" / "benchmarks" / f"{name}.py", "--smoke")
+    return run(ROOT / "examples" / "benchmarks" / f"{name}.py", "--smoke", *arguments)
 
 
 @pytest.mark.filterwarnings("default")
@@ -500,8 +501,10 @@ def test_dirac_benchmark_smoke(run, monkeypatch):
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.timeout(200)
-def test_random_recipes_benchmark_smoke(run, monkeypatch):
-    out = benchmark(run, monkeypatch, "random_recipes")
+def test_random_recipes_benchmark_smoke(run, monkeypatch, tmp_path):
+    out = benchmark(run, monkeypatch, "random_recipes", "--plot", str(tmp_path / "recipes.png"))
+    with Image.open(tmp_path / "recipes.png") as picture:
+        assert picture.width > picture.height
     rows = [line.split(" | ")[:2] for line in out.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows[1:]] == ["| plain", "| fixed", "| autopilot", "| oracle"]
     assert all(row[1].endswith(" of 2") for row in rows[1:])

@@ -18,7 +18,8 @@ a classifier is sure (over 0.9) of half of them.
 
 Columns: plain: the recipe as it is drawn. fixed: the one set of callbacks that was best on other seeds, for all
 recipes. oracle: the best of thirteen remedies, made by hand, for each recipe; they are tried in order until one ends
-well. Rows that are finished are kept in `--results` and not computed again.
+well. The first is the fixed set, so that they are not tried where that one has been run and ends well. Rows that are
+finished are kept in `--results` and not computed again. `--plot FILE` draws which recipe ends well in which column.
 """
 
 import argparse
@@ -273,10 +274,19 @@ def run(family: str, seed: int, column: str, steps: int) -> dict[str, Any]:
 COLUMNS = ["plain", "fixed", "autopilot", "oracle"]
 
 
+def by_column(rows: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
+    """The row of each column and seed; where the fixed set ends well, the oracle does."""
+    by = {(row["column"], row["seed"]): row for row in rows}
+    for (column, seed), row in [*by.items()]:
+        if column == "fixed" and row["good"]:
+            by["oracle", seed] = row
+    return by
+
+
 def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
     """Share that ends well, and CPU time over plain."""
     seeds = sorted({row["seed"] for row in rows})
-    by = {(row["column"], row["seed"]): row for row in rows}
+    by = by_column(rows)
     lines = ["| column | ends well | of those that plain solves | CPU time over plain, median |", "|---|---|---|---|"]
     solved = [seed for seed in seeds if by.get(("plain", seed), {}).get("good")]
     for column in columns:
@@ -293,6 +303,30 @@ def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
     return "\n".join(lines)
 
 
+def plot(rows: list[dict[str, Any]], columns: list[str], path: Path) -> None:
+    """A mark for each recipe and column that ends well; recipes of which more columns end well come first."""
+    from matplotlib import pyplot as plt
+
+    by = by_column(rows)
+    well = {c: {s for s in {row["seed"] for row in rows} if by.get((c, s), {}).get("good")} for c in columns}
+    seeds = sorted({row["seed"] for row in rows}, key=lambda s: (-sum(s in well[c] for c in columns), s))
+    figure, axis = plt.subplots(figsize=(9, 0.5 + 0.32 * len(columns)))
+    for line, column in enumerate(columns):
+        for place, seed in enumerate(seeds):
+            measured = (column, seed) in by
+            colour = "tab:blue" if seed in well[column] else "0.88" if measured else "none"
+            axis.barh(line, 0.85, left=place, height=0.7, color=colour)
+    names = [f"{c}: {len(well[c])} of {sum((c, s) in by for s in seeds)}" for c in columns]
+    axis.set(yticks=range(len(columns)), yticklabels=names, xticks=[], xlim=(-0.2, len(seeds)))
+    axis.set_xlabel("recipes (blue: ends well)", fontsize=9)
+    axis.invert_yaxis()
+    axis.tick_params(length=0, labelsize=9)
+    axis.spines[:].set_visible(False)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=["mixtures", "digits"], default="mixtures")
@@ -300,21 +334,29 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(60)))
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--results", type=Path, default=Path("runs/random_recipes.jsonl"))
+    parser.add_argument("--plot", type=Path, help="where to draw which recipe ends well in which column")
     parser.add_argument("--smoke", action="store_true", help="two seeds, a few steps")
     arguments = parser.parse_args()
     steps = 30 if arguments.smoke else STEPS
     seeds = arguments.seeds[:2] if arguments.smoke else arguments.seeds
-    jobs = [
-        {"family": arguments.family, "seed": seed, "column": column, "steps": steps}
-        for seed in seeds
-        for column in arguments.columns
-    ]
-    rows = finish(run, jobs, arguments.jobs, None if arguments.smoke else arguments.results)
+    results = None if arguments.smoke else arguments.results
+    rows: list[dict[str, Any]] = []
+    for late in (False, True):  # the oracle needs the rows of the fixed set
+        solved = {row["seed"] for row in rows if row["column"] == "fixed" and row["good"]} if late else set()
+        jobs = [
+            {"family": arguments.family, "seed": seed, "column": column, "steps": steps}
+            for seed in seeds
+            for column in arguments.columns
+            if (column == "oracle") == late and seed not in solved
+        ]
+        rows += finish(run, jobs, arguments.jobs, results)
     print(f"torch {torch.__version__}; {arguments.family}, {len(seeds)} recipes, {steps} steps each\n")
+    by = by_column(rows)
     for column in arguments.columns:
-        good = [row["seed"] for row in rows if row["column"] == column and row["good"]]
-        print(f"{column}: {good}")
+        print(f"{column}: {[seed for seed in seeds if by.get((column, seed), {}).get('good')]}")
     print(f"\n{table(rows, arguments.columns)}")
+    if arguments.plot:
+        plot(rows, arguments.columns, arguments.plot)
 
 
 if __name__ == "__main__":
