@@ -274,21 +274,25 @@ def run(family: str, seed: int, column: str, steps: int) -> dict[str, Any]:
 COLUMNS = ["plain", "fixed", "autopilot", "oracle"]
 
 
-def by_column(rows: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
+Rows = dict[tuple[str, int], dict[str, Any]]  # by column and seed
+
+
+def by_column(rows: list[dict[str, Any]]) -> Rows:
     """The row of each column and seed; where the fixed set ends well, the oracle does."""
-    by = {(row["column"], row["seed"]): row for row in rows}
-    for (column, seed), row in [*by.items()]:
-        if column == "fixed" and row["good"]:
-            by["oracle", seed] = row
-    return by
+    solved = {("oracle", row["seed"]): row for row in rows if row["column"] == "fixed" and row["good"]}
+    return {(row["column"], row["seed"]): row for row in rows} | solved
 
 
-def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
+def ends_well(by: Rows, column: str) -> list[int]:
+    """The seeds whose recipes end well in a column."""
+    return sorted(seed for (name, seed), row in by.items() if name == column and row["good"])
+
+
+def table(by: Rows, columns: list[str]) -> str:
     """Share that ends well, and CPU time over plain."""
-    seeds = sorted({row["seed"] for row in rows})
-    by = by_column(rows)
+    seeds = sorted({seed for _, seed in by})
     lines = ["| column | ends well | of those that plain solves | CPU time over plain, median |", "|---|---|---|---|"]
-    solved = [seed for seed in seeds if by.get(("plain", seed), {}).get("good")]
+    solved = ends_well(by, "plain")
     for column in columns:
         mine = [by[column, seed] for seed in seeds if (column, seed) in by]
         kept = sum(by[column, seed]["good"] for seed in solved if (column, seed) in by)
@@ -298,18 +302,16 @@ def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
             if (column, seed) in by and ("plain", seed) in by
         ]
         time = f"{statistics.median(times):.2f}" if times and column != "oracle" else ""
-        good = sum(row["good"] for row in mine)
-        lines.append(f"| {column} | {good} of {len(mine)} | {kept} of {len(solved)} | {time} |")
+        lines.append(f"| {column} | {len(ends_well(by, column))} of {len(mine)} | {kept} of {len(solved)} | {time} |")
     return "\n".join(lines)
 
 
-def plot(rows: list[dict[str, Any]], columns: list[str], path: Path) -> None:
+def plot(by: Rows, columns: list[str], path: Path) -> None:
     """A mark for each recipe and column that ends well; recipes of which more columns end well come first."""
     from matplotlib import pyplot as plt
 
-    by = by_column(rows)
-    well = {c: {s for s in {row["seed"] for row in rows} if by.get((c, s), {}).get("good")} for c in columns}
-    seeds = sorted({row["seed"] for row in rows}, key=lambda s: (-sum(s in well[c] for c in columns), s))
+    well = {column: set(ends_well(by, column)) for column in columns}
+    seeds = sorted({seed for _, seed in by}, key=lambda s: (-sum(s in well[c] for c in columns), s))
     figure, axis = plt.subplots(figsize=(9, 0.5 + 0.32 * len(columns)))
     for line, column in enumerate(columns):
         for place, seed in enumerate(seeds):
@@ -340,23 +342,22 @@ def main() -> None:
     steps = 30 if arguments.smoke else STEPS
     seeds = arguments.seeds[:2] if arguments.smoke else arguments.seeds
     results = None if arguments.smoke else arguments.results
-    rows: list[dict[str, Any]] = []
-    for late in (False, True):  # the oracle needs the rows of the fixed set
-        solved = {row["seed"] for row in rows if row["column"] == "fixed" and row["good"]} if late else set()
-        jobs = [
-            {"family": arguments.family, "seed": seed, "column": column, "steps": steps}
-            for seed in seeds
-            for column in arguments.columns
-            if (column == "oracle") == late and seed not in solved
-        ]
-        rows += finish(run, jobs, arguments.jobs, results)
+
+    def finished(pairs: Iterable[tuple[int, str]]) -> list[dict[str, Any]]:
+        jobs = [{"family": arguments.family, "seed": s, "column": column, "steps": steps} for s, column in pairs]
+        return finish(run, jobs, arguments.jobs, results)
+
+    rows = finished((seed, column) for seed in seeds for column in arguments.columns if column != "oracle")
+    if "oracle" in arguments.columns:  # which the fixed set has solved where it ends well
+        solved = ends_well(by_column(rows), "fixed")
+        rows += finished((seed, "oracle") for seed in seeds if seed not in solved)
     print(f"torch {torch.__version__}; {arguments.family}, {len(seeds)} recipes, {steps} steps each\n")
     by = by_column(rows)
     for column in arguments.columns:
-        print(f"{column}: {[seed for seed in seeds if by.get((column, seed), {}).get('good')]}")
-    print(f"\n{table(rows, arguments.columns)}")
+        print(f"{column}: {ends_well(by, column)}")
+    print(f"\n{table(by, arguments.columns)}")
     if arguments.plot:
-        plot(rows, arguments.columns, arguments.plot)
+        plot(by, arguments.columns, arguments.plot)
 
 
 if __name__ == "__main__":
