@@ -19,10 +19,12 @@ from toys import Line, Point, fit, points, sgd, small, trainer, weights, zeros
 from lightning_gan_stability import (
     MLP,
     AdversarialStart,
+    Alternating,
     Autopilot,
     CollapseDetector,
     DCGANDiscriminator,
     DCGANGenerator,
+    Extragradient,
     GANModule,
     GeneratorEMA,
     GradientPenalty,
@@ -33,6 +35,8 @@ from lightning_gan_stability import (
     R2Penalty,
     Ring,
     Schedule,
+    Simultaneous,
+    UpdateRatio,
     Wasserstein,
 )
 from lightning_gan_stability.events import read_events
@@ -239,8 +243,10 @@ def test_the_winner_goes_on_from_where_it_was():
     assert len(mine) == 3 * 10
     beta = winner["g_beta1"], winner["g_beta2"]
     alone = gan(g_optimizer=adam(winner["g_lr"], beta), d_optimizer=adam(winner["d_lr"], beta))
-    penalties = [kind(winner[name]) for kind, name in ((R1Penalty, "r1"), (R2Penalty, "r2")) if winner[name]]
-    fit(alone, mine, callbacks=penalties)
+    times = winner["d_steps"]
+    alone.plan = (*["d"] * times, "g")
+    kinds = (R1Penalty, "r1"), (R2Penalty, "r2")
+    fit(alone, mine, callbacks=[kind(winner[name], every=times) for kind, name in kinds if winner[name]])
     assert torch.equal(weights(alone), seen["weights"])
 
 
@@ -403,6 +409,76 @@ def test_other_penalties_stand_as_they_are(penalty):
     assert not any(isinstance(c, R2Penalty) and not c.rests for c in [penalty])
 
 
+class Calls(Callback):
+    """Optimizer steps of the discriminator, and passes of the penalties, on each batch."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_train_start(self, trainer, pl_module):
+        self.steps, self.passes = 0, 0
+        pl_module.optimizer("d").optimizer.register_step_post_hook(lambda *_: self._step())
+        for penalty in (c for c in trainer.callbacks if isinstance(c, R1Penalty | R2Penalty)):
+            penalty.penalty = self._counted(penalty.penalty)
+
+    def _step(self):
+        self.steps += 1
+
+    def _counted(self, penalty):
+        def call(*args, **kwargs):
+            self.passes += 1
+            return penalty(*args, **kwargs)
+
+        return call
+
+    def on_train_batch_start(self, *_):
+        self.steps = self.passes = 0
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.rows.append((self.steps, self.passes, pl_module.iteration))
+
+
+def test_known_settings_step_the_discriminator_twice_and_penalize_every_second_batch():
+    autopilot, calls, module = Autopilot("always", search=0.5), Calls(), gan()
+    run(module, autopilot, 200, calls)
+    leg = round(100 / TURNS)
+    own, known = calls.rows[1 : leg - 1], calls.rows[leg + 1 : 2 * leg - 1]
+    assert {row[:2] for row in own} == {(1, 0)}
+    # R1 and R2 in each of the two steps, on batches of an even number, that is before an odd iteration
+    assert all(row[:2] == (2, 4 if row[2] % 2 else 0) for row in known)
+    assert len({row[1] for row in known}) == 2
+    assert module.plan == ("d", "g")
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "limits"),
+    [
+        ([UpdateRatio(2)], None),
+        ([Simultaneous()], None),
+        ([Extragradient()], None),
+        ([Alternating(share_fake=True)], None),
+        ([], {"d_steps": None}),
+    ],
+)
+def test_the_discriminator_steps_once_where_something_else_decides(callbacks, limits):
+    autopilot, calls, module = Autopilot("always", limits=limits), Calls(), gan()
+    run(module, autopilot, 60, *callbacks, calls)
+    assert "d_steps" not in autopilot.settings
+    assert max(row[0] for row in calls.rows) == 1
+
+
+def test_two_steps_are_tried_and_said():
+    """A critic that learns too slowly to guide, where nothing but its steps may change."""
+    limits = dict.fromkeys(("g_lr", "d_lr", "beta1", "beta2", "gamma")) | {"d_steps": [1, 2]}
+    autopilot = Autopilot("always", limits=limits, average=False)
+    run(gan(1e-3, 1e-3), autopilot, 200)
+    assert autopilot.actions[0]["what"] == "a race of 2 settings"
+    assert autopilot.settings["d_steps"] in (1, 2)
+    assert autopilot.actions[1]["what"] == (
+        "d_steps 1 → 2" if autopilot.settings["d_steps"] == 2 else "nothing changes"
+    )
+
+
 def test_a_discriminator_with_batch_norm_has_no_penalty():
     discriminator = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
     module = GANModule(MLP([4, 8, 2]), discriminator, 4, g_optimizer=adam(1e-3), d_optimizer=adam(1e-3))
@@ -422,6 +498,7 @@ def test_optimizers_without_betas_get_rates_around_their_own():
         "d_lr",
         "r1",
         "r2",
+        "d_steps",
     }
 
 
@@ -668,6 +745,8 @@ def test_early_stopping_does_not_count_what_is_measured_in_a_race(key):
         ({"limits": {"g_lr": [1.0, 0.1]}}, "must be two numbers"),
         ({"limits": [1]}, "`limits` must be"),
         ({"limits": {"beta1": [0.0, 1.5]}}, "two numbers below 1"),
+        ({"limits": {"d_steps": [0, 2]}}, "two whole numbers from 1 on"),
+        ({"limits": {"d_steps": [1, 1.5]}}, "two whole numbers from 1 on"),
         ({"limits": dict.fromkeys(LIMITS)}, "nothing to steer"),
         ({"fall": 1.0}, "`fall`"),
         ({"search": 0.0}, "`search`"),
@@ -720,6 +799,6 @@ def test_samples_that_need_an_extractor_are_refused_before_the_first_batch(when)
 
 
 def test_limits_that_leave_nothing_to_try_are_refused():
-    limits = {"g_lr": [1e-3, 1e-3], "d_lr": [1e-3, 1e-3], "beta1": None, "beta2": None, "gamma": None}
+    limits = {"g_lr": [1e-3, 1e-3], "d_lr": [1e-3, 1e-3], "beta1": None, "beta2": None, "gamma": None, "d_steps": None}
     with pytest.raises(MisconfigurationException, match="leave no settings to try"):
         run(gan(), Autopilot("always", limits=limits), 10)

@@ -105,7 +105,7 @@ class State:
     def __init__(self) -> None:
         self.theta = self.psi = self.average = 1.0
         self.g, self.d = Adam(), Adam()
-        self.steps = self.updates = 0  # of the generator, and of its average
+        self.steps = self.updates = 0  # of both players' batches, and of the average
 
     def copy(self) -> "State":
         other = copy(self)
@@ -119,8 +119,11 @@ class State:
             if "g_beta1" in settings
             else [None, None]
         )
-        gradient = gradients(loss, self.theta, self.psi)[1] + (settings["r1"] + settings["r2"]) * self.psi
-        self.psi += self.d.step(gradient, settings["d_lr"] * fall, betas[1])
+        times = int(settings["d_steps"])  # of the discriminator; its penalties are due once in as many batches
+        gamma = times * (settings["r1"] + settings["r2"]) if self.steps % times == 0 else 0.0
+        for _ in range(times):
+            gradient = gradients(loss, self.theta, self.psi)[1] + gamma * self.psi
+            self.psi += self.d.step(gradient, settings["d_lr"] * fall, betas[1])
         self.theta += self.g.step(gradients(loss, self.theta, self.psi)[0], settings["g_lr"] * fall, betas[0])
         self.steps += 1
         return math.isfinite(self.psi) and math.isfinite(self.theta)
@@ -145,7 +148,7 @@ class State:
 def own_settings(game: Game) -> dict[str, float]:
     rates = {"g_lr": game.g_lr, "d_lr": game.d_lr}
     betas = {f"{player}_beta{i}": beta for player in "gd" for i, beta in ((1, game.beta1), (2, 0.999))}
-    return rates | (betas if game.optimizer == "Adam" else {}) | {"r1": 0.0, "r2": 0.0}
+    return rates | (betas if game.optimizer == "Adam" else {}) | {"r1": 0.0, "r2": 0.0, "d_steps": 1}
 
 
 # ---------- the rule
@@ -264,11 +267,12 @@ class Pilot:
         if self.game.optimizer == "Adam":
             for g_lr, d_lr, beta1, beta2, gamma in steering.PORTFOLIO:
                 betas = {f"{player}_beta{i}": beta for player in "gd" for i, beta in ((1, beta1), (2, beta2))}
-                found.append({"g_lr": g_lr, "d_lr": d_lr} | betas | {"r1": gamma, "r2": gamma})
+                penalty = {"r1": gamma, "r2": gamma, "d_steps": steering.D_STEPS}
+                found.append({"g_lr": g_lr, "d_lr": d_lr} | betas | penalty)
         else:
             mean = math.sqrt(now["g_lr"] * now["d_lr"])
             for g, d, gamma in steering.AROUND:
-                found.append({"g_lr": g * mean, "d_lr": d * mean, "r1": gamma, "r2": gamma})
+                found.append(now | {"g_lr": g * mean, "d_lr": d * mean, "r1": gamma, "r2": gamma})
         return steering.distinct(steering.within(settings, now, steering.LIMITS) for settings in found)
 
     def calmer(self, now: dict[str, float]) -> list[dict[str, float]]:

@@ -36,7 +36,7 @@ from lightning_gan_stability.monitors.reading import (
 )
 from lightning_gan_stability.monitors.real_data import RealData, loader_to_read, overfits
 from lightning_gan_stability.monitors.rollback import put_back, take
-from lightning_gan_stability.monitors.steering import LIMITS, PORTFOLIO, Settings, Steering, in_words
+from lightning_gan_stability.monitors.steering import LIMITS, PORTFOLIO, Settings, Steering, in_words, repeated
 from lightning_gan_stability.outcome import Action, Course, Outcome
 from lightning_gan_stability.outputs import PLAYERS, Player, Sample
 from lightning_gan_stability.protocols import GANProtocol
@@ -86,10 +86,13 @@ class Autopilot(GANCallback):
     even if these first moved away from the data, as happens in games that circle. Candidates within four times the
     distance between two sets of real data count as equally good, and are ordered by how widely their settings work.
 
-    The autopilot controls the learning rate of each player; β₁ and β₂ of optimizers that have them; and γ of
-    :class:`~lightning_gan_stability.R1Penalty` and :class:`~lightning_gan_stability.R2Penalty`. It adds these two
-    penalties with γ = 0, unless the discriminator has BatchNorm or the run has another penalty for it. It also keeps an
-    average of the generator, unless the run has one, and decays rates to zero at the end, unless a scheduler sets them.
+    The autopilot controls the learning rate of each player; β₁ and β₂ of optimizers that have them; γ of
+    :class:`~lightning_gan_stability.R1Penalty` and :class:`~lightning_gan_stability.R2Penalty`; and the number of
+    discriminator steps on each batch (one or two, with new latents for each), unless another callback sets the plan or
+    the update rule needs both players to step once. It adds these two penalties with γ = 0, unless the discriminator
+    has BatchNorm or the run has another penalty for it; with two steps on a batch, they are computed on every second
+    batch (``every=2``). It also keeps an average of the generator, unless the run has one, and decays rates to zero at
+    the end, unless a scheduler sets them.
 
     With ``when="trouble"`` it only observes until something is wrong: a verdict of the run's
     :class:`~lightning_gan_stability.CollapseDetector` or :class:`~lightning_gan_stability.HealthMonitor` that other
@@ -112,8 +115,9 @@ class Autopilot(GANCallback):
     Args:
         when: ``"trouble"`` or ``"always"``.
         limits: smallest and largest number that it may set, by ``"g_lr"``, ``"d_lr"``, ``"beta1"``, ``"beta2"`` and
-            ``"gamma"``; None for a name: leave that setting unchanged. Names that are missing have the limits of
-            :data:`~lightning_gan_stability.monitors.steering.LIMITS`. The user's settings are tried as they are.
+            ``"gamma"`` and ``"d_steps"``; None for a name: leave that setting unchanged. Names that are missing have
+            the limits of :data:`~lightning_gan_stability.monitors.steering.LIMITS`. The user's settings are tried as
+            they are.
         average: keep an average of the generator, whose half-life is a fiftieth of the steps so far.
         fall: final share of the run in which rates decay linearly to zero, in [0, 1); 0: no decay. The same share
             applies to each candidate's steps in a race. A run of unknown length has only the decay in races.
@@ -352,6 +356,10 @@ class Autopilot(GANCallback):
                 self._end_leg(trainer, module, self._see(trainer, module))
         elif trainer.global_step % self._every(trainer) == 0:
             self._look(trainer, module)
+
+    def adjust_plan(self, module: GANProtocol, plan: tuple[Player, ...]) -> tuple[Player, ...]:
+        """Step the discriminator as often as the current settings say."""
+        return repeated(plan, int(self.settings.get("d_steps", 1)))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End a race for which the run has no steps left: the best candidate so far wins, or else the earlier state."""
@@ -680,6 +688,8 @@ def _checked_limits(limits: Mapping[str, Sequence[float] | None] | None) -> dict
         fits = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(x, int | float) for x in pair)
         check(fits and 0 <= pair[0] <= pair[1], f"limits[{name!r}]", "two numbers, the smaller one first", pair)
         check("beta" not in name or pair[1] < 1, f"limits[{name!r}]", "two numbers below 1", pair)
+        counts = pair[0] >= 1 and all(float(x).is_integer() for x in pair)
+        check(name != "d_steps" or counts, f"limits[{name!r}]", "two whole numbers from 1 on", pair)
         found[name] = float(pair[0]), float(pair[1])
     return found
 

@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
-from lightning_gan_stability.callback import Regularizer, callbacks_of
+from lightning_gan_stability.callback import Regularizer, callbacks_of, find_rule
 from lightning_gan_stability.callbacks.optimizer_schedule import set_number
+from lightning_gan_stability.callbacks.update_ratio import PlanCallback
 from lightning_gan_stability.module import GANModule
 from lightning_gan_stability.monitors.rollback import ScaleLearningRate
 from lightning_gan_stability.outputs import PLAYERS, Player
@@ -24,16 +26,18 @@ LIMITS: dict[str, tuple[float, float]] = {
     "beta1": (0.0, 0.9),
     "beta2": (0.9, 0.999),
     "gamma": (0.0, 10.0),
+    "d_steps": (1, 2),
 }
 
 # (g_lr, d_lr, beta1, beta2, gamma), found on random recipes for points in the plane: see docs/measured.md
 PORTFOLIO = (
+    (1e-2, 1e-2, 0.0, 0.99, 0.3),
     (1e-2, 1e-2, 0.0, 0.99, 0.1),
     (3e-3, 1e-2, 0.0, 0.99, 0.3),
-    (1e-2, 1e-2, 0.0, 0.9, 0.3),
     (1e-3, 4e-3, 0.0, 0.99, 0.1),
     (3e-4, 1e-3, 0.5, 0.99, 0.03),
 )
+D_STEPS = 2  # discriminator steps on a batch, with these settings
 # (g_lr and d_lr in geometric means of the user's, gamma), for optimizers that are not like Adam: one cannot know which
 # rates suit them, and those of the user may be far from each other
 AROUND = (
@@ -68,6 +72,7 @@ class Steering:
     Attributes:
         shares: learning rates of each player's parameter groups, relative to that of the first group.
         adaptive: both optimizers are variants of Adam, with ``betas``, so that rates mean the same for all networks.
+        may_repeat: the discriminator may step several times on a batch.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class Steering:
         self.shares: dict[Player, list[float]] = {}
         optimizers = [module.optimizer(player).optimizer for player in PLAYERS]
         self.adaptive = all("betas" in group for optimizer in optimizers for group in optimizer.param_groups)
+        self.may_repeat = "d_steps" in limits and may_repeat(trainer, module)
         self.penalties = penalties_of(trainer)
         self.brought = [penalty for penalty in brought if penalty in self.penalties.values()]
 
@@ -100,6 +106,8 @@ class Steering:
                 found[f"{player}_beta1"], found[f"{player}_beta2"] = map(float, group["betas"])
         for name, penalty in self.penalties.items():
             found[name] = 0.0 if penalty.rests else 2 * penalty.weight_at(0)
+        if self.may_repeat:
+            found["d_steps"] = 1
         return found
 
     def apply(self, new: Mapping[str, float], old: Mapping[str, float], fall: float) -> None:
@@ -128,6 +136,8 @@ class Steering:
             penalty.weight = new[name] / 2
             if penalty in self.brought:
                 penalty.rests = new[name] == 0
+                # a penalty on every step of every batch would double its cost
+                penalty.every = int(new.get("d_steps", 1))
 
     def _cycles_momentum(self, player: Player) -> bool:
         """Whether a scheduler sets β₁ on each step, as OneCycleLR does."""
@@ -156,7 +166,8 @@ class Steering:
         if self.adaptive:
             for g_lr, d_lr, beta1, beta2, gamma in PORTFOLIO:
                 betas = {f"{player}_{k}": v for player in PLAYERS for k, v in (("beta1", beta1), ("beta2", beta2))}
-                found.append(own | {"g_lr": g_lr, "d_lr": d_lr} | betas | self._penalized(gamma))
+                steps = {"d_steps": D_STEPS} if self.may_repeat else {}
+                found.append(own | {"g_lr": g_lr, "d_lr": d_lr} | betas | self._penalized(gamma) | steps)
         else:
             mean = math.sqrt(own["g_lr"] * own["d_lr"])
             for g, d, gamma in AROUND:
@@ -189,6 +200,31 @@ def penalties_of(trainer: Trainer) -> dict[str, Regularizer]:
     return found
 
 
+def repeated(plan: tuple[Player, ...], d_steps: int) -> tuple[Player, ...]:
+    """A plan whose discriminator steps several times.
+
+    Example:
+        >>> repeated(("d", "g"), 2)
+        ('d', 'd', 'g')
+    """
+    return tuple(p for player in plan for p in [player] * (d_steps if player == "d" else 1))
+
+
+def may_repeat(trainer: Trainer, module: GANModule) -> bool:
+    """Whether the discriminator may step several times on a batch: no callback sets the plan, and the rule allows it."""
+    plan = module.plan
+    if sorted(plan) != ["d", "g"] or callbacks_of(trainer, PlanCallback):
+        return False
+    module.plan = repeated(plan, 2)
+    try:
+        find_rule(trainer).check_plan(module)
+    except MisconfigurationException:
+        return False
+    finally:
+        module.plan = plan
+    return True
+
+
 def within(settings: Settings, own: Settings, limits: Mapping[str, tuple[float, float]]) -> Settings:
     """Settings clipped to their limits; settings without limits are unchanged.
 
@@ -214,7 +250,7 @@ def limit_of(name: str) -> str:
         >>> limit_of("g_beta1"), limit_of("r2"), limit_of("d_lr")
         ('beta1', 'gamma', 'd_lr')
     """
-    return {"r1": "gamma", "r2": "gamma"}.get(name, name if name.endswith("lr") else name[2:])
+    return {"r1": "gamma", "r2": "gamma"}.get(name, name[2:] if "beta" in name else name)
 
 
 def distinct(settings: Any) -> list[Settings]:
