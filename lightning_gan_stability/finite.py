@@ -44,6 +44,22 @@ class Finding(NamedTuple):
     of_term: bool = False  # all that the networks made is finite
 
 
+class _Place(NamedTuple):
+    """A finding about a layer, and the rows of a micro-batch in which it is not finite."""
+
+    before: str
+    rows: list[int]
+    kind: str = ""
+    after: str = ""
+    advice: str | None = None
+
+    def among(self, others: Iterable[_Place], total: int) -> Finding:
+        """What is to be said, with the rows of the same place in other micro-batches."""
+        same = [other for other in others if other._replace(rows=[]) == self._replace(rows=[])]
+        rows = sorted({row for place in (self, *same) for row in place.rows})
+        return Finding(f"{self.before}{_in_rows(rows, total, self.kind)}{self.after}.", self.advice)
+
+
 @dataclass(slots=True)
 class Turn:
     """What a player's gradient was taken of.
@@ -419,8 +435,8 @@ def _with_graph(leaf: Any) -> Any:
     return leaf.detach().requires_grad_().clone()  # which may be changed in place
 
 
-def _is_read(call: Call, terms: Iterable[Tensor]) -> bool:
-    """Whether what a layer returned has come into a term, as far as graphs tell."""
+def _is_read(call: Call, terms: Iterable[Tensor], ends: set[Any]) -> bool:
+    """Whether what a layer returned has come into a term by a way without ends, as far as graphs tell."""
     if not all(leaf.requires_grad for leaf in call.broken):
         return True
     sources = {leaf.grad_fn for leaf in call.broken}
@@ -429,7 +445,7 @@ def _is_read(call: Call, terms: Iterable[Tensor]) -> bool:
         node = waiting.pop()
         if node in sources:
             return True
-        if node is not None and node not in seen:
+        if node is not None and node not in seen and node not in ends:
             seen.add(node)
             waiting += [other for other, _ in node.next_functions]
     return False
@@ -452,6 +468,7 @@ def in_turn(module: GANProtocol, turn: Replay) -> Finding:
     total = sum(batch_size(part.real) for part in turn.parts())
     for gradients in (False, True):
         first, largest = 0, 0.0
+        places: list[_Place] = []
         for part in turn.parts():
             watch = LayerWatch(module, gradients)  # type: ignore[arg-type]
             n = batch_size(part.real)
@@ -460,13 +477,17 @@ def in_turn(module: GANProtocol, turn: Replay) -> Finding:
                 watch.judged = Counter(watch.runs)
                 terms, values = turn.weigh(outputs)
                 watch.forward = False
-                found = _in_values(turn, watch, outputs, terms, values, first, total)
+                found = _in_values(turn, watch, outputs, terms, values)
                 if found is None and gradients:
-                    found, size = _in_gradients(turn, watch, terms, first, total)
+                    found, size = _in_gradients(turn, watch, terms)
                     largest = max(largest, size)
-            if found is not None:
+            if isinstance(found, _Place):  # other micro-batches may break there, too
+                places.append(found._replace(rows=[first + row for row in found.rows]))
+            elif found is not None and not places:
                 return found
             first += n
+        if places:
+            return places[0].among(places, total)
     if is_distributed():
         return Finding("On this process's part of the batch all is finite: see the error of another process.")
     if largest > 1e18:  # whose square float32 does not have
@@ -478,8 +499,8 @@ def in_turn(module: GANProtocol, turn: Replay) -> Finding:
 
 
 def _in_values(
-    turn: Replay, watch: LayerWatch, outputs: GANOutputs, terms: Terms, values: Terms, first: int, total: int
-) -> Finding | None:
+    turn: Replay, watch: LayerWatch, outputs: GANOutputs, terms: Terms, values: Terms
+) -> Finding | _Place | None:
     """A layer, or else a term, whose values are not finite."""
     broken = next((name for name, term in terms.items() if not _is_finite(term)), None)
     if broken is None:
@@ -490,14 +511,16 @@ def _in_values(
     broken_terms = [term for term in terms.values() if not _is_finite(term)]
     # samples that were made with a graph come to the discriminator without it
     detached = "generator" if turn.player == "d" else ""
-    suspects = [call for call in suspects if _is_of(call, detached) or _is_read(call, broken_terms)]
+    # all that enters a suspect is finite: what another one returned does not come into a term by way of it
+    ends = {leaf.grad_fn for call in suspects for leaf in call.broken}
+    suspects = [call for call in suspects if _is_of(call, detached) or _is_read(call, broken_terms, ends)]
     if suspects:
         call = suspects[0]
-        rows = _in_rows([first + row for row in call.rows], total, watch.side(call, outputs))
         half = call.dtype == torch.float16
         advice = "Use precision='bf16-mixed' or '32-true'." if half else None
         limit = " (float16 ends at 65504)" if half else ""
-        return Finding(f"First in the forward pass of {call}, whose inputs are finite{rows}{limit}.", advice)
+        before, side = f"First in the forward pass of {call}, whose inputs are finite", watch.side(call, outputs)
+        return _Place(before, call.rows, side, limit, advice)
     key = f"`{turn.player}/{broken}`"
     if broken in values and _is_finite(values[broken]):
         return Finding(
@@ -510,17 +533,15 @@ def _in_values(
             return None  # the second look watches the gradient that it takes
         origin = watch.origin()
         if origin is not None:
-            rows = _in_rows([first + row for row in origin.rows], total)
-            return Finding(f"First in the gradient that {key} takes, in the backward pass of {origin}{rows}.", _ROOT)
+            before = f"First in the gradient that {key} takes, in the backward pass of {origin}"
+            return _Place(before, origin.rows, advice=_ROOT)
     if not is_finite((outputs.fake, outputs.real_logits, outputs.fake_logits)):
         return None  # what has come from the data
     layers = "All layers that come into it" if watch.suspects else "All layers"
     return Finding(f"{layers} return finite values: {key} itself is not finite.", _LOGARITHM, of_term=True)
 
 
-def _in_gradients(
-    turn: Replay, watch: LayerWatch, terms: Terms, first: int, total: int
-) -> tuple[Finding | None, float]:
+def _in_gradients(turn: Replay, watch: LayerWatch, terms: Terms) -> tuple[Finding | _Place | None, float]:
     """The term whose gradient is not finite, and the layer that it begins in; and the largest value of gradients."""
     largest = 0.0
     for name, term in terms.items():
@@ -534,25 +555,27 @@ def _in_gradients(
         if not broken:
             largest = max([largest, *(float(g.detach().abs().max()) for g in gradients.values() if g.numel())])
             continue
-        return Finding(_gradient_text(turn, watch, name, broken, first, total), _ROOT), largest
+        return _broken_gradient(turn, watch, name, broken), largest
     return None, largest
 
 
-def _gradient_text(turn: Replay, watch: LayerWatch, name: str, broken: list[str], first: int, total: int) -> str:
+def _broken_gradient(turn: Replay, watch: LayerWatch, name: str, broken: list[str]) -> Finding | _Place:
     key = f"`{turn.player}/{name}`"
     penalty = turn.penalties.get(name)
     if penalty is not None and penalty.second_order:
         # second derivatives come to a layer by other ways than through what it returned
-        return f"All values are finite, and the gradient of {key} is not."
+        return Finding(f"All values are finite, and the gradient of {key} is not.", _ROOT)
     origin = watch.origin()
     if origin is not None:
-        rows = _in_rows([first + row for row in origin.rows], total)
-        return f"All values are finite, and the gradient of {key} is not: first in the backward pass of {origin}{rows}."
+        before = f"All values are finite, and the gradient of {key} is not: first in the backward pass of {origin}"
+        return _Place(before, origin.rows, advice=_ROOT)
     owners = ((parameter, watch.origin_of(parameter)) for parameter in broken)
     parameter, owner = next(((p, call) for p, call in owners if call is not None), (None, None))
     if parameter is not None:
-        return f"All values are finite, and the gradient of {key} by `{parameter}` is not: first in {owner}."
-    return f"All values are finite, and the gradient of {key} is not: first where the term is computed, in no layer."
+        text = f"All values are finite, and the gradient of {key} by `{parameter}` is not: first in {owner}."
+        return Finding(text, _ROOT)
+    text = f"All values are finite, and the gradient of {key} is not: first where the term is computed, in no layer."
+    return Finding(text, _ROOT)
 
 
 _ROOT = "Look there for a root or norm at 0, or a division by 0, and add a small ε: under the root, below the fraction."

@@ -239,6 +239,22 @@ def test_rows_of_a_layer_are_those_of_the_whole_batch_with_micro_batches():
     assert "`discriminator.0` (Log), whose inputs are finite, in real sample 4 of 8." in found
 
 
+@pytest.mark.parametrize(("rows", "text"), [([1, 4, 7], "samples 1, 4 and 7"), ([4, 7], "samples 4 and 7")])
+def test_rows_of_a_layer_are_those_of_all_micro_batches(rows, text):
+    module = judge(Log(), nn.Linear(2, 1), accumulate=3)
+    found = error_of(module, marked(1, rows))
+    assert f"`discriminator.0` (Log), whose inputs are finite, in real {text} of 8." in found
+
+
+def test_rows_of_a_gradient_are_those_of_all_micro_batches():
+    module = judge(nn.Linear(2, 2), Root(), nn.Linear(2, 1), accumulate=3)
+    with torch.no_grad():
+        module.discriminator[0].weight.copy_(torch.eye(2))
+        module.discriminator[0].bias.zero_()
+    found = error_of(module, marked(1, [1, 4], value=0.0))
+    assert "first in the backward pass of `discriminator.1` (Root), in samples 1 and 4 of 8." in found
+
+
 class Between(nn.Module):
     """Breaks between its layers."""
 
@@ -309,6 +325,23 @@ class Attend(nn.Module):
 def test_infinity_of_which_nothing_is_left_is_no_suspect():
     module = judge(Attend(), Log(), nn.Linear(2, 1))
     assert "`discriminator.1` (Log), whose inputs are finite, in real sample 3 of 8" in error_of(module, marked(1, [3]))
+
+
+class Covered(nn.Module):
+    """Takes -∞ from one layer into a softmax, and what is left of it into another layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.cover, self.judge, self.last = Log(), Root(), nn.Linear(2, 1)
+
+    def forward(self, x):
+        covered = self.cover(torch.cat([x.square() + 1, torch.zeros_like(x)], 1))
+        return self.last(self.judge(x * covered.softmax(1)[:, :2]))
+
+
+def test_infinity_of_which_nothing_comes_into_another_layer_is_no_suspect():
+    found = error_of(judge(Covered()), marked(2, [2]))
+    assert "First in the forward pass of `discriminator.0.judge` (Root), whose inputs are finite, in real" in found
 
 
 class Scores(nn.Module):

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +52,21 @@ class Points(Dataset):
 
     def __getitem__(self, index):
         return self.x[index]
+
+
+class Turning:
+    """Goes through the rows in another order in each epoch, and holds a lock, which has no copies."""
+
+    def __init__(self):
+        self.epoch, self.lock = 0, threading.Lock()
+
+    def __len__(self):
+        return N
+
+    def __iter__(self):
+        with self.lock:
+            self.epoch += 1
+        return iter(torch.randperm(N, generator=torch.Generator().manual_seed(self.epoch)).tolist())
 
 
 class Batched(Points):
@@ -173,6 +189,7 @@ LOADERS = {
     "weighted by a generator": lambda: DataLoader(Points(), 8, sampler=weighted(generator=torch.Generator())),
     "with replacement": lambda: DataLoader(Points(), 8, sampler=RandomSampler(Points(), True, 80)),
     "keys": lambda: DataLoader(ByKey(), 8, sampler=Keys()),
+    "an order with a count and a lock": lambda: DataLoader(Points(), 8, sampler=Turning()),
     "an endless sampler": lambda: DataLoader(Points(), 8, sampler=Endless()),
     "a list of rows": lambda: DataLoader(Points(), 8, sampler=[*range(N)]),
     "a batch sampler": lambda: DataLoader(Points(), batch_sampler=BatchSampler(RandomSampler(Points()), 8, False)),

@@ -429,14 +429,29 @@ def _copied(thing: Any, *kept: Any) -> Any:
 
 @contextmanager
 def _untouched(thing: Any, *kept: Any) -> Iterator[Any]:
-    """A copy; if that is impossible the object itself, whose generators are restored."""
+    """A copy that shares locks and the like; if that is impossible the object itself, whose generators are restored."""
     try:
         copy = _copied(thing, *kept)
-    except Exception:  # of open files, locks and the like
-        with _put_back(_generators_of(thing)):
-            yield thing
-    else:
-        yield copy
+    except Exception:
+        try:
+            copy = _copied(thing, *kept, *_handles_of(thing))
+        except Exception:  # of what is known only by name
+            with _put_back(_generators_of(thing)):
+                yield thing
+            return
+    yield copy
+
+
+def _handles_of(thing: Any) -> list[Any]:
+    """What an object holds that has no copies, such as locks: it has no attributes, and nothing iterates over it."""
+    found = []
+    for part in _parts_of(thing):
+        if isinstance(part, ModuleType) or not (hasattr(part, "__dict__") or isinstance(part, Iterable)):
+            try:
+                deepcopy(part)
+            except Exception:
+                found.append(part)
+    return found
 
 
 RandomSource: TypeAlias = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
