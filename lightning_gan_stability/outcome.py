@@ -9,6 +9,8 @@ from typing import NamedTuple
 WORSE = 0.25  # of its best, or of what real data have: a loss of more is one
 RISING = 0.1  # of its last value: what the last measurement gains at least if training is not over
 LITTLE = 0.5  # of the way from the first measurement to real data: less is little
+TOO_EARLY = "It is too early to judge"
+SELDOM = 3  # measurements: fewer show no course, so that nothing is called a failure by them
 
 
 class Course(NamedTuple):
@@ -195,7 +197,7 @@ def judgement(outcome: Outcome, stopped: str = "", going: str = "") -> str:
         going: a sentence on the progress of a run that may still be going; such a run is not judged yet.
 
     Example:
-        >>> fid = Course("quality/fid", [0, 100], [52.0, 57.0], lower_is_better=True)
+        >>> fid = Course("quality/fid", [0, 100, 200], [52.0, 54.0, 57.0], lower_is_better=True)
         >>> judgement(Outcome([fid]))
         'It did not work: quality/fid rose from 52 to 57.'
     """
@@ -207,22 +209,46 @@ def judgement(outcome: Outcome, stopped: str = "", going: str = "") -> str:
         names = ", ".join(f"{trouble.verdict} (since step {trouble.step:,})" for trouble in lasting)
         parts.append(f"{'Trouble at the end' if stopped else 'Trouble' if going else 'It did not work'}: {names}.")
     failed = [one for one in outcome.courses if one.fails and len(one.values) > 1]
+    reasons = [_too_early(one) for one in failed or [course] if one is not None]
+    young = reasons[0] if reasons and all(reasons) and not early and not lasting else ""
     if failed and not lasting:
         at_the_end = "" if going else " at the end"
         found = ", ".join(f"{one.name} is {_number(one.values[-1])}{at_the_end}" for one in failed)
-        parts.append(f"{'At the end' if stopped else 'So far' if going else 'It did not work'}: {found}.")
+        head = "At the end" if stopped else "So far" if going else TOO_EARLY if young else "It did not work"
+        parts.append(f"{head}: {found}.")
     if course is not None:
-        parts.append(_progress(course, bad=bool(early or lasting or failed)))
+        parts.append(_progress(course, bad=bool(early or lasting or failed), young=young))
+        if failed and young:
+            parts.append(young)
     elif not lasting:
         parts.append(
             "Nobody measured how good the samples are: add a QualityMonitor, or a PairedMonitor if each has a target."
         )
-    if outcome.watched and not outcome.troubles:
+    if outcome.watched and not outcome.troubles and any("It did not work" in part for part in parts):
+        parts.append(f"No monitor found a cause in {outcome.watched:,} steps.")
+    elif outcome.watched and not outcome.troubles:
         parts.append(f"There was no trouble seen in {outcome.watched:,} steps.")
     return " ".join(parts)
 
 
-def _progress(course: Course, bad: bool) -> str:
+def _too_early(course: Course) -> str:
+    """Why a run cannot be called a failure yet, and what to do; empty if it can."""
+    values = course.values
+    if not math.isfinite(values[-1]) or len(values) < 2:  # which is said in other words
+        return ""
+    if len(values) < SELDOM:
+        return f"There are only {len(values)} measurements: measure more often, or train longer."
+    return "It still got better at the end: train longer." if _still_better(course) else ""
+
+
+def _still_better(course: Course) -> bool:
+    """Whether the last measurement is the best, and better than the one before by more than a little."""
+    sign = 1 if course.lower_is_better else -1
+    gain = sign * (course.values[-2] - course.values[-1])
+    return course.best == len(course.values) - 1 and gain > RISING * abs(course.values[-1])
+
+
+def _progress(course: Course, bad: bool, young: str = "") -> str:
     """What became of a value; as a judgement, unless there is a worse one."""
     name, first, last, best = course.name, course.values[0], course.values[-1], course.best
     sign = 1 if course.lower_is_better else -1
@@ -241,14 +267,17 @@ def _progress(course: Course, bad: bool) -> str:
     if not math.isfinite(first) or sign * (last - course.real) <= 0:
         return f"It worked: {found}."
     if sign * last >= sign * first:
-        return f"It did not work: {change}{'' if best in (0, len(course.values) - 1) else found[len(change) :]}."
+        head = TOO_EARLY if young else "It did not work"
+        advice = f" {young}" if young else ""
+        return f"{head}: {change}{'' if best in (0, len(course.values) - 1) else found[len(change) :]}.{advice}"
     if sign * (last - top) > WORSE * max(abs(top), abs(course.real) if math.isfinite(course.real) else 0.0):
         return f"It got worse after step {course.steps[best]:,}: {found}. Take the checkpoint of that step."
     way = (first - last) / (first - course.real) if math.isfinite(course.real) and first != course.real else math.nan
+    if way < LITTLE and young:
+        return f"{TOO_EARLY}: {found}. {young}"
     if way < LITTLE:
         return f"It learned little: {found}. Train longer, or with other learning rates."
-    before = course.values[-2]
-    rising = best == len(course.values) - 1 and sign * (before - last) > RISING * abs(last)
+    rising = _still_better(course)
     return f"It worked: {found}.{' It still got better at the end: train longer.' if rising else ''}"
 
 

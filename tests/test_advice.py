@@ -198,7 +198,7 @@ def test_the_readme_says_of_each_symptom_what_was_measured():
     assert said["The run collapsed overnight"] == "all modes at the end with 10 of 10 seeds, left alone 1 of 10"
     few = [[float(row[2].split()[0]) for row in rows_below(MEASURED, "## Little data", i)[1:]] for i in (0, 1)]
     diff, _, adaptive, _, consistency = few[0]
-    assert said["Little data, D learns it by heart"].startswith(f"{diff}, {consistency} and {adaptive} of the")
+    assert said["Little data, D memorizes it"].startswith(f"{diff}, {consistency} and {adaptive} of the")
     assert [round(few[1][i], 1) for i in (0, 2, 4)] == [0.1, 0.1, 0.1]
     assert "Stabilized 29 of 30 are well, alone 7 of 30" in text
     joined = said["Reconstruction gets worse when D joins"]

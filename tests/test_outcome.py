@@ -39,7 +39,7 @@ def recall(*values, real=0.9):
 
 COLLAPSED = Trouble(200, "collapse", "missing 0.9", "Add Unrolling.")
 SENTENCES = {
-    "FID rose": (Outcome([fid(52.0, 57.0)]), "", "It did not work: quality/fid rose from 52 to 57."),
+    "FID rose": (Outcome([fid(52.0, 55.0, 57.0)]), "", "It did not work: quality/fid rose from 52 to 57."),
     "FID fell": (
         Outcome([fid(57.0, 8.0, 8.5)]),
         "",
@@ -52,9 +52,9 @@ SENTENCES = {
         "Take the checkpoint of that step.",
     ),
     "FID fell a little": (
-        Outcome([fid(57.0, 50.0)]),
+        Outcome([fid(57.0, 52.0, 50.0)]),
         "",
-        "It learned little: quality/fid fell from 57 to 50 (best 50 at step 100, real data 1). Train longer, or with "
+        "It learned little: quality/fid fell from 57 to 50 (best 50 at step 200, real data 1). Train longer, or with "
         "other learning rates.",
     ),
     "FID still falls": (
@@ -62,6 +62,29 @@ SENTENCES = {
         "",
         "It worked: quality/fid fell from 57 to 10 (best 10 at step 200, real data 1). It still got better at the end: "
         "train longer.",
+    ),
+    "measured seldom": (
+        Outcome([fid(52.0, 57.0)], watched=9),
+        "",
+        "It is too early to judge: quality/fid rose from 52 to 57. There are only 2 measurements: measure more often, "
+        "or train longer. There was no trouble seen in 9 steps.",
+    ),
+    "little, and still better": (
+        Outcome([fid(57.0, 50.0, 40.0)]),
+        "",
+        "It is too early to judge: quality/fid fell from 57 to 40 (best 40 at step 200, real data 1). It still got "
+        "better at the end: train longer.",
+    ),
+    "beyond a limit, and still better": (
+        Outcome([fid(57.0, 20.0, 10.0), Course("quality/missing", [0, 100, 200], [1.0, 0.5, 0.3], 0.0, True, 0.1)]),
+        "",
+        "It is too early to judge: quality/missing is 0.3 at the end. quality/fid fell from 57 to 10 (best 10 at step "
+        "200, real data 1). It still got better at the end: train longer.",
+    ),
+    "failed without a verdict": (
+        Outcome([fid(52.0, 55.0, 57.0)], watched=900),
+        "",
+        "It did not work: quality/fid rose from 52 to 57. No monitor found a cause in 900 steps.",
     ),
     "measured once": (
         Outcome([fid(57.0)]),
@@ -74,8 +97,8 @@ SENTENCES = {
         "",
         "It worked: quality/recall rose from 0 to 0.8 (best 0.8 at step 100, real data 0.9).",
     ),
-    "recall fell": (Outcome([recall(0.5, 0.2)]), "", "It did not work: quality/recall fell from 0.5 to 0.2."),
-    "stayed": (Outcome([recall(0.0, 0.0)]), "", "It did not work: quality/recall stayed at 0."),
+    "recall fell": (Outcome([recall(0.5, 0.4, 0.2)]), "", "It did not work: quality/recall fell from 0.5 to 0.2."),
+    "stayed": (Outcome([recall(0.0, 0.0, 0.0)]), "", "It did not work: quality/recall stayed at 0."),
     "collapsed": (
         Outcome([fid(57.0, 8.0, 8.5)], [COLLAPSED]),
         "",
@@ -331,9 +354,9 @@ def test_what_is_as_good_as_real_data_has_worked(course, expected):
 
 
 def test_samples_that_do_not_belong_to_their_conditions_have_not_worked():
-    told = Course("quality/dependence", [0, 100], [0.3, -0.001], 1.0, lower_is_better=False, limit=0.25)
+    told = Course("quality/dependence", [0, 100, 200], [0.3, 0.2, -0.001], 1.0, lower_is_better=False, limit=0.25)
     assert judgement(Outcome([fid(57.0, 1.0), told])).startswith("It did not work: quality/dependence is -0.001 at the")
-    assert judgement(Outcome([fid(57.0, 1.0), told._replace(values=[0.3, 0.9])])).startswith("It worked")
+    assert judgement(Outcome([fid(57.0, 1.0), told._replace(values=[0.3, 0.5, 0.9])])).startswith("It worked")
 
 
 def test_a_second_fit_is_measured_anew():
