@@ -211,7 +211,10 @@ def repeated(plan: tuple[Player, ...], d_steps: int) -> tuple[Player, ...]:
 
 
 def may_repeat(trainer: Trainer, module: GANModule) -> bool:
-    """Whether the discriminator may step several times on a batch: no callback sets the plan, and the rule allows it."""
+    """Whether the discriminator may step several times on a batch: no callback sets the plan, and its rule allows it.
+
+    The rule is asked, because only it knows which plans it supports.
+    """
     plan = module.plan
     if sorted(plan) != ["d", "g"] or callbacks_of(trainer, PlanCallback):
         return False
