@@ -209,7 +209,8 @@ def judgement(outcome: Outcome, stopped: str = "", going: str = "") -> str:
         names = ", ".join(f"{trouble.verdict} (since step {trouble.step:,})" for trouble in lasting)
         parts.append(f"{'Trouble at the end' if stopped else 'Trouble' if going else 'It did not work'}: {names}.")
     failed = [one for one in outcome.courses if one.fails and len(one.values) > 1]
-    reasons = [_too_early(one) for one in failed or [course] if one is not None]
+    judged = failed or ([] if course is None else [course])
+    reasons = [_too_early(one) for one in judged]
     young = reasons[0] if reasons and all(reasons) and not early and not lasting else ""
     if failed and not lasting:
         at_the_end = "" if going else " at the end"
