@@ -214,6 +214,11 @@ def has_comm_hook(model: DistributedDataParallel) -> bool:
     return bool(model._comm_hooks)
 
 
+def exchanged_parameters(model: DistributedDataParallel) -> list[nn.Parameter]:
+    """The parameters whose gradients DDP exchanges, if nothing was frozen or unfrozen since it was made."""
+    return [p for p in model._module_parameters if p.requires_grad]
+
+
 def saves_by_time(callback: Callback) -> bool:
     """Whether a callback is a ModelCheckpoint with ``train_time_interval``."""
     return getattr(callback, "_train_time_interval", None) is not None

@@ -644,6 +644,7 @@ class Engine:
             return  # a further optimizer, which is the subclass's own
         module.sharding.reshard()
         moving = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        module.sharding.check_exchanged(moving)
         norm = total_norm([p.grad for p in moving if p.grad is not None])
         record = module.last_step
         if self._separate is None:

@@ -223,6 +223,7 @@ class Guard(Callback):
         module.engine.start()
         module.sharding.note_shards()
         exchange_own_gradients(trainer)
+        module.sharding.note_exchanged()
         self._first_step, self._reached = trainer.global_step, False
         callbacks = callbacks_of(trainer, Callback)
         shown = [f"{{{getattr(c, 'monitor', '')}}}{getattr(c, 'filename', '')}" for c in callbacks]

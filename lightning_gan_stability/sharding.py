@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_gan_stability._compat import allow_unused_parameters, has_comm_hook, norms
+from lightning_gan_stability._compat import allow_unused_parameters, exchanged_parameters, has_comm_hook, norms
 from lightning_gan_stability.distributed import full_tensor, own_gradients
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ class Sharding:
     def __init__(self, module: GANProtocol) -> None:
         self.module = module
         self._shards: dict[str, nn.Parameter] = {}  # by the names of full weights
+        self._exchanged: set[int] | None = None  # parameters whose gradients DDP exchanges; None: there is no DDP
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -143,6 +144,36 @@ class Sharding:
         self.reshard()
         on_mesh = self.module.device_mesh is not None
         self._shards = dict(self.module.named_parameters()) if on_mesh else {}
+
+    def note_exchanged(self) -> None:
+        """Record the parameters whose gradients DDP exchanges, at the start of a run."""
+        model = self.module.trainer.strategy.model
+        self._exchanged = None
+        if isinstance(model, DistributedDataParallel):
+            self._exchanged = {id(p) for p in exchanged_parameters(model)}
+
+    def check_exchanged(self, parameters: Sequence[Tensor]) -> None:
+        """Refuse a step of parameters whose gradients DDP has not exchanged: each process would go its own way.
+
+        Raises:
+            MisconfigurationException: with the parameter's name.
+        """
+        exchanged = self._exchanged
+        if exchanged is None or all(id(p) in exchanged for p in parameters):
+            return
+        left = next(p for p in parameters if id(p) not in exchanged)
+        name = next((name for name, p in self.module.named_parameters() if p is left), None)
+        if name is None:
+            raise MisconfigurationException(
+                f"An optimizer has a parameter of shape {tuple(left.shape)} that the module does not list among its "
+                "parameters, and DDP exchanges no gradients of it: register its network as an attribute of the "
+                "module, not in a plain list, dict or function."
+            )
+        raise MisconfigurationException(
+            f"An optimizer steps `{name}`, and DDP exchanges no gradients of it, because it was frozen when the run "
+            "began or stands in `_ddp_params_and_buffers_to_ignore`: let it require a gradient from the beginning, "
+            "and set its learning rate to 0 for as long as it should rest, or train on one process."
+        )
 
     @contextmanager
     def gradients_of(self, own: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[None]:

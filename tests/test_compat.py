@@ -34,6 +34,7 @@ from lightning_gan_stability._compat import (
     buffer_names,
     check_on_train_epoch_end,
     computed_weights,
+    exchanged_parameters,
     fused_devices,
     given_hyperparameters,
     grid_sample_transposed,
@@ -93,6 +94,7 @@ RELIES_ON = {
     "fused_devices": {"_get_fused_kernels_supported_devices"},
     "unscales_itself": {"_step_supports_amp_scaling"},
     "has_comm_hook": {"_comm_hooks"},
+    "exchanged_parameters": {"_module_parameters"},
     "saves_by_time": {"_train_time_interval"},
     "shares_data": {"_accelerator_connector"},
     "save_triggers": {"_every_n_train_steps", "_should_save_on_train_epoch_end"},
@@ -611,6 +613,14 @@ def test_has_comm_hook_of_ddp(mesh):
     assert has_comm_hook(model)
     with pytest.raises(RuntimeError, match="register_comm_hook"):
         model.register_comm_hook(None, own_gradients())
+
+
+def test_exchanged_parameters_of_ddp(mesh):
+    """`DistributedDataParallel._module_parameters`, of which the reducer takes those that require a gradient."""
+    layer = nn.Linear(1, 1)
+    layer.bias.requires_grad_(False)
+    model = nn.parallel.DistributedDataParallel(layer)
+    assert [id(p) for p in exchanged_parameters(model)] == [id(layer.weight)]
 
 
 def test_saves_by_time_is_a_setting_of_checkpoints():

@@ -859,6 +859,47 @@ def unequal(rank, **kwargs):
     return {"said": ""}
 
 
+class Unregistered(GANModule):
+    """Its encoder, which the generator's optimizer trains, stands in a list, where no module looks for it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.hidden = [nn.Linear(2, 2)]
+
+    def generate(self, network, n, condition, latents):
+        return self.hidden[0](network(latents))
+
+    def configure_optimizers(self):
+        optimizers, schedulers = super().configure_optimizers()
+        optimizers[1].add_param_group({"params": list(self.hidden[0].parameters())})
+        return optimizers, schedulers
+
+
+class Unfreeze(Callback):
+    """Unfreezes the generator before the third batch."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 2:
+            module.generator.requires_grad_(True)
+
+
+def unexchanged(rank, **kwargs):
+    """What is said of parameters whose gradients DDP does not exchange, and the iteration at that time."""
+    said = {}
+    for name in ("unregistered", "unfrozen", "ignored"):
+        kind = Unregistered if name == "unregistered" else GANModule
+        module = kind(MLP([4, 8, 2]), MLP([2, 8, 1]), 4)
+        if name == "unfrozen":
+            module.generator.layers[0].requires_grad_(False)
+        if name == "ignored":
+            module._ddp_params_and_buffers_to_ignore = ["generator.layers.0.weight"]
+        try:
+            fit(module, points(4), callbacks=[Unfreeze()] if name == "unfrozen" else [], **kwargs)
+        except MisconfigurationException as error:
+            said[name] = (str(error), module.iteration)
+    return {"said": said}
+
+
 def lone(path=None, steps=4, **kwargs):
     """Some steps, from a checkpoint or to one."""
     module, source = small(), Ring(batch_size=16, epoch_length=6)
@@ -889,6 +930,7 @@ def worker(rank, port, folder, names):
     results = {}
     others = {"noise": noise, "quality": quality, "paired": paired, "memorized": memorized}
     others |= {"resumed": resumed, "refused": refused, "told": told, "broken": broken, "traffic": traffic}
+    others["unexchanged"] = unexchanged
     others |= {"unequal": unequal, "steered": steered, "more": more, "stopped": stopped, "pictures": pictures}
     others |= {f"sharded {case}": sharded(case) for case in SHARDED}
     others |= {f"threaded {case}": threaded(case) for case in THREADED}
@@ -1028,6 +1070,16 @@ def test_what_cannot_be_sharded_is_refused(ranks):
     assert "AdaptiveAdversarialWeight needs gradients of a layer's unsharded parameters, but ModelParallel" in weight
     assert "ConsensusOptimization differentiates by both players' whole parameters, which ModelParallel" in rule
     assert "ModelParallelStrategy has tensor_parallel_size=2: set tensor_parallel_size=1" in mesh
+
+
+def test_parameters_that_ddp_does_not_exchange_are_refused_on_all_ranks(ranks):
+    for rank in results(ranks, "unexchanged"):
+        said = rank["said"]
+        assert "parameter of shape (2, 2) that the module does not list" in said["unregistered"][0]
+        assert said["unregistered"][1] == 0
+        for name, iteration in (("unfrozen", 2), ("ignored", 0)):
+            assert "An optimizer steps `generator.layers.0.weight`, and DDP exchanges no" in said[name][0]
+            assert said[name][1] == iteration
 
 
 def test_different_numbers_of_batches_are_refused_on_all_ranks(ranks):
