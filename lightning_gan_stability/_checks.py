@@ -153,10 +153,10 @@ def check_term_name(name: Any) -> str:
     Example:
         >>> check_term_name("grad_norm")
         Traceback (most recent call last):
-        ValueError: `name` must be a key that the log does not use for anything else, got 'grad_norm'.
+        ValueError: `name` must be a key that the log has for nothing else, got 'grad_norm'.
     """
     check_type("name", name, str)
-    return check(is_term_name(name), "name", "a key that the log does not use for anything else", name)  # type: ignore[no-any-return]
+    return check(is_term_name(name), "name", "a key that the log has for nothing else", name)  # type: ignore[no-any-return]
 
 
 def is_plain(value: object) -> bool:

@@ -92,7 +92,7 @@ class LogMelSpectrogram(nn.Module):
         margin = self.n_fft // 2 if self.center else (self.n_fft - self.hop_length) // 2
         if flat.dim() != 2 or flat.shape[1] <= margin or flat.shape[1] + 2 * margin < self.n_fft:
             raise ValueError(
-                f"A spectrogram needs waveforms (n, 1, t) or (n, t) with more than {margin} samples, got "
+                f"A spectrogram is of waveforms (n, 1, t) or (n, t) with more than {margin} samples, got "
                 f"{tuple(waveform.shape)}."
             )
         with torch.autocast(flat.device.type, enabled=False):
@@ -243,7 +243,7 @@ def _filters(sample_rate: int, n_fft: int, n_mels: int, f_min: float, f_max: flo
 def _check_shapes(sample: Tensor, target: Tensor) -> None:
     if sample.shape != target.shape:
         raise ValueError(
-            f"Only waveforms of equal shape can be compared, got {tuple(sample.shape)} and {tuple(target.shape)}."
+            f"Waveforms of one shape can be compared, got {tuple(sample.shape)} and {tuple(target.shape)}."
         )
     if sample.shape[:1] == (0,):
         raise ValueError(f"There are no waveforms to compare, got {tuple(sample.shape)}.")

@@ -123,7 +123,7 @@ def _is_image(x: Any, sample: Tensor) -> bool:
         return True
     if x.shape[-2:] == sample.shape[-2:]:
         raise ValueError(
-            f"The augmentation moves images, but it cannot move the condition {describe(x)} with them: give the "
+            f"An augmentation that moves images cannot move a condition {describe(x)} with them: give the "
             "discriminator a floating point image (n, channels, height, width), such as one channel for each class."
         )
     return False
@@ -132,8 +132,8 @@ def _is_image(x: Any, sample: Tensor) -> bool:
 def _check_images(name: str, x: Tensor) -> None:
     if x.dim() != 4:
         raise ValueError(
-            f"{name} takes images (n, channels, height, width), got {describe(x)}: for other samples, use "
-            "AugmentPipe with 'noise' alone."
+            f"{name} takes images (n, channels, height, width), got {describe(x)}: of other samples only AugmentPipe's "
+            "'noise' makes sense."
         )
 
 

@@ -121,16 +121,16 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if found is None:
-            raise ValueError(f"{str(path)!r} is damaged, or not a checkpoint.") from error
+            raise ValueError(f"{str(path)!r} is torn, or no checkpoint at all.") from error
         raise ValueError(
-            f"{str(path)!r} contains an object of {found[1]}, and reading it could run code from the file. If you "
-            "trust the file, load it in Python with `load_from_checkpoint(path, weights_only=False)`."
+            f"{str(path)!r} holds an object of {found[1]}, and reading it could run code of the file. If you trust it, "
+            "read it in Python, by `load_from_checkpoint(path, weights_only=False)`."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{str(path)!r} is damaged, or not a checkpoint.") from error
+        raise ValueError(f"{str(path)!r} is torn, or no checkpoint at all.") from error
     weights = state.get("state_dict") if isinstance(state, dict) else None
     if not isinstance(weights, dict) or "_extra_state" not in weights:
-        raise ValueError(f"{str(path)!r} is not a checkpoint of a GANModule.")
+        raise ValueError(f"{str(path)!r} is no checkpoint of a GANModule.")
     return state  # type: ignore[no-any-return]
 
 
@@ -213,14 +213,14 @@ def class_of(parameters: dict[str, Any], trust: Sequence[str], origin: str) -> t
     name = parameters.get("_class_path")
     if name is None:
         raise ValueError(
-            f"{origin} was written by a run in Python and does not record how its networks are built: name the class "
-            "of the module, if it builds its networks itself, or a function that builds the module: `--model "
-            "my_project.make_gan` (in Python: `model`)."
+            f"{origin} is of a run from Python, and does not say how its networks are made: name the class of the "
+            "module, if it makes them itself, or a function that makes the module: `--model my_project.make_gan` (in "
+            "Python: `model`)."
         )
     check_parameters(parameters, trust, origin)
     kind = resolve(name) if _is_dotted(name) else None
     if not isinstance(kind, type) or not issubclass(kind, GANModule):
-        raise ValueError(f"{origin} names `{name}`, which is not a GANModule.")
+        raise ValueError(f"{origin} names `{name}`, which is no GANModule.")
     return kind
 
 
@@ -247,14 +247,14 @@ def _parameters(state: dict[str, Any]) -> dict[str, Any]:
 
 def _load(kind: type[GANModule], file: Path) -> GANModule:
     if not issubclass(kind, GANModule):
-        raise ValueError(f"`model` must be a GANModule, or a function that returns one, got {kind.__name__}.")
+        raise ValueError(f"`model` must be a GANModule, or a function that makes one, got {kind.__name__}.")
     try:
         return kind.load_from_checkpoint(file, map_location="cpu", weights_only=True)
     except TypeError as error:
         if "required" not in str(error):
             raise
         raise ValueError(
-            f"{kind.__name__} does not build its networks itself ({error}): name a function that builds the module, "
+            f"{kind.__name__} does not make its networks itself ({error}): name a function that makes the module, "
             "`--model my_project.make_gan` (in Python: `model`)."
         ) from error
 
@@ -262,7 +262,7 @@ def _load(kind: type[GANModule], file: Path) -> GANModule:
 def _fill(make: Callable[[], GANModule], file: Path, state: dict[str, Any]) -> GANModule:
     module = make()
     if not isinstance(module, GANModule):
-        raise ValueError(f"`model` must return a GANModule, got a {type(module).__name__}.")
+        raise ValueError(f"`model` must make a GANModule, and made a {type(module).__name__}.")
     module.on_load_checkpoint(state)
     try:
         module.load_state_dict(state["state_dict"])

@@ -193,7 +193,7 @@ def _output(command: list[str], text: bytes = b"") -> bytes:
     done = subprocess.run(command, input=text, capture_output=True, check=False)
     if done.returncode:
         reason = done.stderr.decode(errors="replace").strip()
-        raise RuntimeError(f"eSpeak NG failed (exit code {done.returncode}): {reason[-500:]}")
+        raise RuntimeError(f"eSpeak NG does not speak (exit code {done.returncode}): {reason[-500:]}")
     return done.stdout
 
 

@@ -87,12 +87,12 @@ class Guard(Callback):
             module.double()  # Lightning does so after it has read the checkpoint, which would be rounded
         if module.loss.judges_reconstructions and module.packing > 1:
             raise MisconfigurationException(
-                f"{type(module.loss).__name__} judges each sample by its reconstruction, but Packed judges "
-                f"{module.packing} samples together: use another loss, or a discriminator without Packed."
+                f"{type(module.loss).__name__} judges each sample by its reconstruction, and Packed judges "
+                f"{module.packing} together: use another loss, or the discriminator without Packed."
             )
         for evaluation, limit in (("validate", "limit_val_batches"), ("test", "limit_test_batches")):
             if stage == evaluation and getattr(trainer, limit) == 0:
-                raise MisconfigurationException(f"{limit}=0 leaves no batches to {evaluation}: remove it.")
+                raise MisconfigurationException(f"{limit}=0 leaves nothing to {evaluation}: leave it out.")
         if stage == "fit":
             self._check_settings(trainer)
             self._read.check(trainer)
@@ -110,26 +110,26 @@ class Guard(Callback):
             )
         if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
             raise MisconfigurationException(
-                "`training_step(dataloader_iter)` fetches batches itself, but GANModule needs one batch per step: "
-                "use `training_step(batch, batch_idx)`."
+                "`training_step(dataloader_iter)` takes batches by itself, and GANModule takes one batch a step: use "
+                "`training_step(batch, batch_idx)`."
             )
         if is_wrapped_by_compile(module):
             raise MisconfigurationException(
-                "torch.compile(gan) compiles the steps of both players into one graph, which does not support "
-                "penalties or update rules: use GANModule(compile=True), which compiles the networks."
+                "torch.compile(gan) compiles both players' steps as one graph, which cannot hold penalties or update "
+                "rules: use GANModule(compile=True), which compiles the networks."
             )
         for callback in module.engine.callbacks():
             if callback.keeps_graphs and module.accumulate > 1:
                 name = type(callback).__name__
                 raise MisconfigurationException(
-                    f"{name} weighs terms by their gradients on the whole batch, but accumulate={module.accumulate} "
-                    f"splits the batch: use accumulate=1, or remove {name}."
+                    f"{name} weighs terms by the gradients of a whole batch, which accumulate={module.accumulate} "
+                    f"would take apart: use accumulate=1, or remove {name}."
                 )
         if module.loss.couples_batch and module.accumulate > 1:
             raise MisconfigurationException(
-                f"{type(module.loss).__name__} compares each sample with the mean of its batch, but "
-                f"accumulate={module.accumulate} splits the batch into micro-batches: use accumulate=1, or the "
-                "pairwise Relativistic loss."
+                f"{type(module.loss).__name__} compares each sample with the mean of its batch, which accumulate="
+                f"{module.accumulate} would take over micro-batches: use accumulate=1, or the pairwise Relativistic "
+                "loss."
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -139,8 +139,8 @@ class Guard(Callback):
         module = self.module
         if not module.training:
             raise MisconfigurationException(
-                "The module is in eval mode, so BatchNorm, dropout and spectral norm would not behave as in "
-                "training: call `module.train()` before `fit`."
+                "The module is in eval mode, in which BatchNorm, dropout and spectral norm do not train: call "
+                "`module.train()` before `fit`."
             )
         module.sharding.prepare()
         for network in (module.generator, module.discriminator, module):
@@ -151,16 +151,16 @@ class Guard(Callback):
         for player in module.plan:
             if not module.trainable_parameters(player):
                 raise MisconfigurationException(
-                    f"All parameters of the {NETWORKS[player]} are frozen, but `module.plan` = {module.plan} trains "
-                    "it: unfreeze it, or set `module.plan` to the other player."
+                    f"All parameters of the {NETWORKS[player]} are frozen, but it stands in `module.plan`: "
+                    f"{module.plan}. Unfreeze it, or set `module.plan` to the other player."
                 )
         if module.average_rests and module.generator_ema is not None:
             rank_zero_warn(
-                "The module has an average of its generator from an earlier run, which `sample` uses in eval mode, "
-                "but no GeneratorEMA updates it: add GeneratorEMA, or set `module.generator_ema = None`."
+                "The module has an average of its generator from an earlier run, which `sample` draws from in eval "
+                "mode, but no GeneratorEMA moves it: add one, or set `module.generator_ema = None`."
             )
         if isinstance([*module.discriminator.modules()][-1], nn.Sigmoid) and not module.loss.judges_reconstructions:
-            rank_zero_warn("The discriminator ends in a Sigmoid, but the losses expect logits: remove the Sigmoid.")
+            rank_zero_warn("The discriminator ends in a Sigmoid, but losses take logits: remove it.")
         module.compile_networks()
 
     def _check_optimizers(self, trainer: Trainer) -> None:
@@ -180,8 +180,8 @@ class Guard(Callback):
                 )
             if isinstance(optimizer, torch.optim.LBFGS):
                 raise MisconfigurationException(
-                    f"The {NETWORKS[player]}'s optimizer is LBFGS, which computes the loss several times per step. "
-                    "No update rule supports that: use another optimizer."
+                    f"The {NETWORKS[player]}'s optimizer is LBFGS, which takes the loss anew within a step, as no "
+                    "update rule here does: use another optimizer."
                 )
             for config in trainer.lr_scheduler_configs:
                 waits = isinstance(config.scheduler, ReduceLROnPlateau) or config.monitor is not None
@@ -242,8 +242,8 @@ class Guard(Callback):
         """Store the record of the previous step; refuse a module that was put into eval mode."""
         if pl_module is self.module and not pl_module.training:
             raise MisconfigurationException(
-                "The module was put into eval mode during training, so BatchNorm, dropout and the average of the "
-                "generator would behave as in evaluation: call `module.train()` after `module.eval()`."
+                "The module is in eval mode in the middle of training, in which BatchNorm, dropout and the average are "
+                "those of evaluation: call `module.train()` after `module.eval()`."
             )
         self._seen = self.module.last_step
         if self._running:
@@ -284,7 +284,7 @@ class Guard(Callback):
             names = ", ".join(dict.fromkeys(lost))
             raise MisconfigurationException(
                 f"`training_step` of {type(module).__name__} never calls `super().training_step(batch, batch_idx)`, "
-                f"so {names} would have no effect: call it, write your own steps as an UpdateRule, or remove {names}."
+                f"so that {names} would do nothing: call it, write an UpdateRule for other steps, or remove {names}."
             )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -336,8 +336,7 @@ class Guard(Callback):
             # torch's own errors are as bare as "Invalid argument"
             cause = f"{type(exception).__name__}: {exception}".rstrip(": ")
             raise RuntimeError(
-                f"Cannot read the checkpoint {path} ({cause}): if the file is damaged, resume from an earlier "
-                "checkpoint."
+                f"The checkpoint {path} cannot be read ({cause}): if it is torn, resume from the one before."
             ) from exception
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -378,7 +377,7 @@ class Guard(Callback):
             write(self._events)
         except OSError as error:
             self._events = None
-            rank_zero_warn(f"Events of this run can no longer be recorded: {error}. Training continues.")
+            rank_zero_warn(f"What happens in this run is written down no longer: {error}. The run goes on.")
 
     @rank_zero_only
     def _say_outcome(self, trainer: Trainer, stopped: str = "") -> None:
@@ -399,9 +398,8 @@ class Guard(Callback):
             self._resuming.save(checkpoint)
             if not self.module.last_step.finished:
                 rank_zero_warn(
-                    "A checkpoint is being saved in the middle of a step, when one player may have stepped and the "
-                    "other has not. A run that resumes from it differs from an uninterrupted one: resume from the "
-                    "previous checkpoint instead."
+                    "A checkpoint is saved inside of a step, on which one player may have moved and the other has not: "
+                    "a run that goes on from it differs from an uninterrupted one. Go on from the one before."
                 )
             if self.module.device_mesh is not None:  # strategies load shards one by one, and no extra state
                 checkpoint["gan"] = self.module.get_extra_state()
@@ -439,8 +437,8 @@ def check_run(trainer: Trainer, module: GANModule) -> None:
     check_strategy(trainer)
     if module.replays_graphs and isinstance(trainer.strategy, ModelParallelStrategy):
         raise MisconfigurationException(
-            "ModelParallelStrategy moves weights in memory when it shards and gathers them, but CUDA graphs read "
-            "fixed addresses: choose a mode of `compile` without CUDA graphs, or use strategy='ddp'."
+            "ModelParallelStrategy puts shards and full weights in turn into other places of the memory, and CUDA "
+            "graphs read the same one each time: leave the mode that has them out of `compile`, or use strategy='ddp'."
         )
 
 
@@ -453,7 +451,7 @@ def find_guard(module: GANModule) -> Guard:
     guard = module.guard
     if guard is None or not guard.attached:
         raise MisconfigurationException(
-            f"`configure_callbacks` of {type(module).__name__} drops what GANModule returns there: return "
-            "`[*super().configure_callbacks(), ...]`. No other hook needs `super()`."
+            f"`configure_callbacks` of {type(module).__name__} leaves out what GANModule returns there: return "
+            "`[*super().configure_callbacks(), ...]`. It is the one hook that needs `super()`."
         )
     return guard

@@ -109,8 +109,8 @@ class MinibatchStdDev(nn.Module):
         group = min(self.group_size, n)
         if n % group and self.training:
             raise ValueError(
-                f"MinibatchStdDev splits a batch into groups of {group} samples, but {n} is not a multiple of that: "
-                "choose `group_size` and the batch size so that it is, and set drop_last=True in the loader."
+                f"MinibatchStdDev has groups of {group} samples, which does not divide a batch of {n}: choose "
+                "`group_size` and the batch size so that it does, and set drop_last=True in the loader."
             )
         while n % group:
             group -= 1

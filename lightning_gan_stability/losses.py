@@ -395,7 +395,7 @@ def _pair(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
 
 def _need(real_logits: Tensor | None, loss: AdversarialLoss) -> Tensor:
     if real_logits is None:
-        raise ValueError(f"`{type(loss).__name__}` compares fake logits with real ones: pass `real_logits`.")
+        raise ValueError(f"`{type(loss).__name__}` compares with real logits: pass `real_logits`.")
     return real_logits
 
 

@@ -61,7 +61,7 @@ def _are_positive(values: object, at_least: int) -> bool:
 
 def _need(labels: Tensor | None, num_classes: int, network: str) -> Tensor:
     if labels is None:
-        raise ValueError(f"`labels` are required: this {network} has {num_classes} classes.")
+        raise ValueError(f"`labels` are needed: this {network} has {num_classes} classes.")
     return labels
 
 
@@ -614,7 +614,7 @@ class StyleGenerator(nn.Module):
     def styles(self, latents: Tensor, condition: Condition = None, update_average: bool = False) -> Tensor:
         """Return w (n, num_layers, w_dim), truncated if `truncation` is not 1; first update the average if asked to."""
         if self.needs and condition is None:
-            raise ValueError("`condition` is required: the mapping takes one.")
+            raise ValueError("`condition` is needed: the mapping takes one.")
         w: Tensor = self.mapping(latents, condition) if self.takes and condition is not None else self.mapping(latents)
         if w.shape != (len(latents), self.w_dim):
             raise ValueError(f"`mapping` must return w of shape {(len(latents), self.w_dim)}, got {tuple(w.shape)}.")

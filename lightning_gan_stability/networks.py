@@ -82,8 +82,8 @@ def check_samples(name: str, sample: Sample) -> int:
             raise ValueError(f"{name} must be a tensor, or a tree of tensors, got {describe(leaf)}.")
         if not leaf.is_floating_point() or leaf.dim() == 0 or len(leaf) == 0:
             raise ValueError(
-                f"{name} must be floating-point tensors (images in [-1, 1]), and at least one, got {describe(leaf)}. "
-                "Put all other tensors into the condition."
+                f"{name} must be floating point (images in [-1, 1]), and at least one, got {describe(leaf)}. What is "
+                "not belongs into the condition."
             )
     return len(leaves[0]) if len(leaves) == 1 else batch_size(sample)
 
@@ -137,7 +137,7 @@ class NetworkRunner:
             self._explain("generator", condition if latents is None else latents, error)
             raise
         if made != n:
-            raise ValueError(f"The generator returned {made} samples instead of {n}.")
+            raise ValueError(f"The generator made {made} samples where {n} were asked for.")
         return self._kept(sample), self._kept(extras)
 
     def discriminate(
@@ -208,8 +208,8 @@ class NetworkRunner:
         for pattern in layers:
             if pattern in found and pattern not in running:
                 raise MisconfigurationException(
-                    f"The layer {pattern!r} of the discriminator is a {type(found[pattern]).__name__}, which only "
-                    f"contains other layers and returns nothing: name layers inside it, such as {pattern + '.*'!r}."
+                    f"The layer {pattern!r} of the discriminator is a {type(found[pattern]).__name__}, which holds "
+                    f"layers and returns nothing: name those in it, such as {pattern + '.*'!r}."
                 )
             matching = [name for name in running if fnmatch.fnmatchcase(name, pattern)]
             if not matching:
@@ -242,9 +242,7 @@ class NetworkRunner:
         for name in self._hooks:
             outputs = seen.get(name)
             if not outputs:
-                raise ValueError(
-                    f"The features of the discriminator's layer {name!r} are needed, but this layer did not run."
-                )
+                raise ValueError(f"The layer {name!r} of the discriminator is watched, but it did not run.")
             found[name] = outputs[0] if len(outputs) == 1 else outputs
         return found
 
@@ -269,8 +267,7 @@ class NetworkRunner:
                 for found in (names, self._entries)
             )
             raise ValueError(
-                f"`discriminate` returned {now}, but {before} on an earlier batch: it must return the same ones each "
-                "time."
+                f"`discriminate` returned {now}, and before {before}: it must return the same ones each time."
             )
 
     def _rows(self, logits: Tensor, n: int) -> Tensor:
@@ -279,8 +276,8 @@ class NetworkRunner:
             pack = self.module.packing
             per = "sample" if pack == 1 else f"pack of {pack} samples"
             raise ValueError(
-                f"The discriminator must return one or more logits per {per}: expected shape ({n},) or ({n}, "
-                f"patches), got {tuple(logits.shape)}."
+                f"The discriminator must return one logit or more per {per}: expected shape ({n},) or "
+                f"({n}, patches), got {tuple(logits.shape)}."
             )
         if logits.dim() == 1:
             return logits
@@ -304,7 +301,7 @@ class NetworkRunner:
             own = getattr(self.module.generator, "latent_dim", length)
             if own != length:
                 raise ValueError(
-                    f"`latent_dim` is {length} in the module and {own} in the generator: set both to the same value."
+                    f"`latent_dim` of the module is {length}, and that of the generator {own}: give both the same."
                 ) from error
             cause += f" (`latent_dim` of the module is {length})"
         raise ValueError(f"The {name} failed on {shape}{hint}: {cause}") from error

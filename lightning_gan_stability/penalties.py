@@ -75,16 +75,15 @@ def input_gradients(samples: Sample, logits: Tensor, patches: Patches = "sum") -
     fixed = next((leaf for leaf in leaves if not leaf.requires_grad), None)
     if fixed is not None:
         raise ValueError(
-            f"A gradient penalty differentiates with respect to the samples, but {describe(fixed)} does not require "
-            "grad: pass the discriminator the samples that require grad themselves, not a copy."
+            f"A gradient penalty differentiates by samples, but got {describe(fixed)} that does not require grad: let "
+            "the discriminator judge the very samples that require grad."
         )
     total = over_patches(logits, patches).sum()
     found = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True) if total.requires_grad else []
     if all(gradient is None for gradient in found):
         raise ValueError(
-            "A gradient penalty differentiates logits with respect to the samples, but these logits do not depend "
-            "on them: something in `discriminate` or `augment` blocks the gradient (`detach`, `no_grad`, or "
-            "rounding), or makes new samples."
+            "A gradient penalty differentiates logits by samples, but these logits do not depend on them: something in "
+            "`discriminate` or `augment` has no gradient (`detach`, `no_grad`, or rounding), or makes new samples."
         )
     both = zip(found, leaves, strict=True)
     parts = [(torch.zeros_like(leaf) if g is None else g).reshape(len(logits), -1) for g, leaf in both]

@@ -96,7 +96,7 @@ def publish(
     if target.exists() and not target.is_dir():
         raise ValueError(f"`folder` must be a folder, and {str(target)!r} is a file.")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ValueError(f"{str(target)!r} is not empty: name another folder, or replace its files with --overwrite.")
+        raise ValueError(f"{str(target)!r} is not empty: name another folder, or replace the files by --overwrite.")
     state = read_checkpoint(file)
     module = module.cpu().eval()
     SpectralNorm.remove(module)
@@ -141,7 +141,7 @@ def load_published(
     place = Path(folder)
     for name in (WEIGHTS, CONFIG):
         if not (place / name).is_file():
-            raise FileNotFoundError(f"{str(place)!r} is not a published generator: it has no {name}.")
+            raise FileNotFoundError(f"{str(place)!r} is no published generator: it has no {name}.")
     try:
         parameters = yaml.safe_load((place / CONFIG).read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
@@ -179,15 +179,13 @@ def push(folder: str | PathLike[str], repository: str, private: bool = False) ->
     api = hub.HfApi(library_name="lightning-gan-stability")
     files = [hub.CommitOperationAdd(name, Path(folder, name)) for name in FILES if Path(folder, name).is_file()]
     if not files:
-        raise FileNotFoundError(f"{str(folder)!r} has none of the files that `publish` writes.")
+        raise FileNotFoundError(f"{str(folder)!r} has nothing that `publish` writes.")
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.create_commit(repository, files, commit_message="Publish a generator")
     except Exception as error:  # of the Hub, or of whichever library it is spoken to by
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"The Hub rejected the upload to {repository} ({reason}); the files are in {str(folder)!r}."
-        ) from error
+        raise ValueError(f"The Hub has not taken {repository} ({reason}); the files are in {str(folder)!r}.") from error
     return str(address)
 
 
@@ -256,8 +254,8 @@ def export_sampler(module: GANModule, condition: Condition = None) -> torch.expo
     except Exception as error:  # whatever code of a network raises about tensors without values
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"torch.export cannot export the generator ({reason}): publish it without the program, with --no-program "
-            "(in Python: `program=False`)."
+            f"The generator cannot be exported by torch.export ({reason}): publish it without the program, by "
+            "--no-program (in Python: `program=False`)."
         ) from error
     for n in (1, 3):
         _check_equal(module, program, [take_rows(tree, 0, n) for tree in inputs])
@@ -271,9 +269,8 @@ def _check_equal(module: GANModule, program: torch.export.ExportedProgram, input
     for made, sample in zip(tree_leaves(program.module()(*inputs)), expected, strict=True):
         if (made - sample).abs().max() > TOLERANCE * sample.abs().max().clamp(min=1):
             raise ValueError(
-                "The exported program makes other samples than the module. The network may draw its own noise, or "
-                "the module may override `sample`: publish it without the program, with --no-program (in Python: "
-                "`program=False`)."
+                "The exported program makes other samples than the module, which draws noise in its network or has a "
+                "`sample` of its own: publish it without the program, by --no-program (in Python: `program=False`)."
             )
 
 
@@ -322,9 +319,7 @@ def _conditions(module: GANModule, condition: Condition, n: int) -> Condition:
     if condition is not None:
         size = batch_size(condition)
         if size < 2:
-            raise ValueError(
-                "`condition` must have at least two rows, so that the exported program accepts any number of rows."
-            )
+            raise ValueError("`condition` must have two rows at least, so that a program may have any number of them.")
         return tree_map(lambda leaf: leaf[torch.arange(n) % size], condition)
     classes = number_of_classes(module.current_generator)
     if classes is not None:
@@ -332,8 +327,8 @@ def _conditions(module: GANModule, condition: Condition, n: int) -> Condition:
     _, needs = condition_parameter(module.current_generator)
     if needs or module.latent_dim is None:
         raise ValueError(
-            "The generator takes a condition, but no examples of it were given: publish it in Python with "
-            "`publish(load_gan(path), folder, path, condition=rows)`, where `rows` are two or more conditions."
+            "The generator takes a condition, and nothing says which: publish it in Python, by "
+            "`publish(load_gan(path), folder, path, condition=rows)` with some rows of it."
         )
     return None
 

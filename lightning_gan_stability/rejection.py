@@ -85,8 +85,8 @@ class Rejection(abc.ABC):
         regression = LogisticRegression(C=1e6).fit(values, labels.numpy())
         if regression.score(values, labels.numpy()) == 1:
             raise ValueError(
-                f"The discriminator separates all {n} real samples from {n} generated ones, so it would accept no "
-                "generated sample: pass more real samples that it was not trained on, or train the generator longer."
+                f"The discriminator tells all of {n} real samples from as many generated ones, so that none of these "
+                "passes for real: give more real samples, which it was not trained with, or train the generator on."
             )
         self.slopes = (torch.from_numpy(regression.coef_[0]) / scale).float()
         return self
@@ -101,8 +101,8 @@ class Rejection(abc.ABC):
         loss = type(module.loss).__name__
         if self.slopes is None and not module.loss.log_ratio:
             raise MisconfigurationException(
-                f"The logits of {loss} are not a log density ratio: call `calibrate(module, real)` with real samples "
-                "that the discriminator was not trained on."
+                f"Logits of {loss} are no ratio of densities: call `calibrate(module, real)` with real samples that "
+                "the discriminator was not trained with."
             )
         logits = mean_logits(module, sample, condition, one=self.slopes is None)
         if not bool(logits.isfinite().all()):
@@ -187,9 +187,7 @@ class DiscriminatorRejection(Rejection):
     def calibrate(self, module: GANProtocol, real: Sample, condition: Condition = None) -> Self:
         """Learn the log odds from logits; see :meth:`Rejection.calibrate`. l_M is looked for anew."""
         if self._known:
-            raise ValueError(
-                "`log_bound` holds for the log odds before calibration: remove `log_bound`, or do not call `calibrate`."
-            )
+            raise ValueError("`log_bound` is of log odds that are known: leave it out, or do not calibrate others.")
         self.log_bound = None
         return super().calibrate(module, real, condition)
 
@@ -199,8 +197,9 @@ class DiscriminatorRejection(Rejection):
         _check(module)
         if module.device_mesh is not None:
             raise MisconfigurationException(
-                "DiscriminatorRejection needs a random number of forward passes on each process, but sharded "
-                "networks need the same number on all: use MetropolisHastings, or load a checkpoint in one process."
+                "DiscriminatorRejection draws until chance has accepted enough, which is another number of passes on "
+                "each process, and sharded networks need the same: use MetropolisHastings, or load a checkpoint in one "
+                "process."
             )
         if self.log_bound is None:
             self._look_for_bound(module, n, condition)
@@ -324,8 +323,8 @@ def mean_logits(module: GANProtocol, sample: Sample, condition: Condition = None
         logits = [*entries(module.logits(sample, condition)).values()]
     if one and (len(logits) > 1 or logits[0].dim() > 1):
         raise MisconfigurationException(
-            "The discriminator gives several logits per sample, which are not a log density ratio: call "
-            "`calibrate(module, real)` with real samples that the discriminator was not trained on."
+            "The discriminator gives a sample several logits, which are no ratio of densities: call "
+            "`calibrate(module, real)` with real samples that it was not trained with."
         )
     return torch.stack([entry.float().reshape(len(entry), -1).mean(1) for entry in logits], 1)
 
@@ -334,15 +333,15 @@ def _check(module: GANProtocol) -> None:
     """Refuse modules of which there is nothing to choose, or no logit for a sample."""
     if module.latent_dim is None:
         raise MisconfigurationException(
-            "The generator takes no latents (`latent_dim` is None), so it makes one sample per condition and there "
-            "are no candidates to choose from: remove `reject`."
+            "The generator takes no latents (`latent_dim` is None), so it has one sample for each condition and there "
+            "is nothing to choose from: remove `reject`."
         )
     together = next((kind for kind in module.discriminator.modules() if isinstance(kind, MinibatchStdDev)), None)
     if module.packing > 1 or together is not None:
         what = "Packed" if together is None else type(together).__name__
         raise MisconfigurationException(
-            f"The discriminator judges several samples together ({what}), so a single sample has no odds of its own: "
-            f"remove `reject`, or train a discriminator without {what}."
+            f"The discriminator judges several samples together ({what}), so that none has odds of its own: remove "
+            "`reject`, or train a discriminator without it."
         )
 
 

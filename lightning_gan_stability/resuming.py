@@ -66,8 +66,8 @@ class Resuming:
                 for key, value in options.items():
                     if value != old.get(key, value):
                         rank_zero_info(
-                            f"{name}: continues with `{key}` {value} instead of {old[key]}, the value in the run of "
-                            "the checkpoint."
+                            f"{name}: goes on with `{key}` {value} instead of {old[key]}, which the run of the "
+                            "checkpoint had."
                         )
                         _set(group, i, key, value, old[key], schedulers.get(id(optimizer)))
         self._before = None
@@ -117,30 +117,30 @@ def _check(name: str, given: Settings, before: Settings) -> None:
     for part, what in (("name", name), ("scheduler", f"{name.removesuffix('optimizer')}scheduler")):
         if given[part] != before[part]:
             raise MisconfigurationException(
-                f"{what} is {given[part] or 'missing'}, but it was {before[part] or 'missing'} in the run of the "
-                "checkpoint. Use the same one, or start a new run from the checkpoint's weights with "
-                "`load_from_checkpoint`."
+                f"{what} is {given[part] or 'not there'}, and in the run of the checkpoint it was "
+                f"{before[part] or 'not there'}: a run goes on with the one that it has. Give it that one, or begin a "
+                "new run from the checkpoint's weights, by `load_from_checkpoint`."
             )
     if len(given["groups"]) != len(before["groups"]):
         raise MisconfigurationException(
-            f"{name} has {len(given['groups'])} parameter groups, but it had {len(before['groups'])} in the run of "
-            "the checkpoint: use the same number of groups."
+            f"{name} has {len(given['groups'])} groups of parameters, and in the run of the checkpoint it had "
+            f"{len(before['groups'])}: give it as many."
         )
     for new, old in zip(given["groups"], before["groups"], strict=True):
         for key in _REMEMBERED.get(given["name"], ("amsgrad",)):
             if new.get(key) and not old.get(key, True):
                 raise MisconfigurationException(
-                    f"{name} uses `{key}`, but it did not in the run of the checkpoint, so the checkpoint lacks the "
-                    f"state that it needs. Remove `{key}`, or start a new run from the checkpoint's weights with "
+                    f"{name} has `{key}`, and in the run of the checkpoint it had not: what it would go on from is not "
+                    "in the checkpoint. Leave it out, or begin a new run from the checkpoint's weights, by "
                     "`load_from_checkpoint`."
                 )
     changed = _changes(given["scheduler_state"], before["scheduler_state"])
     if changed:
         new, old = (", ".join(f"{key}={values[i]}" for key, values in changed.items()) for i in (0, 1))
         raise MisconfigurationException(
-            f"{name.removesuffix('optimizer')}scheduler has {new}, but it had {old} in the run of the checkpoint, "
-            "and a resumed run continues its schedule. Use the same scheduler, or start a new run from the "
-            "checkpoint's weights with `load_from_checkpoint`."
+            f"{name.removesuffix('optimizer')}scheduler has {new}, and in the run of the checkpoint it had {old}: a "
+            "run goes on with its schedule. Leave it as it was, or begin a new run from the checkpoint's weights, by "
+            "`load_from_checkpoint`."
         )
 
 

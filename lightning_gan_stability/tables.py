@@ -147,7 +147,7 @@ class TableEncoder:
         if isinstance(discrete, str):
             raise ValueError("`discrete` must be a list of names, not a string.")
         if unknown := [name for name in discrete if name not in arrays]:
-            raise ValueError(f"`discrete` has names that are not columns of the table: {unknown}.")
+            raise ValueError(f"`discrete` has names that the table does not: {unknown}.")
         if (n := _rows(arrays)) < 2:
             raise ValueError(f"The table must have at least 2 rows, got {n}.")
         return cls(
@@ -177,7 +177,7 @@ class TableEncoder:
                 codes = _codes(column, arrays[column["name"]])
                 if unseen := int((codes < 0).sum()):
                     raise ValueError(
-                        f"Column {column['name']!r} has categories unknown to the encoder, in {unseen} of "
+                        f"Column {column['name']!r} has categories that the encoder does not know, in {unseen} of "
                         f"{len(codes)} rows."
                     )
                 parts.append(_onehot(codes, len(column["categories"])))
@@ -228,15 +228,13 @@ class TableEncoder:
         """
         check_integer("n", n)
         if not isinstance(choice, Mapping):
-            raise ValueError(
-                f"`choice` must be a dict that maps a column to its category, got a {type(choice).__name__}."
-            )
+            raise ValueError(f"`choice` must be a dict of a column and its category, got a {type(choice).__name__}.")
         if len(choice) != 1:
             raise ValueError(f"`choice` must have exactly one column, got {len(choice)}.")
         [(name, category)] = choice.items()
         spans = {span.name: span for span in self.condition_spans}
         if name not in spans:
-            raise ValueError(f"`choice` must name one of the discrete columns {list(spans)}, got {name!r}.")
+            raise ValueError(f"`choice` must be of one of the discrete columns {list(spans)}, got {name!r}.")
         categories = next(column["categories"] for column in self.columns if column["name"] == name)
         if category not in categories:
             raise ValueError(f"`choice` must be one of the {len(categories)} categories of column {name!r}.")
@@ -372,7 +370,7 @@ def _array(name: str, column: Any) -> np.ndarray:
 
 def _numbers(name: str, array: np.ndarray) -> np.ndarray:
     if not is_numeric(array):
-        raise ValueError(f"Column {name!r} is not numeric: add it to `discrete`, or leave it out.")
+        raise ValueError(f"Column {name!r} does not have numbers: name it in `discrete`, or leave it out.")
     numbers = _floats(name, array)
     if n := int(np.isinf(numbers).sum()):
         raise ValueError(f"Column {name!r} has {n} infinite values of {len(numbers)}.")

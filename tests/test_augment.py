@@ -456,7 +456,7 @@ def test_images_of_a_condition_keep_their_colours(make):
 @pytest.mark.parametrize("shape", [(3, 16, 16), (3, 1, 16, 16)])
 def test_maps_that_would_not_move_are_refused(shape):
     x, classes = noisy(3, 1, 16, 16), torch.zeros(shape, dtype=torch.long)
-    with pytest.raises(ValueError, match="cannot move the condition"):
+    with pytest.raises(ValueError, match="cannot move a condition"):
         augment_pairs(AugmentPipe("bg"), x, classes)
     assert augment_pairs(AugmentPipe("color"), x, classes)[1] is classes
     assert augment_pairs(AugmentPipe("bg"), x, torch.zeros(3, 5, 8))[1].shape == (3, 5, 8)  # words are no map

@@ -95,7 +95,7 @@ def test_the_folder_of_a_run_means_its_newest_checkpoint():
 
 def test_a_run_from_python_needs_the_class_or_a_function():
     path = saved(small())
-    with pytest.raises(ValueError, match=r"a run in Python.*--model my_project.make_gan"):
+    with pytest.raises(ValueError, match=r"run from Python.*--model my_project.make_gan"):
         load_gan(path)
     latents = torch.zeros(2, 4)
     gan = load_gan(path, make)
@@ -252,15 +252,15 @@ def test_files_that_are_no_checkpoints():
     for name, content in ("torn", whole[:-500]), ("half", whole[: len(whole) // 2]), ("empty", b""), ("text", b"hello"):
         file = Path(f"{name}.ckpt")
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"'{name}.ckpt' is damaged, or not a checkpoint"):
+        with pytest.raises(ValueError, match=rf"'{name}.ckpt' is torn, or no checkpoint at all"):
             read_checkpoint(file)
     torch.save({"state_dict": nn.Linear(1, 1).state_dict()}, "foreign.ckpt")
     torch.save([1], "list.ckpt")
     for name in "foreign", "list":
-        with pytest.raises(ValueError, match=rf"'{name}.ckpt' is not a checkpoint of a GANModule"):
+        with pytest.raises(ValueError, match=rf"'{name}.ckpt' is no checkpoint of a GANModule"):
             read_checkpoint(f"{name}.ckpt")
     torch.save(torch.load(path, weights_only=True) | {"more": Path("x")}, "objects.ckpt")
-    with pytest.raises(ValueError, match=r"contains an object of pathlib.*could run code"):
+    with pytest.raises(ValueError, match=r"holds an object of pathlib.*could run code"):
         read_checkpoint("objects.ckpt")
     with pytest.raises(FileNotFoundError, match=r"There is no checkpoint 'nowhere.ckpt'"):
         read_checkpoint("nowhere.ckpt")

@@ -696,11 +696,7 @@ def test_a_category_for_each_row_is_told():
         (Table, {"data": "iris", "holdout": 1}, r"`holdout` must be in \[0, 1\), got 1\."),
         (Table, {"data": "iris", "components": 0}, r"`components` must be a positive integer, got 0\."),
         (Table, {"data": "iris", "epoch_length": 0}, r"`epoch_length` must be a positive integer, got 0\."),
-        (
-            Table,
-            {"data": "iris", "discrete": ["x"]},
-            r"`discrete` has names that are not columns of the table: \['x'\]\.",
-        ),
+        (Table, {"data": "iris", "discrete": ["x"]}, r"`discrete` has names that the table does not: \['x'\]\."),
     ],
 )
 def test_bad_arguments(kind, arguments, message):

@@ -435,7 +435,7 @@ def test_torn_and_foreign_checkpoints(complaint):
     run.save_checkpoint("good.ckpt")
     Path("torn.ckpt").write_bytes(Path("good.ckpt").read_bytes()[:1000])
     torch.save({"state_dict": {}}, "foreign.ckpt")
-    for file, message in {"torn.ckpt": "is damaged", "foreign.ckpt": "is not a checkpoint of a GANModule"}.items():
+    for file, message in {"torn.ckpt": "is torn", "foreign.ckpt": "is no checkpoint of a GANModule"}.items():
         assert message in complaint("good.ckpt", file, "--model", f"{__name__}.small", "--data", "Ring")
     assert "Nothing says which data" in complaint("good.ckpt", "--model", f"{__name__}.small")
 

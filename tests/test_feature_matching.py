@@ -261,7 +261,7 @@ def test_layers_that_are_not_there_or_do_not_run():
         fit(small(), points(1), callbacks=[FeatureMatching(layers=["convs.*"])])
     module = small()
     module.discriminator.idle = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match="layer 'idle' are needed, but this layer did not run"):
+    with pytest.raises(ValueError, match="layer 'idle' of the discriminator is watched, but it did not run"):
         fit(module, points(1), callbacks=[FeatureMatching(layers=["idle"])])
 
 
@@ -290,7 +290,7 @@ def test_patterns_leave_out_what_only_holds_layers():
     assert found[0] == found[1] == found[2] > 0
     module = GANModule(MLP([4, 2]), Held(), 4)
     for name, kind in (("convs", "ModuleList"), ("heads", "ModuleDict"), ("scales", "ParameterList")):
-        with pytest.raises(MisconfigurationException, match=rf"layer '{name}' of the .* a {kind}, which only contains"):
+        with pytest.raises(MisconfigurationException, match=rf"layer '{name}' of the .* a {kind}, which holds layers"):
             fit(module, points(1), callbacks=[FeatureMatching(layers=[name])])
     with pytest.raises(
         MisconfigurationException, match=r"has no layer 'scal\*'; it has convs\.0, convs\.1, heads\.a\."

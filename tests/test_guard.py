@@ -102,7 +102,7 @@ def test_a_step_that_takes_batches_by_itself_is_refused():
         def training_step(self, dataloader_iter):
             raise AssertionError
 
-    with pytest.raises(MisconfigurationException, match=r"`training_step\(dataloader_iter\)` fetches batches itself"):
+    with pytest.raises(MisconfigurationException, match=r"`training_step\(dataloader_iter\)` takes batches by itself"):
         fit(Iterates(MLP([4, 2]), MLP([2, 1]), 4), points(2))
 
 

@@ -548,9 +548,7 @@ def test_shapes_must_agree(make):
 
 @pytest.mark.parametrize("make", [Relativistic, RelativisticAverage])
 def test_relativistic_generators_need_real_logits(make):
-    with pytest.raises(
-        ValueError, match=f"^`{make.__name__}` compares fake logits with real ones: pass `real_logits`.$"
-    ):
+    with pytest.raises(ValueError, match=f"^`{make.__name__}` compares with real logits: pass `real_logits`.$"):
         make().generator(torch.zeros(2))
     with pytest.raises(ValueError, match="must have the same shape"):
         make().generator(torch.zeros(2), torch.zeros(3))

@@ -194,7 +194,7 @@ def test_sizes_of_data_and_networks(callbacks, complaint):
 @pytest.mark.parametrize("callbacks", [[], [MONITOR]], ids=["alone", "measured"])
 def test_lengths_of_latents(callbacks, complaint):
     said = complaint(text=images(*callbacks, model={"latent_dim": 32}))
-    assert said == "`latent_dim` is 32 in the module and 8 in the generator: set both to the same value."
+    assert said == "`latent_dim` of the module is 32, and that of the generator 8: give both the same."
 
 
 def test_a_key_that_nothing_logs(complaint):

@@ -673,7 +673,7 @@ class Optimizers(GANModule):
         (lambda d, g: [d, d], "The generator's optimizer has the other network's parameters"),
         (
             lambda d, g: [d, torch.optim.LBFGS(g.param_groups[0]["params"])],
-            "The generator's optimizer is LBFGS, which computes the loss several times per step",
+            "The generator's optimizer is LBFGS, which takes the loss anew within a step",
         ),
     ],
 )
@@ -712,7 +712,7 @@ def test_a_sigmoid_before_the_loss_is_said(last, loss, said):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(gan, points(1))
-    assert any("ends in a Sigmoid, but the losses expect logits" in str(w.message) for w in caught) == said
+    assert any("ends in a Sigmoid, but losses take logits" in str(w.message) for w in caught) == said
 
 
 # ---------- one fit after another
@@ -720,7 +720,9 @@ def test_a_sigmoid_before_the_loss_is_said(last, loss, said):
 
 def test_a_module_in_eval_mode_is_refused():
     gan = small().eval()
-    with pytest.raises(MisconfigurationException, match="is in eval mode, so BatchNorm, dropout and spectral norm"):
+    with pytest.raises(
+        MisconfigurationException, match="is in eval mode, in which BatchNorm, dropout and spectral norm"
+    ):
         fit(gan, points(1))
     fit(gan.train(), points(1))
 
@@ -752,7 +754,7 @@ def test_a_frozen_player_that_is_to_move_is_refused():
     gan = small()
     gan.generator.requires_grad_(False)
     with pytest.raises(
-        MisconfigurationException, match=r"All parameters of the generator are frozen, but `module.plan`"
+        MisconfigurationException, match=r"All parameters of the generator are frozen, but it stands in"
     ):
         fit(gan, points(1))
     gan.plan = ("d",)

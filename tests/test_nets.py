@@ -410,7 +410,7 @@ def test_a_mapping_may_take_a_condition():
 
     network, z = style(mapping=Mapping()), torch.randn(3, 5, dtype=torch.float64)
     assert torch.equal(network(z, LABELS)[1]["w"][:, 1], z[:, :4] + LABELS[:, None])
-    with pytest.raises(ValueError, match=r"^`condition` is required: the mapping takes one.$"):
+    with pytest.raises(ValueError, match=r"^`condition` is needed: the mapping takes one.$"):
         network(z)
     plain = style()
     assert torch.equal(plain(z, LABELS)[0], plain(z)[0])  # a labelled batch hands its labels to every network
@@ -513,7 +513,7 @@ def test_projection_is_an_inner_product_with_the_features(kind):
     [(MLP, "network"), *((k, "generator") for k in GENERATORS), *((k, "discriminator") for k in DISCRIMINATORS)],
 )
 def test_missing_labels_are_refused(kind, name):
-    with pytest.raises(ValueError, match=f"^`labels` are required: this {name} has 3 classes.$"):
+    with pytest.raises(ValueError, match=f"^`labels` are needed: this {name} has 3 classes.$"):
         small(kind, 3)(inputs(kind))
 
 

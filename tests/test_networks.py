@@ -97,10 +97,10 @@ def test_samples_are_counted(sample, n):
     [
         (
             torch.zeros(4, 3, dtype=torch.uint8),
-            "X must be floating-point tensors (images in [-1, 1]), and at least one, got a torch.uint8 tensor "
-            "of shape (4, 3). Put all other tensors into the condition.",
+            "X must be floating point (images in [-1, 1]), and at least one, got a torch.uint8 tensor of shape (4, 3). "
+            "What is not belongs into the condition.",
         ),
-        (torch.zeros(4, dtype=torch.complex64), "X must be floating-point tensors (images in [-1, 1])"),
+        (torch.zeros(4, dtype=torch.complex64), "X must be floating point (images in [-1, 1])"),
         (torch.zeros(0, 3), "and at least one, got a torch.float32 tensor of shape (0, 3)"),
         (torch.zeros(()), "and at least one, got a torch.float32 tensor of shape ()"),
         ({"a": torch.zeros(4), "b": torch.zeros(4).long()}, "got a torch.int64 tensor of shape (4,)"),
@@ -202,7 +202,7 @@ def test_what_a_generator_must_not_return(made, message):
 
 @pytest.mark.parametrize("made", [torch.zeros(4, 2), {"a": torch.zeros(4)}])
 def test_as_many_samples_as_were_asked_for(made):
-    with sentence("The generator returned 4 samples instead of 3."):
+    with sentence("The generator made 4 samples where 3 were asked for."):
         generate(made)
 
 
@@ -386,8 +386,8 @@ def test_the_discriminators_are_the_same_ones_each_time():
     for other, now in (({"a": torch.zeros(6)}, "a"), ([torch.zeros(6)] * 3, "0, 1, 2")):
         module.judged = other
         with sentence(
-            f"`discriminate` returned the logits of discriminators {now}, but the logits of discriminators a, b "
-            "on an earlier batch: it must return the same ones each time."
+            f"`discriminate` returned the logits of discriminators {now}, and before the logits of discriminators "
+            "a, b: it must return the same ones each time."
         ):
             module.networks.discriminate(torch.zeros(6, 2), None)
 

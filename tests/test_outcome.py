@@ -373,5 +373,5 @@ def test_a_second_fit_is_measured_anew():
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_nothing_to_evaluate_is_refused(stage):
     run = trainer(callbacks=[QualityMonitor(**FEW)], limit_val_batches=0, limit_test_batches=0)
-    with pytest.raises(MisconfigurationException, match=f"leaves no batches to {stage}"):
+    with pytest.raises(MisconfigurationException, match=f"leaves nothing to {stage}"):
         getattr(run, stage)(small(), ring(), verbose=False)

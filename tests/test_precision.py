@@ -661,7 +661,7 @@ def test_what_replays_cuda_graphs(options, expected):
 
 def test_shards_have_no_cuda_graphs():
     run = trainer(strategy=ModelParallelStrategy(1, 1), max_steps=1)
-    message = "^ModelParallelStrategy moves weights .* a mode of `compile` without CUDA graphs, or use strategy="
+    message = "^ModelParallelStrategy puts shards .* leave the mode that has them out of `compile`, or use strategy="
     with pytest.raises(MisconfigurationException, match=message):
         run.fit(small(compile={"mode": "reduce-overhead"}), DataLoader(points(1), batch_size=None))
 

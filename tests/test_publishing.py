@@ -213,7 +213,7 @@ def csv_rows(path):
 def test_a_run_from_python_needs_what_makes_its_module():
     gan = python_gan()
     publish(gan, "mine", "gan.ckpt")
-    with pytest.raises(ValueError, match="by a run in Python and does not record how its networks are built"):
+    with pytest.raises(ValueError, match="of a run from Python, and does not say how its networks are made"):
         load_published("mine")
     latents = torch.randn(3, 4)
     assert torch.equal(load_published("mine", make).sample(latents=latents), gan.sample(latents=latents))
@@ -282,7 +282,7 @@ def test_weights_of_another_network_are_refused(published):
 
 
 def test_what_is_no_published_generator():
-    with pytest.raises(FileNotFoundError, match="'nothing' is not a published generator: it has no generator"):
+    with pytest.raises(FileNotFoundError, match="'nothing' is no published generator: it has no generator"):
         load_published("nothing")
 
 
@@ -293,9 +293,7 @@ def test_a_folder_that_is_not_empty():
     gan = python_gan()
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("keep")
-    with pytest.raises(
-        ValueError, match="'mine' is not empty: name another folder, or replace its files with --overwr"
-    ):
+    with pytest.raises(ValueError, match="'mine' is not empty: name another folder, or replace the files by --overwr"):
         publish(gan, "mine", "gan.ckpt")
     assert [path.name for path in Path("mine").iterdir()] == ["notes.txt"]
     publish(gan, "mine", "gan.ckpt", overwrite=True)
@@ -331,7 +329,7 @@ class Noisy(nn.Module):
 
 @pytest.mark.parametrize(
     ("network", "message"),
-    [(Counting, "torch.export cannot export the generator (.*): publish it without"), (Noisy, "draw its own noise")],
+    [(Counting, "cannot be exported by torch.export (.*): publish it without"), (Noisy, "draws noise in its network")],
 )
 def test_a_network_without_a_program_is_refused_and_leaves_nothing(network, message):
     python_gan()
@@ -357,10 +355,10 @@ class Conditional(nn.Module):
 def test_a_condition_of_which_nothing_is_known():
     python_gan()
     gan = GANModule(Conditional(), MLP([2, 8, 1]), latent_dim=4).eval()
-    with pytest.raises(ValueError, match="takes a condition, but no examples of it were given: publish it in Python"):
+    with pytest.raises(ValueError, match="takes a condition, and nothing says which: publish it in Python"):
         publish(gan, "mine", "gan.ckpt")
     rows = {"place": torch.randn(5, 3)}
-    with pytest.raises(ValueError, match="must have at least two rows"):
+    with pytest.raises(ValueError, match="must have two rows at least"):
         publish(gan, "mine", "gan.ckpt", condition={"place": rows["place"][:1]})
     publish(gan, "mine", "gan.ckpt", condition=rows)
     latents = torch.randn(5, 4)
@@ -374,7 +372,7 @@ def test_a_generator_without_latents():
     program = export_sampler(gan, rows).module()
     assert torch.allclose(program(rows), gan.sample(condition=rows), atol=1e-6)
     python_gan()
-    with pytest.raises(ValueError, match="takes a condition, but no examples of it were given"):
+    with pytest.raises(ValueError, match="takes a condition, and nothing says which"):
         publish(gan, "mine", "gan.ckpt")
 
 
@@ -441,9 +439,7 @@ def test_a_refusal_of_the_hub_says_where_the_files_are(published, monkeypatch):
         raise LocalTokenNotFoundError("Token is required")
 
     monkeypatch.setattr(HfApi, "create_repo", refuse)
-    with pytest.raises(
-        ValueError, match=r"rejected the upload to me/shapes \(Token is required\); the files are in '.*publ"
-    ):
+    with pytest.raises(ValueError, match=r"has not taken me/shapes \(Token is required\); the files are in '.*publ"):
         push(published, "me/shapes")
 
 

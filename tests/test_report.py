@@ -253,7 +253,7 @@ def test_a_run_goes_on_where_the_disk_is_full(tmp_path):
                 (tmp_path / "version_0" / EVENTS).unlink()
                 (tmp_path / "version_0" / EVENTS).symlink_to("/dev/full")
 
-    with pytest.warns(UserWarning, match="no longer be recorded: .*No space left.* Training continues"):
+    with pytest.warns(UserWarning, match="written down no longer: .*No space left.* The run goes on"):
         assert fit(tmp_path, Full(), Says(7), steps=20).global_step == 20
 
 

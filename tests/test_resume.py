@@ -744,7 +744,7 @@ def test_structure_that_callbacks_added_is_restored_without_them():
 def test_structure_can_be_trained_on_without_the_callbacks():
     loaded = load(saved(small(), STRUCTURE()), **networks(), d_optimizer=sgd(0.1))
     before = weights(loaded)
-    with pytest.warns(UserWarning, match="has an average of its generator from an earlier run, which `sample` uses"):
+    with pytest.warns(UserWarning, match="has an average of its generator from an earlier run, which `sample` draws f"):
         train(loaded, stream(), [ModelCheckpoint("never")], max_steps=2)
     assert not torch.equal(before, weights(loaded))
 
@@ -774,7 +774,7 @@ def test_a_torn_or_foreign_checkpoint_is_an_error_and_changes_nothing(checkpoint
     module = small()
     before = weights(module)
     with pytest.raises(
-        RuntimeError, match=r"Cannot read the checkpoint .*torn.ckpt \(\w+.*: if the file is damaged, resume fr"
+        RuntimeError, match=r"The checkpoint .*torn.ckpt cannot be read \(\w+.*: if it is torn, resume fr"
     ):
         fit(module, points(4), ckpt_path=torn)
     assert torch.equal(weights(module), before)

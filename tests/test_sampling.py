@@ -237,7 +237,7 @@ def test_runs_from_python():
         np.testing.assert_allclose(np.load(f"made{i}/samples.npy"), expected, rtol=1e-6, atol=1e-7)
     with pytest.raises(ValueError, match=r"There is no class or function `mine.Other`"):
         main(["sample", "a.ckpt", "--model=mine.Other", "--out=made3"])
-    with pytest.raises(ValueError, match="a run in Python"):
+    with pytest.raises(ValueError, match="run from Python"):
         main(["sample", "a.ckpt", "--out=made3"])
 
 

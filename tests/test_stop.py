@@ -165,10 +165,7 @@ def test_a_second_ctrl_c_stops_at_once_and_says_what_it_saved():
     module, data = small(seed=0), Data()
     first, second = (Send(module, data, signal.SIGINT, "forward pass", n) for n in (4, 5))
     save = ModelCheckpoint("saved", save_on_exception=True, every_n_train_steps=10**6, filename="stopped")
-    with (
-        pytest.warns(UserWarning, match="A checkpoint is being saved in the middle of a step"),
-        pytest.raises(SystemExit),
-    ):
+    with pytest.warns(UserWarning, match="A checkpoint is saved inside of a step"), pytest.raises(SystemExit):
         train(module, data, [first, second, save], **OPTIONS)
     assert first.sent
     assert second.sent

@@ -167,8 +167,8 @@ SECRET = "Mallory"
         ({"x": [1.0, math.inf, 2.0]}, [], r"Column 'x' has 1 infinite values of 3\."),
         ({"x": [2.0, 2.0, 2.0]}, [], r"Column 'x' has the same value in every row: leave it out\."),
         ({"x": [1, 2], "k": [SECRET, SECRET]}, ["k"], r"Column 'k' has the same category in every row: leave it out"),
-        ({"x": [1, 2], "k": [SECRET, "b"]}, [], r"Column 'k' is not numeric: add it to `discrete`"),
-        ({"x": [True, False]}, [], r"Column 'x' is not numeric: add it to `discrete`"),
+        ({"x": [1, 2], "k": [SECRET, "b"]}, [], r"Column 'k' does not have numbers: name it in `discrete`"),
+        ({"x": [True, False]}, [], r"Column 'x' does not have numbers: name it in `discrete`"),
         ({"x": np.array(["2020-01-01", "2020-01-02"], dtype="M8[D]")}, [], r"Column 'x' has times \(datetime64\[D\]\)"),
         ({"x": np.array(["2020-01-01", "2020-01-02"], dtype="M8[ns]")}, ["x"], r"Column 'x' has times \(datetime64"),
         ({"x": np.array([1, 2], dtype="m8[ns]")}, ["x"], r"Column 'x' has times \(timedelta64\[ns\]\): turn them into"),
@@ -182,7 +182,7 @@ SECRET = "Mallory"
             r"Column 'x' has times \(datetime64\[D\]\)",
         ),
         ({"x": [1, 2], "y": [1, 2, 3]}, [], r"The columns must have the same length, got 'x': 2, 'y': 3\."),
-        ({"x": [1, 2]}, ["y"], r"`discrete` has names that are not columns of the table: \['y'\]\."),
+        ({"x": [1, 2]}, ["y"], r"`discrete` has names that the table does not: \['y'\]\."),
         ({"x": [1, 2]}, "x", r"`discrete` must be a list of names, not a string\."),
         ({"x": [1.0]}, [], r"The table must have at least 2 rows, got 1\."),
         ({"x": []}, [], r"The table must have at least 2 rows, got 0\."),
@@ -336,7 +336,7 @@ def test_decode_refuses(rows, message):
         ({"age": [1, 2], "sex": ["f", SECRET]}, r"Column 'sex' has categories .* does not know, in 1 of 2 rows\."),
         ({"age": [1, math.inf], "sex": ["f", "m"]}, r"Column 'age' has 1 infinite values of 2\."),
         ({"age": [1, math.nan], "sex": ["f", "m"]}, r"Column 'age' has 1 missing values of 2"),
-        ({"age": [SECRET, "1"], "sex": ["f", "m"]}, r"Column 'age' is not numeric"),
+        ({"age": [SECRET, "1"], "sex": ["f", "m"]}, r"Column 'age' does not have numbers"),
     ],
 )
 def test_encode_refuses(columns, message):

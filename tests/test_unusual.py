@@ -241,7 +241,7 @@ def test_eval_mode_in_the_middle_is_refused():
         def on_train_batch_end(self, trainer, module, *_):
             module.eval()
 
-    with pytest.raises(MisconfigurationException, match="module was put into eval mode during training"):
+    with pytest.raises(MisconfigurationException, match="module is in eval mode in the middle of training"):
         fit(small(), points(2), callbacks=[Evaluate()])
 
 
@@ -454,7 +454,7 @@ def test_a_step_of_ones_own_loses_no_setting_in_silence(name, options):
             return None
 
     module = Own(MLP([4, 16, 2]), MLP([2, 16, 1]), 4, **options)
-    with pytest.raises(MisconfigurationException, match=f"so {name} would have no effect"):
+    with pytest.raises(MisconfigurationException, match=f"so that {name} would do nothing"):
         fit(module, points(1))
 
 

@@ -222,7 +222,7 @@ def test_a_plan_that_changes_in_the_run_is_refused(rule):
 def test_a_frozen_network_is_refused(rule):
     module = gan(sgd(0.1), Minimax())
     module.discriminator.requires_grad_(False)
-    with pytest.raises(MisconfigurationException, match=r"All parameters of the discriminator are frozen, but `mod"):
+    with pytest.raises(MisconfigurationException, match=r"All parameters of the discriminator are frozen, but it stan"):
         fit(module, batches(1), callbacks=[rule()] if rule else [])
 
 
