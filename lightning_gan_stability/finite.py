@@ -55,7 +55,8 @@ class _Place(NamedTuple):
 
     def among(self, others: Iterable[_Place], total: int) -> Finding:
         """What is to be said, with the rows of the same place in other micro-batches."""
-        same = [other for other in others if other._replace(rows=[]) == self._replace(rows=[])]
+        mine = self.before, self.kind, self.after, self.advice
+        same = [other for other in others if (other.before, other.kind, other.after, other.advice) == mine]
         rows = sorted({row for place in (self, *same) for row in place.rows})
         return Finding(f"{self.before}{_in_rows(rows, total, self.kind)}{self.after}.", self.advice)
 

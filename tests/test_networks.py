@@ -190,7 +190,7 @@ def test_the_current_generator_is_asked():
             (torch.zeros(3), torch.zeros(3), {}),
             "The generator's samples must be a tensor, or a dict, list or",
         ),
-        (torch.zeros(3).long(), "The generator's samples must be floating-point tensors (images in [-1, 1])"),
+        (torch.zeros(3).long(), "The generator's samples must be floating point (images in [-1, 1])"),
         (None, "All leaves must be tensors"),
     ],
 )
@@ -361,7 +361,7 @@ def test_logits_in_a_dict_of_a_type_of_its_own():
 )
 def test_one_logit_or_more_per_sample(judged, got):
     with sentence(
-        "The discriminator must return one or more logits per sample: expected shape (6,) or (6, patches), got " + got
+        "The discriminator must return one logit or more per sample: expected shape (6,) or (6, patches), got " + got
     ):
         judge(judged)
 
@@ -370,7 +370,7 @@ def test_one_logit_or_more_per_pack():
     assert judge(torch.zeros(2, 1), packing=3)[0].shape == (2,)
     assert judge(torch.zeros(2, 1), torch.zeros(8, 2), packing=3)[0].shape == (2,)
     with sentence(
-        "The discriminator must return one or more logits per pack of 3 samples: expected shape (2,) or (2, patches), "
+        "The discriminator must return one logit or more per pack of 3 samples: expected shape (2,) or (2, patches), "
         "got (6,)."
     ):
         judge(torch.zeros(6), packing=3)

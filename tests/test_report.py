@@ -191,7 +191,7 @@ def test_the_page_says_what_the_run_said_at_its_end(tmp_path, capsys):
     said = printed(capsys)
     page = page_of(tmp_path / "version_0")
     assert said.startswith(("It ", "quality/"))
-    assert "There was no trouble seen in 60 steps." in said
+    assert "No monitor found a cause in 60 steps." in said
     assert said in Tags(page).text
     curves, bands, _ = embedded(page)
     with (tmp_path / "version_0/metrics.csv").open(newline="") as file:

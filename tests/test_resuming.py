@@ -112,9 +112,7 @@ def test_a_new_rate_under_a_schedule_goes_on_along_it(make, factor):
 
 def test_another_schedule_is_refused():
     run(2, d_scheduler=lambda o: CosineAnnealingLR(o, 100))
-    with pytest.raises(
-        MisconfigurationException, match=r"discriminator's scheduler has T_max=50, but it had T_max=100"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"discriminator's scheduler has T_max=50, and .* T_max=100"):
         run(3, state(2), d_scheduler=lambda o: CosineAnnealingLR(o, 50))
     with pytest.raises(MisconfigurationException, match=r"scheduler is ExponentialLR.*CosineAnnealingLR"):
         run(3, state(2), d_scheduler=lambda o: ExponentialLR(o, 0.9))
