@@ -483,7 +483,8 @@ def in_turn(module: GANProtocol, turn: Replay) -> Finding:
                     found, size = _in_gradients(turn, watch, terms)
                     largest = max(largest, size)
             if isinstance(found, _Place):  # other micro-batches may break there, too
-                places.append(found._replace(rows=[first + row for row in found.rows]))
+                rows = [first + row for row in found.rows]
+                places.append(_Place(found.before, rows, found.kind, found.after, found.advice))
             elif found is not None and not places:
                 return found
             first += n
